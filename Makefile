@@ -1,0 +1,41 @@
+# make quickstart   the whole line on MovieLens-100K, from an empty machine to an HTML report
+# make test         the whole test suite
+# make check        lint, format, types, import direction
+# make bench        the benchmarks; each ends with one JSON line
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: quickstart test check bench clean
+.DELETE_ON_ERROR:
+
+# A CPU machine takes torch first and alone: an open range would otherwise pull gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check "torch>=2.6,<2.14"
+	$(BIN)/pip install --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/recllm fetch
+	$(BIN)/recllm run movielens/next_item_ilora
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy recllm scripts
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(VENV)/installed
+	$(BIN)/python scripts/bench/convert.py
+	$(BIN)/python scripts/bench/score.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,336 @@
+"""The recipe: one YAML file is a whole run. Typed sections, unknown key = error, dotted overrides.
+
+A path or shipped name and a list of "section.key=value" enter; a frozen `Recipe` leaves.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from recllm import assets
+from recllm.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InteractionsSource(Section):
+    """Where interactions are read. `columns` maps our column names to the file's: {user_id: uid}."""
+
+    path: str | list[str]  # several files are read as one; a saved HF dataset is a folder
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf"] = "auto"
+    columns: dict[str, str | int] = {}  # an int names a column by position (files without a header)
+    header: bool = True
+    separator: str = ","
+    timestamp_unit: Literal["s", "ms", "us", "iso8601"] = "s"
+
+
+class ItemsSource(Section):
+    """Where item titles and attributes are read; `join` tables translate ids on the way (left column → right)."""
+
+    path: str
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf"] = "auto"
+    columns: dict[str, str | int] = {}
+    header: bool = True
+    separator: str = ","
+    id_map: "IdMap | None" = None
+
+
+class IdMap(Section):
+    """A two-column table that turns the item ids of the items file into those of the interactions."""
+
+    path: str
+    source: str  # column with the ids of the items file
+    target: str  # column with the ids of the interactions
+    separator: str = ","
+
+
+class DataSection(Section):
+    """The input files. Paths: a file, or offline://NAME/FILE for the fetched default (recllm/data/offline.py)."""
+
+    interactions: InteractionsSource
+    items: ItemsSource
+
+
+class FilterSection(Section):
+    """What is dropped before sequences are built."""
+
+    min_rating: float | None = None  # interactions below are dropped
+    like_at: float | None = None  # ratings at or above become action "like", the others "dislike"
+    user_core: int = Field(1, ge=1)  # k-core: users and items with fewer interactions go, until none is left
+    item_core: int = Field(1, ge=1)
+    drop_unknown_items: bool = False  # interactions with items absent from the items file: dropped, else an error
+
+
+class HistorySection(Section):
+    """What the gate reads."""
+
+    max_items: int = Field(200, ge=1)
+
+
+class PromptSection(Section):
+    """What the prompt shows."""
+
+    max_items: int = Field(10, ge=0)
+    item: str = "{{ title }}"  # how one item is written; any attribute of items.parquet may be used
+
+
+class TaskSection(Section):
+    """One kind of example."""
+
+    task: Literal["next_item", "next_item_among", "like"]
+    template: str  # a shipped name or a path, e.g. next_item/films
+    dense_window: int = Field(0, ge=0)  # n > 0: training examples are windows of n titles with the loss on each
+    max_train_targets: int | None = Field(None, ge=1)  # training targets per user (or windows), chosen by seed
+
+
+class EncoderSection(Section):
+    """The sequence encoder that guides the gate (SASRec; Kang & McAuley 2018), and baseline of every report."""
+
+    type: Literal["sasrec"] = "sasrec"
+    hidden_size: int = Field(64, ge=1)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)
+    dropout: float = Field(0.2, ge=0, lt=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(128, ge=1)
+    max_epochs: int = Field(200, ge=1)
+    patience: int = Field(10, ge=1)  # epochs without a better validation ndcg@10
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: str  # a local folder, a hub name, or offline://smollm2-135m-instruct
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+
+
+class GateSection(Section):
+    """The gate: representation → expert weights. hidden_size 0 is one linear layer, otherwise an MLP."""
+
+    hidden_size: int = Field(0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    learning_rate: float | None = Field(None, gt=0)  # None: train.learning_rate
+
+
+class AdapterSection(Section):
+    """LoRA (`lora`) or instance-wise LoRA (`ilora`), with peft's own names."""
+
+    method: Literal["ilora", "lora"] = "ilora"
+    r: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    num_experts: int = Field(4, ge=1)
+    gate: GateSection = GateSection()
+
+    @model_validator(mode="after")
+    def _rank_splits(self) -> "AdapterSection":
+        if self.method == "ilora" and self.r % self.num_experts:
+            raise ValueError(f"r={self.r} does not split into num_experts={self.num_experts} equal experts: "
+                             f"take an r that is a multiple of {self.num_experts}")
+        return self
+
+
+class EvaluateSection(Section):
+    """What is scored beside the adapter of this run."""
+
+    engine: Literal["transformers"] = "transformers"
+    split: Literal["valid", "test"] = "test"
+    batch_size: int = Field(8, ge=1)
+    max_examples: int | None = Field(None, ge=1)  # a seeded choice of users; None scores all
+    baselines: list[Literal["random", "popularity", "item_to_item", "sasrec", "base_model"]] = [
+        "random", "popularity", "item_to_item", "sasrec", "base_model",
+    ]
+    controls: list[Literal["uniform", "shuffled"]] = ["uniform", "shuffled"]  # of an instance-wise adapter
+    adapters: dict[str, str] = {}  # further adapters: name in the report → folder
+
+
+class SplitSection(Section):
+    """Which positions are targets of train, valid and test.
+
+    leave_one_out: a user's last interaction is test, the one before valid.
+    temporal: global cut-offs in time so that the newest `test_fraction` of interactions is test.
+    user_holdout: all of a user is train, valid or test. session_holdout: whole sessions, by seeded choice.
+    """
+
+    method: Literal["leave_one_out", "temporal", "user_holdout", "session_holdout"] = "temporal"
+    valid_fraction: float = Field(0.1, gt=0, lt=1)
+    test_fraction: float = Field(0.1, gt=0, lt=1)
+    targets: Literal["first", "last", "all"] = "first"  # which of a user's valid or test positions are scored
+    min_history: int = Field(1, ge=1)  # positions with fewer earlier interactions are no targets
+
+
+class CandidatesSection(Section):
+    """Frozen candidates: `count` items, the target among them, none of the others from the user's history."""
+
+    count: int = Field(20, ge=2)
+    method: Literal["uniform", "popularity"] = "uniform"
+    seed: int = 0
+
+
+class RankingSection(Section):
+    """Cut-offs, and full-catalogue ranking for the systems that can do it."""
+
+    k: list[int] = [1, 5, 10]
+    full_catalogue: bool = True
+    exclude_history: bool = True  # items the user already had are not ranked (the target always is)
+
+
+class DecodingSection(Section):
+    """How an LLM's answer becomes a score: sum or mean of the title's token log-probabilities."""
+
+    score: Literal["sum", "mean"] = "sum"
+    max_new_tokens: int = Field(32, ge=1)
+
+
+class BootstrapSection(Section):
+    """Intervals: percentile bootstrap over users."""
+
+    samples: int = Field(2000, ge=100)
+    confidence: float = Field(0.95, gt=0, lt=1)
+    seed: int = 0
+
+
+class Protocol(Section):
+    """How a run is scored: shipped in eval/, so that two recipes share one and papers can be compared."""
+
+    name: str
+    description: str = ""
+    split: SplitSection = SplitSection()
+    candidates: CandidatesSection = CandidatesSection()
+    ranking: RankingSection = RankingSection()
+    decoding: DecodingSection = DecodingSection()
+    bootstrap: BootstrapSection = BootstrapSection()
+
+
+class Recipe(Section):
+    """A whole run: convert → train → evaluate."""
+
+    name: str
+    description: str = ""
+    seed: int = 0
+    output_dir: str = "runs/{name}"
+    data: DataSection
+    filter: FilterSection = FilterSection()
+    protocol: Protocol
+    history: HistorySection = HistorySection()
+    prompt: PromptSection = PromptSection()
+    tasks: list[TaskSection] = Field(min_length=1)
+    encoder: EncoderSection = EncoderSection()
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    train: dict[str, Any] = {}  # transformers.TrainingArguments by their own names
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @field_validator("protocol", mode="before")
+    @classmethod
+    def _load_protocol(cls, value: Any) -> Any:
+        return _read_yaml(assets.find("eval", value)) if isinstance(value, str) else value
+
+    @property
+    def output(self) -> Path:
+        """The folder of this run: dataset/, encoder/, adapter/ and report/ go there."""
+        return Path(self.output_dir.format(name=self.name))
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or shipped name and apply overrides such as "adapter.r=16" (values are YAML).
+
+    Raises:
+        UserError: unknown recipe or key, wrong type, broken YAML; names the file, the key and the nearest known key.
+    """
+    path = assets.find("recipes", name)
+    document = _read_yaml(path)
+    if isinstance(document.get("protocol"), str):  # resolved first, so that an override can reach into it
+        document["protocol"] = _read_yaml(assets.find("eval", document["protocol"]))
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: holds {type(document).__name__}, a mapping of keys to values was expected")
+    return document
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f'override "{override}" has no "=": write section.key=value, e.g. adapter.r=16')
+    *parents, last = dotted.split(".")
+    target: Any = document
+    for part in parents:
+        target = _step(target, part, override, make=True)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f'override "{override}": the value is not valid YAML ({error})') from None
+    if isinstance(target, list):
+        target[_index(target, last, override)] = value
+    else:
+        target[last] = value
+
+
+def _step(target: Any, part: str, override: str, make: bool) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, part, override)]
+    if not isinstance(target, dict):
+        raise UserError(f'override "{override}": "{part}" is asked of a plain value, there is nothing below it')
+    return target.setdefault(part, {}) if make else target[part]
+
+
+def _index(target: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise UserError(f'override "{override}": "{part}" is no position in a list of {len(target)} (count from 0)')
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(dict(entry)) for entry in error.errors())
+
+
+def _explain_one(entry: dict[str, Any]) -> str:
+    place = [str(part) for part in entry["loc"]]
+    if entry["type"] != "extra_forbidden":
+        given = "" if entry["type"] == "missing" else f" (given: {entry['input']!r})"
+        return f"{'.'.join(place)}: {entry['msg']}{given}"
+    known = _known_keys(place[:-1])
+    close = difflib.get_close_matches(place[-1], known, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
+    return f'{".".join(place)}: unknown key "{place[-1]}", {hint}'
+
+
+def _known_keys(place: Sequence[str]) -> list[str]:
+    section: Any = Recipe
+    for part in place:
+        if part.isdigit():
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside X, X | None or list[X]."""
+    for option in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option
+    return annotation

@@ -1,0 +1,87 @@
+"""Column names and Arrow schemas of every file that passes between stages (ARCHITECTURE.md, "The files").
+
+Nothing enters and nothing leaves: this module only names things, and imports nothing heavier than pyarrow.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+USER_ID, ITEM_ID, TIMESTAMP = "user_id", "item_id", "timestamp"
+ACTION, RATING, SESSION_ID = "action", "rating", "session_id"
+TITLE = "title"
+
+# What a reader yields. Optional columns are absent, never filled with nulls.
+INTERACTIONS = pa.schema(
+    [
+        pa.field(USER_ID, pa.string(), nullable=False),
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field(TIMESTAMP, pa.int64(), nullable=False),  # seconds since the epoch
+        pa.field(ACTION, pa.string()),
+        pa.field(RATING, pa.float32()),
+        pa.field(SESSION_ID, pa.string()),
+    ]
+)
+REQUIRED_INTERACTION_COLUMNS = (USER_ID, ITEM_ID, TIMESTAMP)
+
+# item_index runs 0..n-1 in row order; every further column is an attribute a template may use.
+ITEMS = pa.schema(
+    [
+        pa.field("item_index", pa.int32(), nullable=False),
+        pa.field(ITEM_ID, pa.string(), nullable=False),
+        pa.field(TITLE, pa.string(), nullable=False),
+    ]
+)
+
+# The role of one position of a user's sequence, as the target of an example.
+UNUSED, TRAIN, VALID, TEST = 0, 1, 2, 3
+SPLIT_CODES = {"train": TRAIN, "valid": VALID, "test": TEST}
+
+# One row a user, the whole history once, oldest first. The lists of a row have equal length.
+SEQUENCES = pa.schema(
+    [
+        pa.field("user_index", pa.int32(), nullable=False),
+        pa.field(USER_ID, pa.string(), nullable=False),
+        pa.field("user_key", pa.uint64(), nullable=False),  # hash of user_id: every random choice hangs on (seed, key)
+        pa.field("items", pa.list_(pa.int32()), nullable=False),  # item_index
+        pa.field("timestamps", pa.list_(pa.int64()), nullable=False),
+        pa.field("splits", pa.list_(pa.int8()), nullable=False),  # UNUSED, TRAIN, VALID or TEST
+        pa.field("actions", pa.list_(pa.string())),  # null where the source has no actions
+        pa.field("sessions", pa.list_(pa.int32())),  # number of the session within the user; null without sessions
+    ]
+)
+
+MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
+
+# One row an example. `prompt` may end in an assistant message: the completion then continues it.
+EXAMPLES = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),  # "<task>/<user_id>/<position>"
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("user_index", pa.int32(), nullable=False),
+        pa.field("history_end", pa.int32(), nullable=False),  # the gate may read positions [0, history_end)
+        pa.field("timestamp", pa.int64(), nullable=False),  # the cut-off: nothing in the example is newer
+        pa.field("prompt", MESSAGES, nullable=False),
+        pa.field("completion", MESSAGES, nullable=False),
+        pa.field("target", pa.int32(), nullable=False),  # item_index; of a dense window its last item
+        pa.field("candidates", pa.list_(pa.int32())),  # item_index, target included, seeded order; null in training
+        pa.field("label", pa.string()),  # the right answer of a closed task, otherwise null
+    ]
+)
+
+SPLITS = ("train", "valid", "test")
+
+
+def vocabulary_sha256(item_ids: Iterable[str]) -> str:
+    """Fingerprint of an item vocabulary: item ids in item_index order.
+
+    An encoder or adapter is bound to the vocabulary that it was trained on by this value.
+
+    >>> vocabulary_sha256(["a", "b"]) == vocabulary_sha256(["b", "a"])
+    False
+    """
+    digest = hashlib.sha256()
+    for item_id in item_ids:
+        digest.update(item_id.encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""The stages of a run: convert → encoder → train → evaluate, each skipped when its inputs have not changed.
+
+A recipe enters; dataset/, encoder/, adapter/ and report/ under `recipe.output` leave. Whether a stage is up to date is
+decided by a fingerprint of all that it reads (recipe sections, input files, the outputs of earlier stages), kept in
+stages/NAME.json beside the outputs and written only after the stage has ended well.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recllm import __version__, assets, files
+from recllm.data import offline
+from recllm.errors import UserError
+from recllm.recipe import Recipe
+
+OUTPUTS = {"convert": "dataset", "encoder": "encoder", "train": "adapter", "evaluate": "report"}
+
+
+def output_of(recipe: Recipe, stage: str) -> Path:
+    """Folder that a stage of this run writes."""
+    return recipe.output / OUTPUTS[stage]
+
+
+def require(recipe: Recipe, stage: str) -> Path:
+    """Output folder of an earlier stage, or an error that says which command makes it."""
+    folder = output_of(recipe, stage)
+    if not folder.is_dir():
+        verb = "train" if stage == "encoder" else stage
+        raise UserError(f"{folder} does not exist: run `recllm {verb}` with this recipe first, or `recllm run`")
+    return folder
+
+
+def convert(recipe: Recipe) -> None:
+    """Interactions → dataset/."""
+    from recllm.convert.pipeline import convert as convert_dataset
+
+    convert_dataset(recipe, output_of(recipe, "convert"))
+
+
+def encoder(recipe: Recipe) -> None:
+    """dataset/ → encoder/: the sequence encoder that guides the gate, and the SASRec baseline."""
+    from recllm.data.dataset import Dataset
+    from recllm.train.encoder import fit_encoder
+
+    dataset = Dataset.open(require(recipe, "convert"))
+    fit_encoder(dataset, recipe.encoder, recipe.history.max_items, recipe.seed, output_of(recipe, "encoder"))
+
+
+def train(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
+    """dataset/ and encoder/ → adapter/."""
+    from recllm.train.finetune import train as finetune
+
+    finetune(
+        recipe,
+        require(recipe, "convert"),
+        require(recipe, "encoder"),
+        output_of(recipe, "train"),
+        allow_template_mismatch=allow_template_mismatch,
+    )
+
+
+def evaluate(recipe: Recipe) -> None:
+    """dataset/, encoder/ and adapter/ → report/."""
+    from recllm.evaluate.evaluation import evaluate as score
+
+    score(
+        recipe,
+        require(recipe, "convert"),
+        require(recipe, "encoder"),
+        require(recipe, "train"),
+        output_of(recipe, "evaluate"),
+    )
+
+
+STAGES: dict[str, Callable[..., None]] = {
+    "convert": convert,
+    "encoder": encoder,
+    "train": train,
+    "evaluate": evaluate,
+}
+
+
+def run(recipe: Recipe, force: bool = False) -> None:
+    """All stages in order; one whose inputs have not changed is skipped."""
+    for name in STAGES:
+        run_stage(recipe, name, force)
+
+
+def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
+    """The encoder where it is stale, then training (resumed from its last checkpoint): `recllm train`, scripts/train.py.
+
+    Under `accelerate launch` every rank comes here; the first fits the encoder while the others wait for it.
+    """
+    from accelerate import PartialState
+
+    with PartialState().main_process_first():
+        run_stage(recipe, "encoder")
+    run_stage(recipe, "train", force=True, allow_template_mismatch=allow_template_mismatch)
+
+
+def run_stage(recipe: Recipe, name: str, force: bool = False, **options: Any) -> bool:
+    """Run one stage unless it is up to date; returns whether it ran. `options` go to the stage's function."""
+    record_path = recipe.output / "stages" / f"{name}.json"
+    key = fingerprint(recipe, name)
+    output = output_of(recipe, name)
+    if not force and _up_to_date(record_path, key, output):
+        print(f"== {name}: up to date ({output})", flush=True)
+        return False
+    print(f"== {name} → {output}", flush=True)
+    is_main = os.environ.get("RANK", "0") == "0"  # set by accelerate launch
+    if is_main:
+        record_path.unlink(missing_ok=True)
+    started = time.monotonic()
+    STAGES[name](recipe, **options)
+    wall_s = round(time.monotonic() - started, 1)
+    if is_main:
+        files.write_json(record_path, {"inputs": key, "output": _listing(output), "wall_s": wall_s})
+    print(f"== {name}: done in {wall_s:.0f} s", flush=True)
+    return True
+
+
+def fingerprint(recipe: Recipe, name: str) -> str:
+    """sha256 over everything that the stage reads."""
+    document = recipe.model_dump(mode="json")
+    read: dict[str, Any] = {"recllm": __version__, "stage": name, "seed": recipe.seed}
+    if name == "convert":
+        sections = ("data", "filter", "history", "prompt", "tasks")
+        read |= {"split": document["protocol"]["split"], "candidates": document["protocol"]["candidates"]}
+        read["files"] = {path: files.sha256_of(offline.resolve(path)) for path in source_files(recipe)}
+        read["templates"] = [files.sha256_of(assets.find("prompts", task.template)) for task in recipe.tasks]
+    elif name == "encoder":
+        sections = ("encoder", "history")
+        read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
+    elif name == "train":
+        sections = ("model", "adapter", "train", "tasks", "history", "prompt")
+        read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
+        read["encoder"] = files.sha256_of(require(recipe, "encoder"))
+    else:
+        sections = ("model", "evaluate", "protocol", "history", "tasks")
+        read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
+        read["encoder"] = files.sha256_of(require(recipe, "encoder"))
+        read["adapters"] = [files.sha256_of(folder) for folder in _adapters(recipe)]
+    read |= {section: document[section] for section in sections}
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def source_files(recipe: Recipe) -> list[str]:
+    """Paths of the input files, as the recipe writes them."""
+    interactions, items = recipe.data.interactions, recipe.data.items
+    paths = [interactions.path] if isinstance(interactions.path, str) else list(interactions.path)
+    paths.append(items.path)
+    if items.id_map:
+        paths.append(items.id_map.path)
+    given = recipe.protocol.split.given
+    return paths + ([given.valid, given.test] if given else [])
+
+
+def _adapters(recipe: Recipe) -> list[Path]:
+    folders = [require(recipe, "train"), *(Path(path) for path in recipe.evaluate.adapters.values())]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"evaluate.adapters names {folder}, which is no folder: train it first or remove it")
+    return folders
+
+
+def _up_to_date(record_path: Path, key: str, output: Path) -> bool:
+    if not record_path.is_file() or not output.is_dir():
+        return False
+    record = files.read_json(record_path, "the record of a finished stage")
+    return record.get("inputs") == key and record.get("output") == _listing(output)
+
+
+def _listing(output: Path) -> dict[str, int]:
+    """Names and sizes of an output's files: an output that somebody emptied or cut short is made again."""
+    return {str(p.relative_to(output)): p.stat().st_size for p in sorted(output.rglob("*")) if p.is_file()}
