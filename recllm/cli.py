@@ -27,7 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"recllm {__version__}")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    run = _recipe_verb(verbs, "run", _run, "convert → train → evaluate; stages whose inputs have not changed are skipped")
+    run = _recipe_verb(
+        verbs, "run", _run, "convert → train → evaluate; stages whose inputs have not changed are skipped"
+    )
     run.add_argument("--force", action="store_true", help="run every stage, changed or not")
 
     convert = _recipe_verb(verbs, "convert", _convert, "interactions → dataset/")

@@ -135,8 +135,10 @@ class AdapterSection(Section):
     @model_validator(mode="after")
     def _rank_splits(self) -> "AdapterSection":
         if self.method == "ilora" and self.r % self.num_experts:
-            raise ValueError(f"r={self.r} does not split into num_experts={self.num_experts} equal experts: "
-                             f"take an r that is a multiple of {self.num_experts}")
+            raise ValueError(
+                f"r={self.r} does not split into num_experts={self.num_experts} equal experts: "
+                f"take an r that is a multiple of {self.num_experts}"
+            )
         return self
 
 
@@ -148,7 +150,11 @@ class EvaluateSection(Section):
     batch_size: int = Field(8, ge=1)
     max_examples: int | None = Field(None, ge=1)  # a seeded choice of users; None scores all
     baselines: list[Literal["random", "popularity", "item_to_item", "sasrec", "base_model"]] = [
-        "random", "popularity", "item_to_item", "sasrec", "base_model",
+        "random",
+        "popularity",
+        "item_to_item",
+        "sasrec",
+        "base_model",
     ]
     controls: list[Literal["uniform", "shuffled"]] = ["uniform", "shuffled"]  # of an instance-wise adapter
     adapters: dict[str, str] = {}  # further adapters: name in the report → folder
@@ -277,25 +283,28 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f'override "{override}" has no "=": write section.key=value, e.g. adapter.r=16')
     *parents, last = dotted.split(".")
-    target: Any = document
-    for part in parents:
-        target = _step(target, part, override, make=True)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f'override "{override}": the value is not valid YAML ({error})') from None
-    if isinstance(target, list):
-        target[_index(target, last, override)] = value
-    else:
-        target[last] = value
+    target: Any = document
+    for part in parents:
+        target = _below(target, part, override)
+    if not isinstance(target, list | dict):
+        raise UserError(f'override "{override}": "{last}" is asked of a plain value, there is nothing below it')
+    target[_key(target, last, override)] = value
 
 
-def _step(target: Any, part: str, override: str, make: bool) -> Any:
+def _below(target: Any, part: str, override: str) -> Any:
     if isinstance(target, list):
         return target[_index(target, part, override)]
     if not isinstance(target, dict):
         raise UserError(f'override "{override}": "{part}" is asked of a plain value, there is nothing below it')
-    return target.setdefault(part, {}) if make else target[part]
+    return target.setdefault(part, {})
+
+
+def _key(target: Any, part: str, override: str) -> Any:
+    return _index(target, part, override) if isinstance(target, list) else part
 
 
 def _index(target: list[Any], part: str, override: str) -> int:

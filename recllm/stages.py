@@ -92,7 +92,7 @@ def run(recipe: Recipe, force: bool = False) -> None:
 
 
 def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
-    """The encoder where it is stale, then training (resumed from its last checkpoint): `recllm train`, scripts/train.py.
+    """The encoder where it is stale, then training, resumed from its last checkpoint: what `recllm train` does.
 
     Under `accelerate launch` every rank comes here; the first fits the encoder while the others wait for it.
     """

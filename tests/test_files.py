@@ -1,0 +1,97 @@
+"""Nothing is lost: a killed or failed write leaves the old output as it was."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recllm import files
+from recllm.errors import UserError
+
+
+def _folder(path: Path, text: str, error: Exception | None = None) -> None:
+    with files.replacing_folder(path) as staging:
+        (staging / "a").write_text(text)
+        if error:
+            raise error
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    _folder(tmp_path / "out", "old")
+    _folder(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
+    _folder(tmp_path / "out", "old")
+    with pytest.raises(OSError, match="No space"):
+        _folder(tmp_path / "out", "half", OSError(errno.ENOSPC, "No space left on device"))
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_leaves_the_old_folder(tmp_path: Path) -> None:
+    _folder(tmp_path / "out", "old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from recllm import files\n"
+        "with files.replacing_folder(Path(sys.argv[1])) as staging:\n"
+        "    (staging / 'a').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_a_swap_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder(tmp_path / "out", "old")
+    rename, calls = os.rename, []
+
+    def second_rename_fails(source: str, target: str) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_rename_fails)
+    with pytest.raises(OSError, match="No space"):
+        _folder(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    files.write_json(path, {"a": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path, "a test") == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_broken_json_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text('{\n"a": 1,\n}')
+    with pytest.raises(UserError, match="line 3"):
+        files.read_json(path, "the manifest of a dataset")
+    with pytest.raises(UserError, match="Run the stage"):
+        files.read_json(tmp_path / "absent.json", "the manifest of a dataset")
+
+
+def test_the_hash_of_a_folder_sees_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a").write_text("1")
+    first = files.sha256_of(tmp_path / "x")
+    (tmp_path / "x" / "a").rename(tmp_path / "x" / "b")
+    second = files.sha256_of(tmp_path / "x")
+    (tmp_path / "x" / "b").write_text("2")
+    assert len({first, second, files.sha256_of(tmp_path / "x")}) == 3

@@ -1,0 +1,73 @@
+"""The recipe refuses what it does not know, and says what to do instead."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recllm import assets
+from recllm.errors import UserError
+from recllm.recipe import load_recipe
+
+NAME = "movielens/next_item_ilora"
+
+
+@pytest.mark.parametrize("name", assets.names("recipes"))
+def test_shipped_recipes_load_and_name_what_is_shipped(name: str) -> None:
+    recipe = load_recipe(name)
+    for task in recipe.tasks:
+        assert assets.find("prompts", task.template).is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.rr=1", 'adapter.rr: unknown key "rr", did you mean "r"?'),
+        ("protocol.splt.x=2", 'did you mean "split"?'),
+        ("tasks.0.templte=x", 'did you mean "template"?'),
+        ("zzz=1", "known keys: name"),
+        ("adapter.r=6", "multiple of 4"),
+        ("filter.min_rating=abc", "abc"),
+        ("tasks.7.task=like", "no position in a list of 1"),
+        ("adapter.r", 'has no "="'),
+        ("adapter.r.x=1", "nothing below it"),
+        ("protocol=nowhere", "nowhere"),
+    ],
+)
+def test_a_bad_override_is_an_error_with_a_next_step(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(NAME, [override])
+    assert message in str(error.value)
+
+
+def test_overrides_reach_into_lists_and_protocols() -> None:
+    recipe = load_recipe(NAME, ["tasks.0.dense_window=5", "protocol.candidates.count=7", "train.max_steps=3"])
+    assert (recipe.tasks[0].dense_window, recipe.protocol.candidates.count, recipe.train["max_steps"]) == (5, 7, 3)
+
+
+def test_an_unknown_name_lists_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean"):
+        load_recipe("movielens/next_item_ilra")
+
+
+def test_broken_yaml_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: a\ndata: [1, 2\nseed: 3\n")
+    with pytest.raises(UserError, match="line 3"):
+        load_recipe(path)
+
+
+def test_yaml_is_data_and_never_code(tmp_path: Path) -> None:
+    path = tmp_path / "code.yaml"
+    path.write_text("name: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(path)
+
+
+def test_a_recipe_of_the_user_comes_before_a_shipped_one(tmp_path: Path) -> None:
+    document = yaml.safe_load(assets.find("recipes", NAME).read_text()) | {"name": "mine"}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(document))
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.output == Path("runs/mine")
