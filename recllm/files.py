@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    _tidy(path)
+    staging = _temporary(path, "new")
     try:
         os.chmod(staging, 0o755)  # mkdtemp makes 0700; outputs follow ordinary permissions
         yield staging
@@ -34,11 +37,16 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def _temporary(path: Path, what: str) -> Path:
+    """A folder beside `path` whose name says which process of which host it belongs to."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-{what}-{_host()}-{os.getpid()}-", dir=path.parent))
+
+
 def _swap(staging: Path, path: Path) -> None:
     if not path.exists():
         os.rename(staging, path)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-old-", dir=path.parent))
+    old = _temporary(path, "old")
     os.rename(path, old / path.name)
     try:
         os.rename(staging, path)
@@ -46,6 +54,32 @@ def _swap(staging: Path, path: Path) -> None:
         os.rename(old / path.name, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what killed processes of this host left behind; the old output of one killed in mid-swap comes back."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.tmp-(new|old)-{re.escape(_host())}-(\d+)-")
+    for left in path.parent.iterdir():
+        match = pattern.match(left.name)
+        if match is None or _alive(int(match[2])):
+            continue
+        if match[1] == "old" and not path.exists() and (left / path.name).exists():
+            os.rename(left / path.name, path)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", platform.node())
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -98,9 +98,9 @@ class EncoderSection(Section):
     hidden_size: int = Field(64, ge=1)
     num_layers: int = Field(2, ge=1)
     num_heads: int = Field(2, ge=1)
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.4, ge=0, lt=1)
     learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(32, ge=1)
     max_epochs: int = Field(200, ge=1)
     patience: int = Field(10, ge=1)  # epochs without a better validation ndcg@10
 
@@ -160,19 +160,32 @@ class EvaluateSection(Section):
     adapters: dict[str, str] = {}  # further adapters: name in the report → folder
 
 
+class GivenRows(Section):
+    """A published protocol's rows: JSONL files with a user, the items before the target and the target."""
+
+    valid: str
+    test: str
+    user: str = "user"  # keys of a row
+    history: str = "history"
+    target: str = "target"
+    item_id_offset: int = 0  # added to a row's item ids to get those of the interactions
+
+
 class SplitSection(Section):
     """Which positions are targets of train, valid and test.
 
     leave_one_out: a user's last interaction is test, the one before valid.
     temporal: global cut-offs in time so that the newest `test_fraction` of interactions is test.
     user_holdout: all of a user is train, valid or test. session_holdout: whole sessions, by seeded choice.
+    given: the targets of published rows; a user's later interactions are unused, the others are train.
     """
 
-    method: Literal["leave_one_out", "temporal", "user_holdout", "session_holdout"] = "temporal"
+    method: Literal["leave_one_out", "temporal", "user_holdout", "session_holdout", "given"] = "temporal"
     valid_fraction: float = Field(0.1, gt=0, lt=1)
     test_fraction: float = Field(0.1, gt=0, lt=1)
     targets: Literal["first", "last", "all"] = "first"  # which of a user's valid or test positions are scored
     min_history: int = Field(1, ge=1)  # positions with fewer earlier interactions are no targets
+    given: GivenRows | None = None  # only with method given
 
 
 class CandidatesSection(Section):

@@ -57,11 +57,11 @@ MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content"
 # One row an example. `prompt` may end in an assistant message: the completion then continues it.
 EXAMPLES = pa.schema(
     [
-        pa.field("example_id", pa.string(), nullable=False),  # "<task>/<user_id>/<position>"
+        pa.field("example_id", pa.string(), nullable=False),  # "<task>/<user_id>/<position>", position = history_end
         pa.field("task", pa.string(), nullable=False),
         pa.field("user_index", pa.int32(), nullable=False),
         pa.field("history_end", pa.int32(), nullable=False),  # the gate may read positions [0, history_end)
-        pa.field("timestamp", pa.int64(), nullable=False),  # the cut-off: nothing in the example is newer
+        pa.field("timestamp", pa.int64(), nullable=False),  # of position history_end: nothing seen is newer
         pa.field("prompt", MESSAGES, nullable=False),
         pa.field("completion", MESSAGES, nullable=False),
         pa.field("target", pa.int32(), nullable=False),  # item_index; of a dense window its last item

@@ -46,6 +46,27 @@ def test_a_kill_leaves_the_old_folder(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "out" / "a").read_text() == "old"
+    _folder(tmp_path / "out", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "what the killed process left is swept"
+
+
+def test_a_kill_in_the_middle_of_the_swap_loses_nothing(tmp_path: Path) -> None:
+    _folder(tmp_path / "out", "old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from recllm import files\n"
+        "rename, calls = os.rename, []\n"
+        "def die_at_the_second(a, b):\n"
+        "    calls.append(a)\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    rename(a, b)\n"
+        "os.rename = die_at_the_second\n"
+        "with files.replacing_folder(Path(sys.argv[1])): pass\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OSError, match="full"):
+        _folder(tmp_path / "out", "half", OSError("full"))
+    assert (tmp_path / "out" / "a").read_text() == "old"
 
 
 def test_a_swap_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

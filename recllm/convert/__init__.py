@@ -1,0 +1,1 @@
+"""Sequences of users become instruction examples."""

@@ -1,0 +1,260 @@
+"""The converter's heart: a pure function from a batch of user sequences to a batch of examples.
+
+An Arrow RecordBatch of schema.SEQUENCES and a `Converter` enter; a RecordBatch of schema.EXAMPLES with a further
+column `split` leaves. A user's examples depend on this user's row only: any partitioning gives the same examples.
+Everything is columnar but the Jinja call itself.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recllm import schema
+from recllm.convert.targets import PHRASING_SALT, Ints, Sequences, Targets, find_targets
+from recllm.convert.templates import Template, render_rows
+from recllm.data.candidates import CandidateSampler
+from recllm.data.randomness import mix
+
+OUTPUT = schema.EXAMPLES.append(pa.field("split", pa.string(), nullable=False))
+PIECE = 8192  # examples whose text is in memory at once: about 10 MiB
+HISTORIES = 1 << 20  # items of the histories that candidates are drawn against at a time
+
+Slot = tuple[str, pa.StringArray, npt.NDArray[np.bool_]]  # role, contents (N,), which examples have it (N,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One entry of the recipe's `tasks` with its template. `name` begins the example ids and is unique."""
+
+    name: str
+    task: str
+    template: Template
+    dense_window: int = 0
+    max_train_targets: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Converter:
+    """All that converting needs beside the sequences; travels to worker processes."""
+
+    tasks: tuple[Task, ...]
+    texts: pa.StringArray  # (num_items,) the text of each item
+    sampler: CandidateSampler
+    candidates_seed: int
+    prompt_max_items: int
+    seed: int
+
+
+def convert_batch(batch: pa.RecordBatch, converter: Converter) -> pa.RecordBatch:
+    """All examples of the users in `batch`: (sequences) → (examples and their split).
+
+    For engines that map batches (Ray Data, Spark); `iterate_examples` gives the same rows in bounded pieces.
+    """
+    pieces = [piece for _, _, piece in iterate_examples(batch, converter)]
+    return pa.Table.from_batches(pieces, OUTPUT).combine_chunks().to_batches()[0] if pieces else _nothing()
+
+
+def _nothing() -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in OUTPUT], schema=OUTPUT)
+
+
+def iterate_examples(batch: pa.RecordBatch, converter: Converter) -> Iterator[tuple[str, str, pa.RecordBatch]]:
+    """(split, task name, at most PIECE of their examples) over splits, tasks and users, in this order."""
+    sequences = Sequences.of(batch)
+    for split, code in schema.SPLIT_CODES.items():
+        for task in converter.tasks:
+            targets = find_targets(
+                sequences,
+                code,
+                dense_window=task.dense_window,
+                needs_action=task.task == "like",
+                max_train_targets=task.max_train_targets,
+                seed=converter.seed,
+            )
+            for part in targets.pieces(PIECE):
+                yield split, task.name, _examples(_Piece(sequences, part, task, split, converter))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Examples of one task and split that are made together. N is their number."""
+
+    sequences: Sequences
+    targets: Targets
+    task: Task
+    split: str
+    converter: Converter
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def begin(self) -> Ints:
+        """(N,) where the example's user begins in the flat arrays."""
+        return self.sequences.offsets[self.targets.row]
+
+    def texts(self, flat: Ints) -> pa.StringArray:
+        """Item texts at flat positions."""
+        return self.converter.texts.take(pa.array(self.sequences.items[flat]))
+
+    def draw(self, salt: int) -> npt.NDArray[np.uint64]:
+        """(N,) random keys of the examples, one set a salt."""
+        user_key = self.sequences.user_key[self.targets.row]
+        return mix(self.converter.seed, salt, user_key, self.targets.start)
+
+
+def _examples(piece: _Piece) -> pa.RecordBatch:
+    sequences, targets, task = piece.sequences, piece.targets, piece.task
+    first, last = piece.begin + targets.start, piece.begin + targets.stop - 1
+    target = sequences.items[last]
+    label = _labels(sequences, last) if task.task == "like" else None
+    candidates = None
+    if piece.split != "train" or task.task == "next_item_among":
+        candidates = draw_candidates(sequences, targets, target, piece.converter)
+    columns = {
+        "example_id": _ids(piece),
+        "task": _repeat(task.task, len(piece)),
+        "user_index": pa.array(sequences.user_index[targets.row]),
+        "history_end": pa.array(targets.start.astype(np.int32)),
+        "timestamp": pa.array(sequences.timestamps[first]),  # of a window its beginning: the gate's cut-off
+        "prompt": _prompt(piece, candidates),
+        "completion": _completion(piece, label),
+        "target": pa.array(target),
+        "candidates": pa.nulls(len(piece), pa.list_(pa.int32())) if candidates is None else _lists(candidates),
+        "label": pa.nulls(len(piece), pa.string()) if label is None else label,
+        "split": _repeat(piece.split, len(piece)),
+    }
+    return pa.RecordBatch.from_arrays([columns[name] for name in OUTPUT.names], schema=OUTPUT)
+
+
+def draw_candidates(
+    sequences: Sequences, targets: Targets, target: npt.NDArray[np.int32], converter: Converter
+) -> npt.NDArray[np.int32]:
+    """(N, count) item indices, the target among them, nothing else of the user's whole sequence.
+
+    Keyed by (candidates.seed, user, position): the tasks of a recipe share the candidates of a position.
+    """
+    keys = mix(converter.candidates_seed, sequences.user_key[targets.row], targets.stop - 1)
+    begin, end = sequences.offsets[targets.row], sequences.offsets[targets.row + 1]
+    drawn = []
+    cuts = np.flatnonzero(np.diff(np.cumsum(end - begin) // HISTORIES)) + 1  # few examples at a time of a long user
+    for part in np.split(np.arange(len(targets)), cuts):
+        offsets, flat = _ranges(begin[part], end[part])
+        drawn.append(converter.sampler.draw(keys[part], target[part], offsets, sequences.items[flat]))
+    return np.concatenate(drawn)
+
+
+def _ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Offsets (N + 1,) and the flat indices begin[0]..end[0]-1, begin[1]..end[1]-1, …"""
+    lengths = end - begin
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return offsets, np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+
+
+def _ids(piece: _Piece) -> pa.StringArray:
+    users = piece.sequences.user_id.take(pa.array(piece.targets.row))
+    positions = pa.array(piece.targets.start).cast(pa.string())
+    return pc.binary_join_element_wise(piece.task.name, users, positions, "/")
+
+
+def _repeat(text: str, count: int) -> pa.StringArray:
+    return pa.array([text]).take(pa.array(np.zeros(count, np.int32)))
+
+
+def _lists(matrix: npt.NDArray[np.int32]) -> pa.ListArray:
+    rows, count = matrix.shape
+    return pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * count), pa.array(matrix.ravel()))
+
+
+def _labels(sequences: Sequences, flat: Ints) -> pa.StringArray:
+    assert sequences.actions is not None  # the pipeline refuses the task like without actions
+    return sequences.actions.take(pa.array(flat))
+
+
+def _joined(texts: pa.StringArray, offsets: Ints) -> pa.StringArray:
+    """Consecutive `texts` joined by newline: (sum of lengths,) → (N,)."""
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), texts), "\n")
+
+
+def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListArray:
+    """Chat messages: (system,) user, and for what continues a dense list the unfinished answer."""
+    phrasings, dense = piece.task.template.phrasings, piece.task.dense_window > 0
+    choice = (piece.draw(PHRASING_SALT) % np.uint64(len(phrasings))).astype(np.int64)
+    end = piece.begin + piece.targets.start
+    shown = _ranges(np.maximum(end - piece.converter.prompt_max_items, piece.begin), end)
+    variables = {} if dense else _variables(piece, candidates, *shown)
+    users = _render([(p.window if dense else p.user) or "" for p in phrasings], choice, variables)
+    slots: list[Slot] = [("user", users, np.ones(len(piece), bool))]
+    if any(p.system is not None for p in phrasings):
+        systems = _render([p.system or "" for p in phrasings], choice, variables)
+        slots.insert(0, ("system", systems, np.array([p.system is not None for p in phrasings])[choice]))
+    if dense and piece.split != "train":
+        begun = pc.binary_join_element_wise(_joined(piece.texts(shown[1]), shown[0]), "", "\n")
+        slots.append(("assistant", begun, np.diff(shown[0]) > 0))
+    return _messages(slots)
+
+
+def _render(sources: list[str], choice: Ints, variables: dict[str, list[Any]]) -> pa.StringArray:
+    if not variables:  # constant texts are rendered once
+        return pa.array(render_rows(sources, range(len(sources)), {}), pa.string()).take(pa.array(choice))
+    return pa.array(render_rows(sources, choice.tolist(), variables), pa.string())
+
+
+def _variables(
+    piece: _Piece, candidates: npt.NDArray[np.int32] | None, offsets: Ints, flat: Ints
+) -> dict[str, list[Any]]:
+    """The template variables of templates.VARIABLES, one value an example. The shown items lie at `flat`."""
+    texts = piece.texts(flat)
+    variables: dict[str, list[Any]] = {
+        "history": _joined(texts, offsets).to_pylist(),
+        "num_history": np.diff(offsets).tolist(),
+    }
+    if piece.task.task == "like":
+        answered = _answered(texts, _labels(piece.sequences, flat), piece.task.template.answers)
+        variables["answered_history"] = _joined(answered, offsets).to_pylist()
+        variables["target"] = piece.texts(piece.begin + piece.targets.start).to_pylist()
+    if piece.task.task == "next_item_among" and candidates is not None:
+        rows, count = candidates.shape
+        listed = piece.converter.texts.take(pa.array(candidates.ravel()))
+        variables["candidates"] = _joined(listed, np.arange(rows + 1) * count).to_pylist()
+        variables["num_candidates"] = [count] * rows
+    return variables
+
+
+def _answered(texts: pa.StringArray, labels: pa.StringArray, answers: dict[str, str]) -> pa.StringArray:
+    """ "Heat (1995): Yes"; an item without a label stands alone."""
+    return pc.coalesce(pc.binary_join_element_wise(texts, _words(labels, answers), ": "), texts)
+
+
+def _words(labels: pa.StringArray, answers: dict[str, str]) -> pa.StringArray:
+    return pa.array(list(answers.values())).take(pc.index_in(labels, pa.array(list(answers))))
+
+
+def _completion(piece: _Piece, label: pa.StringArray | None) -> pa.ListArray:
+    """One assistant message. Titles of a dense list end in a newline each, an ordinary answer has none."""
+    if label is not None:
+        text = _words(label, piece.task.template.answers)
+    else:
+        offsets, flat = _ranges(piece.begin + piece.targets.start, piece.begin + piece.targets.stop)
+        text = _joined(piece.texts(flat), offsets)
+        if piece.task.dense_window:
+            text = pc.binary_join_element_wise(text, "", "\n")
+    return _messages([("assistant", text, np.ones(len(piece), bool))])
+
+
+def _messages(slots: list[Slot]) -> pa.ListArray:
+    """Lists of {role, content}: each example has the messages of its present slots, in the order of the slots."""
+    present = np.stack([mask for _, _, mask in slots], axis=1)  # (N, slots)
+    offsets = np.concatenate([[0], np.cumsum(present.sum(axis=1))]).astype(np.int32)
+    rows, slot = np.nonzero(present)
+    contents = slots[0][1]
+    if len(slots) > 1:
+        contents = pa.concat_arrays([content for _, content, _ in slots]).take(pa.array(slot * len(present) + rows))
+    roles = pa.array([role for role, _, _ in slots]).take(pa.array(slot))
+    values = pa.StructArray.from_arrays([roles, contents], fields=list(schema.MESSAGES.value_type))
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=schema.MESSAGES)

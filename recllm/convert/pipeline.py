@@ -1,0 +1,312 @@
+"""The local engine: a recipe becomes dataset/, streamed over all cores.
+
+A `Recipe` enters; sequences.parquet, items.parquet, {train,valid,test}/part-*.parquet and manifest.json leave, in one
+step: the folder appears complete or not at all. The bytes depend on the recipe and its inputs only, not on the number
+of workers: shards are cut by user and each is written by one worker.
+"""
+
+import contextlib
+import errno
+import itertools
+import multiprocessing
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+import recllm
+from recllm import files, schema
+from recllm.convert.examples import Converter, Task, iterate_examples
+from recllm.convert.templates import load_template
+from recllm.convert.titles import item_texts, tokenizer_special_tokens
+from recllm.data.candidates import CandidateSampler
+from recllm.data.sequences import Prepared, prepare
+from recllm.errors import UserError
+from recllm.recipe import Recipe
+
+SHARD_POSITIONS = 1 << 17  # interactions of a shard, and at most one user's more: tens of MiB of examples
+IN_FLIGHT = 2  # shards handed out for each worker: bounds what waits in memory
+DICTIONARY = ["task", "label", "prompt.list.element.role", "completion.list.element.role"]
+DENSE_DICTIONARY = [*DICTIONARY, "prompt.list.element.content"]
+
+
+def convert(recipe: Recipe, output: Path, workers: int | None = None) -> dict[str, Any]:
+    """Write the dataset of `recipe` to the folder `output` and return its manifest.
+
+    Args:
+        recipe: the run; its templates are loaded and checked before any data is read.
+        output: replaced when the new dataset is complete, untouched otherwise.
+        workers: processes; None takes every core that this process may use. 1 works in this process.
+
+    Raises:
+        UserError: anything wrong with recipe, templates or data; an empty split; a full disk.
+    """
+    tasks = load_tasks(recipe)
+    with _disk_errors(output):
+        prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed)
+        check_labels(prepared.sequences, tasks)
+        converter = make_converter(recipe, prepared, tasks)
+        with files.replacing_folder(output) as folder:
+            written = _write_examples(prepared.sequences, converter, folder, workers or available_cores())
+            _check_not_empty(written, tasks)
+            _write_sequences(prepared.sequences, folder / "sequences.parquet")
+            items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
+            pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
+            manifest = _manifest(recipe, prepared, converter, written)
+            files.write_json(folder / "manifest.json", manifest)
+    print(summary(manifest, output))
+    return manifest
+
+
+@contextlib.contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk of {output} is full: the old dataset is untouched. Make room or write to another folder"
+        ) from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a converting process was killed, most likely for want of memory: the old dataset is untouched. "
+            "Take fewer workers"
+        ) from error
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
+    """The recipe's tasks with their templates. A task that occurs again is called next_item.2 in example ids."""
+    seen: Counter[str] = Counter()
+    tasks = []
+    for entry in recipe.tasks:
+        if entry.dense_window == 1 or (entry.dense_window and entry.task != "next_item"):
+            raise UserError(
+                f"task {entry.task} has dense_window={entry.dense_window}: windows of 2 and more titles are for "
+                "next_item, other tasks need 0"
+            )
+        seen[entry.task] += 1
+        name = entry.task if seen[entry.task] == 1 else f"{entry.task}.{seen[entry.task]}"
+        template = load_template(entry.template, entry.task, dense=entry.dense_window > 0)
+        tasks.append(Task(name, entry.task, template, entry.dense_window, entry.max_train_targets))
+    return tuple(tasks)
+
+
+def check_labels(sequences: pl.DataFrame, tasks: Iterable[Task]) -> None:
+    """Refuse the task like for a log without actions, or with actions that the template has no words for."""
+    like = [task for task in tasks if task.task == "like"]
+    if not like:
+        return
+    found = set(sequences.get_column("actions").explode().drop_nulls().unique())
+    if not found:
+        raise UserError(
+            "the task like needs actions and the interactions have none: set filter.like_at to the rating from "
+            "which an interaction counts as like, or map a column to `action`"
+        )
+    for task in like:
+        unknown = sorted(found - set(task.template.answers))
+        if unknown:
+            raise UserError(
+                f'the interactions hold the action "{unknown[0]}", the template "{task.template.name}" answers '
+                f"{', '.join(task.template.answers)}: filter it out or add it to the template's answers"
+            )
+
+
+def make_converter(recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...]) -> Converter:
+    """Render the items and set up the candidates."""
+    special_tokens = tokenizer_special_tokens(recipe.model.name_or_path)
+    return Converter(
+        tasks=tasks,
+        texts=pa.array(item_texts(prepared.items, recipe.prompt.item, special_tokens), pa.string()),
+        sampler=CandidateSampler(prepared.items.height, prepared.train_counts, recipe.protocol.candidates),
+        candidates_seed=recipe.protocol.candidates.seed,
+        prompt_max_items=recipe.prompt.max_items,
+        seed=recipe.seed,
+    )
+
+
+def shards(sequences: pl.DataFrame, positions: int = SHARD_POSITIONS) -> list[tuple[int, int]]:
+    """(first row, rows) of consecutive users with at most `positions` interactions, and one user's overhang."""
+    ends = sequences.get_column("items").list.len().to_numpy().astype(np.int64).cumsum()
+    cuts = np.flatnonzero(np.diff((ends - 1) // positions)) + 1
+    begins = np.concatenate([[0], cuts, [len(ends)]])
+    return [(int(a), int(b - a)) for a, b in itertools.pairwise(begins) if b > a]
+
+
+def to_batch(sequences: pl.DataFrame) -> pa.RecordBatch:
+    """Polars rows as one RecordBatch of schema.SEQUENCES."""
+    table = sequences.select(schema.SEQUENCES.names).rechunk().to_arrow().cast(schema.SEQUENCES)
+    return table.combine_chunks().to_batches()[0]
+
+
+def _write_examples(sequences: pl.DataFrame, converter: Converter, folder: Path, workers: int) -> Counter[str]:
+    """Write every shard; return the examples of each "split/task name"."""
+    for split in schema.SPLITS:
+        (folder / split).mkdir()
+    jobs = [
+        (number, sequences.slice(begin, rows), str(folder)) for number, (begin, rows) in enumerate(shards(sequences))
+    ]
+    written: Counter[str] = Counter()
+    with tqdm(total=sequences.height, unit="user", desc="convert", leave=False) as progress:
+        for (_, part, _), counts in zip(jobs, _run(jobs, converter, min(workers, len(jobs)))):
+            written.update(counts)
+            progress.update(part.height)
+    for split in schema.SPLITS:  # a shard without examples of a split leaves no file: close the gaps
+        for number, path in enumerate(sorted((folder / split).iterdir())):
+            path.rename(path.with_name(f"part-{number:05d}.parquet"))
+    return written
+
+
+def _run(jobs: list[tuple[int, pl.DataFrame, str]], converter: Converter, workers: int) -> Iterator[Counter[str]]:
+    """Results in the order of the jobs, at most IN_FLIGHT shards a worker under way."""
+    if workers <= 1:
+        for number, part, folder in jobs:
+            yield write_shard(number, to_batch(part), folder, converter)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of Polars' threads
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
+    waiting: deque[Future[Counter[str]]] = deque()
+    try:
+        for number, part, folder in jobs:
+            waiting.append(pool.submit(_write_shard_in_worker, number, to_batch(part), folder))
+            if len(waiting) >= IN_FLIGHT * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_converter: Converter | None = None  # set once in each worker process, so that it is not sent with every shard
+
+
+def _start_worker(converter: Converter) -> None:
+    global _worker_converter
+    _worker_converter = converter
+    pa.set_cpu_count(1)  # one process a core: no threads on top
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed run leaves no orphans: the pool itself would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_shard_in_worker(number: int, batch: pa.RecordBatch, folder: str) -> Counter[str]:
+    assert _worker_converter is not None
+    return write_shard(number, batch, folder, _worker_converter)
+
+
+def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Converter) -> Counter[str]:
+    """Convert one shard into folder/{train,valid,test}/part-NUMBER.parquet, a row group a piece; count examples."""
+    counts: Counter[str] = Counter()
+    dense = any(task.dense_window for task in converter.tasks)
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, pq.ParquetWriter] = {}
+        for split, task, examples in iterate_examples(batch, converter):
+            if split not in writers:
+                writers[split] = stack.enter_context(
+                    pq.ParquetWriter(
+                        Path(folder) / split / f"part-{number:05d}.parquet",
+                        schema.EXAMPLES,
+                        compression="zstd",
+                        compression_level=1,
+                        use_dictionary=DENSE_DICTIONARY if dense else DICTIONARY,
+                        write_statistics=["user_index", "timestamp"],
+                    )
+                )
+            writers[split].write_batch(examples.select(schema.EXAMPLES.names))
+            counts[f"{split}/{task}"] += examples.num_rows
+    return counts
+
+
+def _check_not_empty(written: Counter[str], tasks: tuple[Task, ...]) -> None:
+    for split in schema.SPLITS:
+        for task in tasks:
+            if not written[f"{split}/{task.name}"]:
+                raise UserError(
+                    f"the split {split} has no example of the task {task.name}: at least one is needed. Change "
+                    "protocol.split (fractions, min_history) or filter less"
+                )
+
+
+def _write_sequences(sequences: pl.DataFrame, path: Path) -> None:
+    with pq.ParquetWriter(path, schema.SEQUENCES, compression="zstd") as writer:
+        for begin, rows in shards(sequences, 8 * SHARD_POSITIONS):
+            writer.write_batch(to_batch(sequences.slice(begin, rows)))
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Polars' large strings as ordinary ones, and the promised columns as schema.ITEMS has them."""
+    fields = []
+    for field in table.schema:
+        plain = pa.string() if pa.types.is_large_string(field.type) or field.type == pa.string_view() else field.type
+        fields.append(schema.ITEMS.field(field.name) if field.name in schema.ITEMS.names else field.with_type(plain))
+    return table.cast(pa.schema(fields))
+
+
+def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written: Counter[str]) -> dict[str, Any]:
+    colliding = _colliding(converter.texts)
+    return {
+        "recllm_version": recllm.__version__,
+        "recipe": recipe.model_dump(mode="json"),
+        "templates": [_provenance(task) for task in converter.tasks],
+        "inputs": prepared.inputs,
+        "items_sha256": schema.vocabulary_sha256(prepared.items.get_column(schema.ITEM_ID)),
+        "counts": {**prepared.counts, "colliding_texts": colliding, "examples": dict(sorted(written.items()))},
+        "split": prepared.split,
+        "audit": prepared.audit,
+        "seeds": {"recipe": recipe.seed, "candidates": recipe.protocol.candidates.seed},
+        "history_max_items": recipe.history.max_items,
+        "prompt_max_items": recipe.prompt.max_items,
+    }
+
+
+def _provenance(task: Task) -> dict[str, Any]:
+    template = task.template
+    entry = {"task": task.task, "template": template.name, "id": template.id, "sha256": template.sha256}
+    return entry | ({"answers": template.answers} if template.answers else {})
+
+
+def _colliding(texts: pa.StringArray) -> int:
+    """Items whose text another item has too."""
+    counts = pc.value_counts(texts).field("counts")
+    return int(pc.sum(pc.if_else(pc.greater(counts, 1), counts, 0)).as_py() or 0)
+
+
+def summary(manifest: dict[str, Any], output: Path) -> str:
+    """A few plain lines: what was written, the leakage audit, and what to be wary of."""
+    counts, audit = manifest["counts"], dict(manifest["audit"])
+    warnings = list(audit.pop("warnings", []))
+    if counts["colliding_texts"]:
+        warnings.append(
+            f"{counts['colliding_texts']} items share their text with another item, so the model cannot tell them "
+            "apart: write more into prompt.item"
+        )
+    lines = [f"{output}: {counts['interactions']} interactions, {counts['users']} users, {counts['items']} items"]
+    lines += [f"  {name}: {number} examples" for name, number in counts["examples"].items()]
+    lines += [f"  audit: {name} {_short(value)}" for name, value in audit.items() if value is not None]
+    return "\n".join([*lines, *(f"  warning: {text}" for text in warnings)])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, float) else str(value)

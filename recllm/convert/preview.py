@@ -1,0 +1,68 @@
+"""Rendered examples to look at before anything is written.
+
+A `Recipe` enters; text leaves: the first training and test examples of each task with their token counts.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from recllm.convert.examples import iterate_examples
+from recllm.convert.pipeline import check_labels, load_tasks, make_converter, shards, to_batch
+from recllm.data.sequences import prepare
+from recllm.recipe import Recipe
+
+Message = dict[str, str]
+TokenCounter = Callable[[list[Message], list[Message]], tuple[int, int]]  # (prompt, completion) → their tokens
+USERS = 4096  # interactions converted at a time until enough examples are found
+
+
+def preview(recipe: Recipe, count: int, count_tokens: TokenCounter | None = None) -> str:
+    """The first `count` examples of train and of test for every task, as text; nothing is written.
+
+    Args:
+        recipe: the run.
+        count: examples of each task and split.
+        count_tokens: tokens of a prompt and of its completion; the caller has the tokenizer. None prints characters.
+
+    Raises:
+        UserError: as `recllm.convert.pipeline.convert`.
+    """
+    tasks = load_tasks(recipe)
+    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed)
+    check_labels(prepared.sequences, tasks)
+    converter = make_converter(recipe, prepared, tasks)
+    shown: dict[tuple[str, str], list[str]] = {(split, t.name): [] for split in ("train", "test") for t in tasks}
+    for begin, rows in shards(prepared.sequences, USERS):
+        for split, task, examples in iterate_examples(to_batch(prepared.sequences.slice(begin, rows)), converter):
+            blocks = shown.get((split, task))
+            if blocks is not None and len(blocks) < count:
+                wanted = examples.slice(0, count - len(blocks)).to_pylist()
+                blocks += [_block(split, example, converter.texts, count_tokens) for example in wanted]
+        if all(len(blocks) >= count for blocks in shown.values()):
+            break
+    return "\n\n".join(block for blocks in shown.values() for block in blocks)
+
+
+def _block(split: str, example: dict[str, Any], texts: Any, count_tokens: TokenCounter | None) -> str:
+    """One example: where it stands, its messages, its candidates, its length."""
+    lines = [f"=== {split} {example['example_id']} ==="]
+    for message in example["prompt"]:
+        lines += [f"[prompt: {message['role']}]", message["content"]]
+    for message in example["completion"]:
+        lines += [f"[completion: {message['role']}]", message["content"]]
+    if example["label"] is not None:
+        lines.append(f"[label] {example['label']}")
+    if example["candidates"] is not None:
+        lines.append("[candidates] " + " | ".join(texts[item].as_py() for item in example["candidates"]))
+    lines.append(f"[gate] reads the {example['history_end']} earlier items (at most history.max_items)")
+    return "\n".join([*lines, _length(example, count_tokens)])
+
+
+def _length(example: dict[str, Any], count_tokens: TokenCounter | None) -> str:
+    parts = Counter({side: sum(len(m["content"]) for m in example[side]) for side in ("prompt", "completion")})
+    unit = "characters"
+    if count_tokens is not None:
+        parts["prompt"], parts["completion"] = count_tokens(example["prompt"], example["completion"])
+        unit = "tokens"
+    return f"[length] prompt {parts['prompt']} {unit}, completion {parts['completion']} {unit}"

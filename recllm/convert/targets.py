@@ -1,0 +1,137 @@
+"""Which positions of the users' sequences become examples.
+
+A batch of sequences and a task enter; `Targets` leave: for each example its row and the positions that it predicts.
+No text is made here. Every random choice hangs on (seed, user, position), never on the order of rows.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from recllm import schema
+from recllm.data.randomness import mix
+
+TARGET_SALT, PHRASING_SALT = 1, 2  # keep the random choices of one position independent
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """A batch of schema.SEQUENCES as flat arrays: those of user u lie in [offsets[u], offsets[u + 1])."""
+
+    offsets: Ints  # (U + 1,)
+    items: npt.NDArray[np.int32]
+    timestamps: Ints
+    splits: npt.NDArray[np.int8]
+    actions: pa.StringArray | None
+    user_index: npt.NDArray[np.int32]  # (U,)
+    user_key: npt.NDArray[np.uint64]  # (U,)
+    user_id: pa.StringArray  # (U,)
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> "Sequences":
+        """Views into `batch`; nothing but the offsets is copied."""
+        lengths = batch.column("items").value_lengths().to_numpy(zero_copy_only=False)
+        actions = batch.column("actions")
+        return cls(
+            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+            items=_flat(batch, "items"),
+            timestamps=_flat(batch, "timestamps"),
+            splits=_flat(batch, "splits"),
+            actions=None if actions.null_count else actions.flatten(),
+            user_index=batch.column("user_index").to_numpy(),
+            user_key=batch.column("user_key").to_numpy(),
+            user_id=batch.column(schema.USER_ID),
+        )
+
+
+def _flat(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
+    return batch.column(name).flatten().to_numpy(zero_copy_only=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """Examples to be: row of the batch, and positions [start, stop) of that user's sequence that are predicted.
+
+    The gate and the prompt see positions before `start` only.
+    """
+
+    row: Ints
+    start: Ints
+    stop: Ints
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, chosen: npt.NDArray[Any] | slice) -> "Targets":
+        """The chosen examples, in the given order."""
+        return Targets(self.row[chosen], self.start[chosen], self.stop[chosen])
+
+    def pieces(self, size: int) -> Iterator["Targets"]:
+        """Slices of at most `size` examples, so that the text of a long batch never lies in memory at once."""
+        for begin in range(0, len(self), size):
+            yield self.take(slice(begin, begin + size))
+
+
+def find_targets(
+    sequences: Sequences,
+    split: int,
+    *,
+    dense_window: int = 0,
+    needs_action: bool = False,
+    max_train_targets: int | None = None,
+    seed: int = 0,
+) -> Targets:
+    """The examples of one split (schema.TRAIN, VALID or TEST), by user and position.
+
+    Training: every TRAIN position with an earlier item, or windows if `dense_window` > 0. Otherwise: every position
+    with the split's code. `max_train_targets` keeps a seeded choice of a user's training examples.
+    """
+    wanted = sequences.splits == split
+    if needs_action and sequences.actions is not None:
+        wanted &= sequences.actions.is_valid().to_numpy(zero_copy_only=False)
+    flat = np.flatnonzero(wanted)
+    row = np.searchsorted(sequences.offsets, flat, side="right") - 1
+    position = flat - sequences.offsets[row]
+    if split != schema.TRAIN:
+        return Targets(row, position, position + 1)
+    found = _windows(row, position, dense_window) if dense_window else _single(row, position)
+    return found if max_train_targets is None else _choose(found, sequences.user_key, max_train_targets, seed)
+
+
+def _single(row: Ints, position: Ints) -> Targets:
+    kept = position >= 1
+    return Targets(row[kept], position[kept], position[kept] + 1)
+
+
+def _windows(row: Ints, position: Ints, size: int) -> Targets:
+    """Tile each run of consecutive positions from its newest end backwards; the oldest window may be shorter.
+
+    A window has at least two titles: a single left-over is the oldest item of its run, and dropped.
+    """
+    if not len(row):
+        return Targets(row, position, position)
+    breaks = np.flatnonzero((np.diff(row) != 0) | (np.diff(position) != 1)) + 1
+    run_begin = np.concatenate([[0], breaks])
+    run_end = np.concatenate([breaks, [len(row)]])
+    from_end = np.repeat(run_end, run_end - run_begin) - 1 - np.arange(len(row))  # 0 at the newest of a run
+    first = from_end % size == size - 1
+    first[run_begin] = True
+    start = np.flatnonzero(first)
+    length = np.diff(np.concatenate([start, [len(row)]]))
+    start, length = start[length >= 2], length[length >= 2]
+    return Targets(row[start], position[start], position[start] + length)
+
+
+def _choose(targets: Targets, user_key: npt.NDArray[np.uint64], count: int, seed: int) -> Targets:
+    """The `count` examples of each user with the smallest seeded hash, in their old order."""
+    drawn = mix(seed, TARGET_SALT, user_key[targets.row], targets.start)
+    order = np.lexsort((drawn, targets.row))
+    ordered = targets.row[order]
+    rank = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)  # within the user
+    return targets.take(np.sort(order[rank < count]))

@@ -1,0 +1,175 @@
+"""Templates: versioned YAML files of phrasings in Jinja, rendered in a sandbox.
+
+The name or path of a template and a task enter; a `Template` leaves whose phrasings render to chat messages.
+All that can be wrong with a template is found when it is loaded, before any work.
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
+from jinja2 import Template as JinjaTemplate
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recllm import assets, files
+from recllm.errors import UserError
+
+# What a template of each task may use: plain values, so that rendering a row costs a few microseconds.
+VARIABLES: dict[str, dict[str, str]] = {
+    "next_item": {"history": "the last items, oldest first, one a line", "num_history": "how many these are"},
+    "next_item_among": {
+        "history": "the last items, oldest first, one a line",
+        "num_history": "how many these are",
+        "candidates": "the candidates, one a line",
+        "num_candidates": "how many these are",
+    },
+    "like": {
+        "history": "the last items, oldest first, one a line",
+        "answered_history": 'the same, each with its answer: "Heat (1995): Yes"',
+        "num_history": "how many these are",
+        "target": "the item that is asked about",
+    },
+}
+_DUMMY = {"num_history": 2, "num_candidates": 2}
+
+
+class Phrasing(BaseModel):
+    """One wording: the system and user messages, and for dense windows the user message before the list."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    user: str
+    system: str | None = None
+    window: str | None = None  # uses no variables: the list that continues it is the answer
+
+
+class _Document(BaseModel):
+    """The YAML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str  # name@version: raise the version with every change of the text
+    task: str
+    description: str = ""
+    phrasings: list[Phrasing] = Field(min_length=1)
+    answers: dict[str, str] = {}  # closed tasks: label → the words of the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A loaded template. Holds only text, so that it travels to worker processes."""
+
+    name: str
+    id: str
+    task: str
+    sha256: str  # of the file's bytes
+    phrasings: tuple[Phrasing, ...]
+    answers: dict[str, str]
+
+
+def load_template(name: str | Path, task: str, dense: bool = False) -> Template:
+    """Read a template by shipped name or path for a task and check it to the end.
+
+    Raises:
+        UserError: unknown name or key, another task, undefined variable, broken Jinja; `dense` without a `window`.
+    """
+    path = assets.find("prompts", name)
+    document = _read(path)
+    if document.task != task:
+        shipped = [entry for entry in assets.names("prompts") if entry.startswith(f"{task}/")]
+        raise UserError(
+            f'template "{name}" is for the task "{document.task}", the recipe uses it for "{task}": '
+            f"take one of {', '.join(shipped) or 'your own'}"
+        )
+    for number, phrasing in enumerate(document.phrasings):
+        _check(phrasing, task, dense, f'template "{name}", phrasing {number + 1}')
+    if (task == "like") != bool(document.answers):
+        raise UserError(f'template "{name}": `answers` (label: words) belongs to the task like, and only to it')
+    return Template(
+        str(name), document.id, task, files.sha256_of(path), tuple(document.phrasings), dict(document.answers)
+    )
+
+
+def _read(path: Path) -> _Document:
+    try:
+        return _Document.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({error}): mend the template") from None
+    except ValidationError as error:
+        entry = error.errors()[0]
+        place = ".".join(str(part) for part in entry["loc"]) or "the file"
+        known = f"{', '.join(_Document.model_fields)}; in phrasings {', '.join(Phrasing.model_fields)}"
+        raise UserError(f"{path}: {place}: {entry['msg']}. Known keys: {known}") from None
+
+
+def _check(phrasing: Phrasing, task: str, dense: bool, where: str) -> None:
+    known = VARIABLES[task]
+    dummy = {name: _DUMMY.get(name, f"a {name}") for name in known}
+    render(compile_checked(phrasing.user, set(known), where), dummy, where)
+    if phrasing.system is not None:  # also stands before a dense window, which has no variables
+        shown = {} if dense else dummy
+        render(compile_checked(phrasing.system, set(shown), f"{where}, system"), shown, where)
+    if phrasing.window is not None:
+        render(compile_checked(phrasing.window, set(), f"{where}, window"), {}, where)
+    elif dense:
+        raise UserError(f"{where} has no `window` text: dense_window needs one in every phrasing, or set it to 0")
+
+
+@functools.cache
+def environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox: no attribute tricks, nothing mutable, an undefined variable is an error, no HTML escaping."""
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(source: str) -> JinjaTemplate:
+    """Compile once a process."""
+    return environment().from_string(source)
+
+
+def compile_checked(source: str, known: set[str], where: str, kind: str = "variable") -> JinjaTemplate:
+    """Compile `source`; a syntax error or a variable outside `known` is a UserError that names both."""
+    try:
+        used = meta.find_undeclared_variables(environment().parse(source))
+        template = compiled(source)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{where}, line {error.lineno}: {error.message}. Mend the Jinja text") from None
+    for name in sorted(used - known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f'did you mean "{close[0]}"? ' if close else ""
+        raise UserError(f'{where}: "{name}" is no {kind}. {hint}Known: {", ".join(sorted(known)) or "none"}')
+    return template
+
+
+def render(template: JinjaTemplate, variables: Mapping[str, Any], where: str) -> str:
+    """Render with a readable error."""
+    try:
+        return template.render(variables)
+    except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{where}: {error}. Known variables: {', '.join(variables) or 'none'}") from None
+
+
+def render_rows(sources: Sequence[str], choice: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Row i of `columns` rendered with `sources[choice[i]]`: what `Template.render` gives, at a quarter of its time.
+
+    The saving: the variables become the context themselves instead of being copied into a fresh one. Raises UserError
+    where a template fails on a row, such as one that asks for a fifth line of a history of three.
+    """
+    names, shared = list(columns), dict(environment().globals)
+    parts = [(template.root_render_func, template.new_context) for template in map(compiled, sources)]
+    rows = []
+    try:
+        for number, *values in zip(choice, *columns.values(), strict=True):
+            body, new_context = parts[number]
+            rows.append("".join(body(new_context({**shared, **dict(zip(names, values))}, shared=True))))
+    except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"phrasing {sources[number]!r} fails on an example ({error}): make it fit every history"
+        ) from None
+    return rows
