@@ -1,0 +1,1 @@
+"""Behaviour in: readers, sequences, splits, candidates; nothing here needs torch."""

@@ -1,0 +1,180 @@
+"""Opens a dataset folder: what convert wrote, for training, evaluation and serving.
+
+A folder enters; a `Dataset` leaves whose sequences are flat NumPy arrays and whose examples are read split by split.
+Imports without torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recllm import files, schema
+from recllm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """All users' sequences, oldest first; user u owns positions offsets[u]:offsets[u + 1]. U users, P positions."""
+
+    offsets: npt.NDArray[np.int64]  # (U + 1,)
+    items: npt.NDArray[np.int32]  # (P,) item_index
+    timestamps: npt.NDArray[np.int64]  # (P,) seconds since the epoch
+    splits: npt.NDArray[np.int8]  # (P,) schema.UNUSED, TRAIN, VALID or TEST
+    user_ids: pa.ChunkedArray  # (U,) text; user_ids[u].as_py() is one id
+    user_keys: npt.NDArray[np.uint64]  # (U,)
+
+    @property
+    def num_users(self) -> int:
+        """U."""
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder; nothing but the manifest and the items is read before it is asked for."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    items: pa.Table  # item_index, item_id, title, attributes, text
+
+    @classmethod
+    def open(cls, folder: Path) -> "Dataset":
+        """Open what convert wrote.
+
+        Raises:
+            UserError: missing or corrupt file; items.parquet that is not the one of the manifest.
+        """
+        folder = Path(folder)
+        manifest = files.read_json(folder / "manifest.json", "the manifest of a dataset written by `recllm convert`")
+        items = _read(folder / "items.parquet")
+        _require(folder / "items.parquet", items, [*schema.ITEMS.names, "text"])
+        found = schema.vocabulary_sha256(items[schema.ITEM_ID].to_pylist())
+        expected = manifest.get("items_sha256") if isinstance(manifest, dict) else None
+        if found != expected:
+            raise UserError(
+                f"{folder}/items.parquet: vocabulary {found}, but the manifest says {expected}: "
+                "the files come from different runs, convert again"
+            )
+        if not np.array_equal(items["item_index"].to_numpy(), np.arange(items.num_rows)):
+            raise UserError(
+                f"{folder}/items.parquet: item_index is not 0..{items.num_rows - 1} in row order: convert again"
+            )
+        return cls(folder, manifest, items)
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue."""
+        return self.items.num_rows
+
+    @property
+    def vocabulary_sha256(self) -> str:
+        """schema.vocabulary_sha256 of this dataset's item ids; checked when the dataset was opened."""
+        return str(self.manifest["items_sha256"])
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """Rendered item texts in item_index order, as prompts and answers show them."""
+        return self.items["text"].to_pylist()
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Everything that users did, as flat arrays.
+
+        Raises:
+            UserError: missing or corrupt file; lists of unequal length; an item_index outside the vocabulary.
+        """
+        path = self.folder / "sequences.parquet"
+        table = _read(path, ["user_index", "user_id", "user_key", "items", "timestamps", "splits"])
+        if not np.array_equal(table["user_index"].to_numpy(), np.arange(table.num_rows)):
+            raise UserError(f"{path}: user_index is not 0..{table.num_rows - 1} in row order: convert again")
+        offsets, items = _flat(table["items"])
+        (time_offsets, times), (split_offsets, splits) = _flat(table["timestamps"]), _flat(table["splits"])
+        if not (np.array_equal(offsets, time_offsets) and np.array_equal(offsets, split_offsets)):
+            raise UserError(f"{path}: items, timestamps and splits of a user differ in length: convert again")
+        self._check_items(path, items, "items")
+        return Sequences(offsets, items, times, splits, table["user_id"], table["user_key"].to_numpy())
+
+    def history(self, user_index: int, history_end: int, max_items: int) -> npt.NDArray[np.int32]:
+        """Items at positions [0, history_end) of a user, oldest first, at most the last `max_items`; a view.
+
+        Raises:
+            UserError: a user or a position that the sequences do not have.
+        """
+        sequences = self.sequences
+        if not 0 <= user_index < sequences.num_users:
+            raise UserError(f"user_index {user_index} is outside the {sequences.num_users} users of {self.folder}")
+        start, end = sequences.offsets[user_index], sequences.offsets[user_index + 1]
+        if not 0 <= history_end <= end - start:
+            raise UserError(f"history_end {history_end} is outside the {end - start} interactions of user {user_index}")
+        return sequences.items[max(start, start + history_end - max_items) : start + history_end]
+
+    def examples(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Examples of a split in the order of its files, columns of schema.EXAMPLES (memory-mapped).
+
+        Raises:
+            UserError: unknown split, missing or corrupt file, user or item outside the vocabulary.
+        """
+        if split not in schema.SPLITS:
+            raise UserError(f'no split is called "{split}": {", ".join(schema.SPLITS)}')
+        parts = sorted((self.folder / split).glob("*.parquet"))
+        if not parts:
+            raise UserError(f"{self.folder}/{split} holds no parquet file: run `recllm convert` again")
+        wanted = None if columns is None else list(columns)
+        tables = [_read(part, wanted) for part in parts]
+        for part, table in zip(parts, tables):
+            self._check_examples(part, table)
+        return pa.concat_tables(tables)
+
+    def _check_examples(self, path: Path, table: pa.Table) -> None:
+        if "target" in table.column_names:
+            self._check_items(path, table["target"].to_numpy(), "target")
+        if "candidates" in table.column_names and len(flat := pc.list_flatten(table["candidates"])):
+            self._check_items(path, flat.to_numpy(), "candidates")
+        if "user_index" in table.column_names and table.num_rows:
+            lowest, highest = (pc.min_max(table["user_index"])[side].as_py() for side in ("min", "max"))
+            users = self.sequences.num_users
+            if lowest < 0 or highest >= users:
+                wrong = lowest if lowest < 0 else highest
+                raise UserError(
+                    f"{path}: user_index {wrong} is outside the {users} users of sequences.parquet: convert again"
+                )
+
+    def _check_items(self, path: Path, items: npt.NDArray[np.int32], column: str) -> None:
+        if len(items) and (items.min() < 0 or items.max() >= self.num_items):
+            wrong = items.min() if items.min() < 0 else items.max()
+            raise UserError(
+                f"{path}: item_index {wrong} in {column} is outside the vocabulary of {self.num_items} items: "
+                "convert again"
+            )
+
+
+def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            _require(path, file.schema_arrow, columns or [])
+            return file.read(columns=None if columns is None else list(columns))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run `recllm convert` first") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: is no readable parquet file ({str(error).splitlines()[0]}): convert again") from None
+
+
+def _require(path: Path, table: Any, columns: Sequence[str]) -> None:
+    names = table.names if isinstance(table, pa.Schema) else table.column_names
+    if missing := [name for name in columns if name not in names]:
+        raise UserError(f'{path}: no column "{missing[0]}", columns there: {", ".join(names)}: convert again')
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """A list column as (offsets, values), without a Python object a row."""
+    lengths = pc.list_value_length(column).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return offsets, pc.list_flatten(column).to_numpy()

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recllm.data import candidates
+from recllm.data.candidates import CandidateSampler
+from recllm.data.randomness import mix
+from recllm.errors import UserError
+from recllm.recipe import CandidatesSection
+
+
+def sampler(num_items, count, method="uniform", counts=None, seed=0):
+    counts = np.zeros(num_items, dtype=np.int64) if counts is None else counts
+    return CandidateSampler(num_items, counts, CandidatesSection(count=count, method=method, seed=seed))
+
+
+def flat(histories):
+    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
+    return offsets, np.array([item for history in histories for item in history], dtype=np.int32)
+
+
+@st.composite
+def problems(draw):
+    num_items = draw(st.integers(2, 40))
+    count = draw(st.integers(2, num_items))
+    room = num_items - count
+    rows = draw(st.lists(st.permutations(range(num_items)), min_size=1, max_size=12))
+    taken = [draw(st.integers(0, room)) for _ in rows]
+    histories = [row[1 : 1 + size] + row[1 : 1 + size // 2] for row, size in zip(rows, taken)]  # items come again
+    histories = [[*history, row[0]] if draw(st.booleans()) else history for history, row in zip(histories, rows)]
+    method = draw(st.sampled_from(["uniform", "popularity"]))
+    counts = np.array(draw(st.lists(st.sampled_from([0, 1, 1000]), min_size=num_items, max_size=num_items)))
+    return num_items, count, np.array([row[0] for row in rows], dtype=np.int32), histories, method, counts
+
+
+@settings(deadline=None)
+@given(problems(), st.integers(0, 3))
+def test_target_once_no_history_no_repeats_and_any_partition_alike(problem, seed):
+    num_items, count, targets, histories, method, counts = problem
+    sample = sampler(num_items, count, method, counts, seed)
+    keys = mix(7, np.arange(len(targets)))
+    drawn = sample.draw(keys, targets, *flat(histories))
+    assert drawn.shape == (len(targets), count)
+    assert drawn.dtype == np.int32
+    for row, target, history in zip(drawn.tolist(), targets.tolist(), histories):
+        assert row.count(target) == 1
+        assert len(set(row)) == count
+        assert not (set(row) - {target}) & set(history)
+        assert set(row) <= set(range(num_items))
+    for row in reversed(range(len(targets))):  # alone, and in another order
+        alone = sample.draw(keys[[row]], targets[[row]], *flat([histories[row]]))
+        assert alone[0].tolist() == drawn[row].tolist()
+
+
+@pytest.mark.parametrize("method", ["uniform", "popularity"])
+def test_chunks_and_rounds_do_not_change_what_is_drawn(monkeypatch, method):
+    counts = np.arange(300) ** 2
+    histories = [list(range(row % 150)) for row in range(500)]
+    targets = np.array([299 - row % 100 for row in range(500)], dtype=np.int32)
+    keys = mix(1, np.arange(500))
+    sample = sampler(300, 20, method, counts)
+    whole = sample.draw(keys, targets, *flat(histories))
+    monkeypatch.setattr(candidates, "_CHUNK", 7)
+    assert np.array_equal(sample.draw(keys, targets, *flat(histories)), whole)
+
+
+def test_rows_that_run_dry_are_completed(monkeypatch):
+    """Nearly all weight on items of the history: the stream alone would draw for ever."""
+    monkeypatch.setattr(candidates, "_MOST_DRAWS", 2)
+    counts = np.array([10**12] * 10 + [0] * 40)
+    targets = np.full(30, 10, dtype=np.int32)
+    drawn = sampler(50, 40, "popularity", counts).draw(mix(0, np.arange(30)), targets, *flat([list(range(10))] * 30))
+    assert (np.sort(drawn, axis=1) == np.arange(10, 50)).all()
+
+
+def test_uniform_draws_every_allowed_item_alike_and_the_target_stands_anywhere():
+    rows, allowed = 20_000, 10
+    drawn = sampler(12, 4).draw(mix(0, np.arange(rows)), np.zeros(rows, dtype=np.int32), *flat([[11]] * rows))
+    frequency = np.bincount(drawn.ravel(), minlength=12)
+    expected = rows * 3 / allowed
+    assert abs(frequency[1:11] - expected).max() < 5 * np.sqrt(expected)
+    places = np.bincount((drawn == 0).argmax(axis=1), minlength=4)
+    assert abs(places - rows / 4).max() < 5 * np.sqrt(rows / 4)
+
+
+@pytest.mark.parametrize("most_draws", [16, 0])
+def test_popularity_is_successive_sampling(monkeypatch, most_draws):
+    """Two of three items, weights 1 + counts = 6, 3, 1: P(a, b) = 6/10 · 3/4, and so on. Also where rows run dry."""
+    monkeypatch.setattr(candidates, "_MOST_DRAWS", most_draws)
+    rows = 40_000
+    sample = sampler(4, 3, "popularity", np.array([5, 2, 0, 0]))
+    drawn = sample.draw(mix(3, np.arange(rows)), np.full(rows, 3, dtype=np.int32), *flat([[]] * rows))
+    left_out = np.array([(drawn != item).all(axis=1).mean() for item in range(3)])
+    pair = {2: 6 / 10 * 3 / 4 + 3 / 10 * 6 / 7, 1: 6 / 10 * 1 / 4 + 1 / 10 * 6 / 9, 0: 3 / 10 * 1 / 7 + 1 / 10 * 3 / 9}
+    for item, chance in pair.items():
+        assert abs(left_out[item] - chance) < 5 * np.sqrt(chance * (1 - chance) / rows)
+
+
+def test_another_seed_draws_others():
+    arguments = mix(0, np.arange(50)), np.zeros(50, dtype=np.int32), *flat([[]] * 50)
+    assert not np.array_equal(sampler(1000, 20, seed=0).draw(*arguments), sampler(1000, 20, seed=1).draw(*arguments))
+
+
+def test_no_rows():
+    assert sampler(5, 2).draw(mix(0, np.arange(0)), np.zeros(0, dtype=np.int32), *flat([])).shape == (0, 2)
+
+
+def test_more_candidates_than_items():
+    with pytest.raises(UserError, match="count is 20, the catalogue has 19 items: lower"):
+        sampler(19, 20)
+
+
+def test_history_that_leaves_too_few():
+    offsets, items = flat([[0], [0, 1, 2, 3, 3, 2]])
+    with pytest.raises(UserError, match=r"the user had 5 of the 8 items, which leaves 3 for the 4 other candidates"):
+        sampler(8, 5).draw(mix(0, np.arange(2)), np.array([1, 4], dtype=np.int32), offsets, items)
+    assert sampler(8, 4).draw(mix(0, np.arange(2)), np.array([1, 4], dtype=np.int32), offsets, items).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("target", "history", "name"), [(8, 0, "target item_index 8"), (0, -1, "history item_index -1")]
+)
+def test_items_outside_the_catalogue(target, history, name):
+    with pytest.raises(UserError, match=f"{name} is outside the catalogue of 8 items"):
+        sampler(8, 2).draw(mix(0, np.arange(1)), np.array([target], dtype=np.int32), *flat([[history]]))

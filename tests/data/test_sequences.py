@@ -1,0 +1,215 @@
+import random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recllm import schema
+from recllm.data.randomness import text_keys
+from recllm.errors import UserError
+from recllm.recipe import FilterSection, SplitSection
+
+ANY = SplitSection(method="leave_one_out")
+ITEMS = [{"item_id": item, "title": f"Film {item}"} for item in "abcdef"]
+
+
+def sequences_of(prepared):
+    """user id → item ids, oldest first."""
+    names = prepared.items["item_id"].to_list()
+    return {
+        row["user_id"]: "".join(names[item] for item in row["items"])
+        for row in prepared.sequences.iter_rows(named=True)
+    }
+
+
+def test_one_sequence_a_user_oldest_first(prepare_rows, log_of):
+    rows = log_of("cab", "bacd")
+    prepared = prepare_rows(rows[::-1], ITEMS)
+    assert sequences_of(prepared) == {"1": "cab", "2": "bacd"}
+    assert prepared.sequences.columns == schema.SEQUENCES.names
+    first = prepared.sequences.row(0, named=True)
+    assert (first["user_index"], first["timestamps"], first["actions"], first["sessions"]) == (0, [1, 2, 3], None, None)
+    assert first["user_key"] == text_keys(["1"])[0]
+    prepared.sequences.to_arrow().cast(schema.SEQUENCES)
+    assert prepared.counts["interactions"] == 7
+    assert prepared.counts["users"] == 2
+
+
+def test_items_without_interactions_stay_in_the_catalogue(prepare_rows, log_of):
+    prepared = prepare_rows(log_of("abc"), ITEMS[::-1])
+    assert prepared.items["item_id"].to_list() == list("abcdef")
+    assert prepared.items["item_index"].to_list() == list(range(6))
+    assert prepared.train_counts.tolist() == [1, 0, 0, 0, 0, 0]  # a is train, b valid, c test
+
+
+def test_ids_are_ordered_as_numbers_where_they_are_numbers(prepare_rows):
+    rows = [
+        {"user_id": user, "item_id": item, "timestamp": t}
+        for user in (10, 9, "x")
+        for t, item in enumerate((10, 9, "x"))
+    ]
+    prepared = prepare_rows(rows)
+    assert prepared.sequences["user_id"].to_list() == ["9", "10", "x"]
+    assert prepared.items["item_id"].to_list() == ["9", "10", "x"]
+
+
+TIED = st.lists(
+    st.fixed_dictionaries(
+        {
+            "user_id": st.sampled_from("uvw"),
+            "item_id": st.sampled_from("abcdef"),
+            "timestamp": st.sampled_from([1, 1.25, 2]),
+            "session_id": st.sampled_from("st"),
+            "action": st.sampled_from(["view", "buy"]),
+        }
+    ),
+    max_size=25,
+)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TIED, st.randoms(use_true_random=False))
+def test_row_order_never_changes_anything(prepare_rows, rows, shuffler):
+    whole = [{"user_id": "z", "item_id": item, "timestamp": 5, "session_id": "s", "action": "buy"} for item in "abc"]
+    rows = rows + whole
+    shuffled = rows.copy()
+    shuffler.shuffle(shuffled)
+    one, two = prepare_rows(rows, ITEMS), prepare_rows(shuffled, shuffler.sample(ITEMS, len(ITEMS)))
+    assert one.sequences.equals(two.sequences)
+    assert one.items.equals(two.items)
+    assert one.audit == two.audit
+    assert np.array_equal(one.train_counts, two.train_counts)
+
+
+def test_ties_are_drawn_by_lot_for_each_user_and_seed(prepare_rows):
+    rows = [{"user_id": str(user), "item_id": item, "timestamp": 1} for user in range(600) for item in "abc"]
+    ordered = sequences_of(prepare_rows(rows, ITEMS))
+    orders = [list(ordered.values()).count(order) for order in ("abc", "acb", "bac", "bca", "cab", "cba")]
+    assert sum(orders) == 600
+    assert max(abs(count - 100) for count in orders) < 5 * np.sqrt(100)
+    assert sequences_of(prepare_rows(rows, ITEMS, seed=1)) != ordered
+    few = [row for row in rows if row["user_id"] in ("3", "77")]  # the lot of a user does not hang on other users
+    assert sequences_of(prepare_rows(few, ITEMS)) == {user: ordered[user] for user in ("3", "77")}
+
+
+def test_fractions_of_a_second_are_no_ties(prepare_rows):
+    rows = [{"user_id": str(u), "item_id": i, "timestamp": 100 + n} for u in range(50) for n, i in enumerate("fedcba")]
+    prepared = prepare_rows(rows, ITEMS, timestamp_unit="ms")
+    assert set(sequences_of(prepared).values()) == {"fedcba"}
+    assert prepared.sequences["timestamps"][0].to_list() == [0] * 6
+    assert prepared.audit["users_with_tied_last_timestamps"] == 0
+
+
+def test_sessions_are_numbered_within_the_user_also_where_they_interleave(prepare_rows):
+    order = {"1": "xyxzy", "2": "zzx"}
+    rows = [
+        {"user_id": user, "item_id": "abcde"[t], "timestamp": t, "session_id": session}
+        for user, sessions in order.items()
+        for t, session in enumerate(sessions)
+    ]
+    prepared = prepare_rows(rows, ITEMS)
+    assert prepared.sequences["sessions"].to_list() == [[0, 1, 0, 2, 1], [0, 0, 1]]
+
+
+def rated(*ratings):
+    return [{"user_id": "1", "item_id": item, "timestamp": t, "rating": r} for t, (item, r) in enumerate(ratings)]
+
+
+def test_min_rating_then_like_at(prepare_rows):
+    rows = rated(("a", 1), ("b", 2), ("c", 3.7), ("d", None), ("e", 5))
+    prepared = prepare_rows(rows, ITEMS, FilterSection(min_rating=2, like_at=3.7))
+    assert sequences_of(prepared) == {"1": "bce"}
+    assert prepared.sequences["actions"].to_list() == [["dislike", "like", "like"]]
+    assert (prepared.counts["interactions_read"], prepared.counts["after_min_rating"]) == (5, 3)
+    liked = prepare_rows(rows, ITEMS, FilterSection(like_at=2))
+    assert liked.sequences["actions"].to_list() == [["dislike", "like", "like", None, "like"]]
+
+
+def test_thresholds_are_inclusive_for_fractions(prepare_rows):
+    """0.7 is no binary fraction: as float32 it is smaller than as float64."""
+    rows = rated(("a", 0.7), ("b", 0.7), ("c", 0.7), ("d", 0.6))
+    assert sequences_of(prepare_rows(rows, ITEMS, FilterSection(min_rating=0.7))) == {"1": "abc"}
+
+
+def test_actions_of_the_source_are_kept_in_order(prepare_rows, log_of):
+    rows = [{**row, "action": action} for row, action in zip(log_of("abc"), ("view", None, "buy"))]
+    assert prepare_rows(rows[::-1], ITEMS).sequences["actions"].to_list() == [["view", None, "buy"]]
+
+
+def test_filters_on_ratings_need_ratings(prepare_rows, log_of):
+    for filters in (FilterSection(min_rating=3), FilterSection(like_at=3)):
+        with pytest.raises(UserError, match=r"need ratings, the source has no rating column"):
+            prepare_rows(log_of("abc"), ITEMS, filters)
+
+
+def test_unknown_items(prepare_rows, log_of):
+    rows = log_of("abxc", "yabcx")
+    with pytest.raises(UserError, match=r"3 of 9 interactions have items .* does not hold \(item ids x, y…\)") as error:
+        prepare_rows(rows, ITEMS)
+    assert "filter.drop_unknown_items" in str(error.value)
+    assert sequences_of(prepare_rows(rows, ITEMS, FilterSection(drop_unknown_items=True))) == {"1": "abc", "2": "abc"}
+
+
+def test_unknown_items_below_the_rating_do_not_matter(prepare_rows):
+    rows = [*rated(("a", 5), ("b", 5), ("c", 5), ("x", 1))]
+    assert sequences_of(prepare_rows(rows, ITEMS, FilterSection(min_rating=2))) == {"1": "abc"}
+
+
+def test_k_core_goes_on_until_nothing_changes(prepare_rows, log_of):
+    """f has one user and goes. With user_core 4 users 3 and 4 are then short, and without them e has no user left."""
+    rows = log_of("abcd", "abcd", "abef", "abe")
+    prepared = prepare_rows(rows, ITEMS, FilterSection(user_core=3, item_core=2))
+    kept = sequences_of(prepared)
+    counts = {item: sum(item in sequence for sequence in kept.values()) for item in "".join(kept.values())}
+    assert min(map(len, kept.values())) >= 3
+    assert min(counts.values()) >= 2
+    assert kept == {"1": "abcd", "2": "abcd", "3": "abe", "4": "abe"}
+    assert prepared.items["item_id"].to_list() == list("abcde")  # an item that the core dropped left the catalogue
+    tight = prepare_rows(rows, ITEMS, FilterSection(user_core=4, item_core=2))
+    assert sequences_of(tight) == {"1": "abcd", "2": "abcd"}
+    assert tight.items["item_id"].to_list() == list("abcd")
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text("abcdef", max_size=8), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 3))
+def test_k_core_is_the_largest_that_holds(prepare_rows, log_of, logs, user_core, item_core):
+    rows = log_of(*logs, "abcdef", "abcdef", "abcdef", "abcdef")
+    prepared = prepare_rows(rows, ITEMS, FilterSection(user_core=user_core, item_core=item_core))
+    left = [(row["user_id"], row["item_id"]) for row in rows]
+    while True:
+        users, items = [pair[0] for pair in left], [pair[1] for pair in left]
+        kept = [(u, i) for u, i in left if users.count(u) >= user_core and items.count(i) >= item_core]
+        if len(kept) == len(left):
+            break
+        left = kept
+    assert sorted((u, i) for u, items in sequences_of(prepared).items() for i in items) == sorted(left)
+
+
+def test_nothing_left_gives_the_counts_of_each_step(prepare_rows):
+    rows = rated(("a", 5), ("b", 5), ("c", 1))
+    with pytest.raises(
+        UserError, match=r"interactions_read 3, after_min_rating 2, after_unknown_items 2, after_core 0"
+    ):
+        prepare_rows(rows, ITEMS, FilterSection(min_rating=2, user_core=3))
+
+
+def test_inputs_have_a_fingerprint_each(prepare_rows, log_of):
+    rows = log_of("abc", "abc")
+    one, same, other = (prepare_rows(r, ITEMS).inputs for r in (rows, rows, log_of("abc", "abd")))
+    assert one == same
+    assert [path.rsplit("/", 1)[1] for path in one] == ["log.jsonl", "items.jsonl"]
+    assert [one[path] == other[path] for path in one] == [False, True]
+
+
+def test_large_shuffled_log_equals_a_plain_sort(prepare_rows):
+    generator = random.Random(0)
+    rows = [
+        {"user_id": generator.randrange(40), "item_id": generator.randrange(30), "timestamp": t} for t in range(3000)
+    ]
+    prepared = prepare_rows(generator.sample(rows, len(rows)))
+    expected: dict[str, list[int]] = {}
+    for row in rows:
+        expected.setdefault(str(row["user_id"]), []).append(row["item_id"])
+    found = {row["user_id"]: row["items"] for row in prepared.sequences.iter_rows(named=True)}
+    assert found == expected  # ids 0..29 are their own item_index
