@@ -115,6 +115,8 @@ def read_json(path: Path, what: str) -> Any:
 def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes, or of a folder's file names and bytes in sorted order."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: check the path in the recipe (relative to {Path.cwd()})")
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if path.is_dir():

@@ -1,0 +1,1 @@
+"""What is trained: sequence encoders, the gate, the instance-wise LoRA tuner."""

@@ -1,0 +1,383 @@
+"""Instance-wise LoRA as a PEFT tuner: every row of a batch has its own mixture of experts.
+
+A base model and an `ILoraConfig` enter; a PEFT model leaves whose forward() and generate() take one of
+
+    history_items    (B, L) item indices, oldest first, -1 to the left: encoder and gate run inside
+    representation   (B, D) what the sequence encoder says of each user: the gate runs inside
+    gate_weights     (B, K) used as they are (controls: uniform, shuffled, oracle)
+
+The method (Kong et al., "Customizing Language Models with Instance-wise LoRA for Sequential Recommendation", NeurIPS
+2024): a LoRA of rank R is cut into K experts of rank R/K and each user weighs them by a gate g,
+
+    y = W x + (alpha / R) · B (K · repeat(g, R/K) ⊙ (A x))
+
+which is one product with the (B, T, R) activations and no loop over experts: expert k is rows (k-1)·R/K … k·R/K of A
+and the same columns of B. Uniform g gives K · 1/K = 1: the plain LoRA with the same weights.
+
+Importing this module makes "ILORA" known to PEFT. Gates travel in an object that belongs to the tuner and holds them
+for the length of one forward, never in a global; a layer that finds none there raises.
+"""
+
+import functools
+from dataclasses import dataclass, field, fields
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.model import LoraModel
+from torch import nn
+
+from recllm.errors import UserError
+from recllm.model.gate import Gate
+from recllm.model.sequence_encoder import SASRec
+
+ILORA: Any = "ILORA"  # PeftType is a closed enum, but PEFT's mappings are keyed by anything that hashes like a str
+GATE_ARGUMENTS = ("history_items", "representation", "gate_weights")
+FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # a forward with one of these has many users in one row
+
+
+@dataclass
+class ILoraConfig(LoraConfig):
+    """LoraConfig and the shape of the gate. What would change the formula above is refused."""
+
+    num_experts: int = field(default=4, metadata={"help": "K: experts that the rank is cut into"})
+    representation_size: int = field(default=64, metadata={"help": "D: width of the sequence encoder's output"})
+    gate_hidden_size: int = field(default=0, metadata={"help": "width of the gate's hidden layer; 0: one linear layer"})
+    gate_temperature: float = field(default=1.0, metadata={"help": "divides the gate's logits"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ILORA
+        if self.num_experts < 1 or self.r % self.num_experts:
+            raise UserError(
+                f"r={self.r} does not split into num_experts={self.num_experts} equal experts: "
+                f"take an r that is a multiple of num_experts"
+            )
+        refused = {name: reason for name, reason in _refusals().items() if getattr(self, name)}
+        if self.bias != "none":
+            refused["bias"] = "a trained bias is the same for every user"
+        for name, reason in refused.items():
+            raise UserError(f"{name}={getattr(self, name)!r} cannot be combined with an instance-wise LoRA: {reason}")
+
+
+def _refusals() -> dict[str, str]:
+    """Options of LoraConfig that an instance-wise adapter refuses, with the reason."""
+    reasons = {
+        "rank_pattern": "all layers share one gate, so all need the same r",
+        "lora_bias": "the bias of B is not weighed by the gate, and vLLM refuses it",
+        "target_parameters": "experts of a mixture-of-experts layer see tokens without their row",
+        "modules_to_save": "vLLM refuses further trained modules; the gate has its own file",
+        "trainable_token_indices": "vLLM refuses further trained tensors",
+        "use_qalora": "it pools the input of A",
+    }
+    # DoRA, aLoRA and the like replace the layer's forward: PEFT marks each as a variant, and so do we
+    variants = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+    return reasons | dict.fromkeys(variants, "it replaces the LoRA layer's formula by its own")
+
+
+class GateRows:
+    """The gates of the forward that is running: adapter name → (B, 1, R) factors of A x. Empty outside a forward."""
+
+    def __init__(self) -> None:
+        self.by_adapter: dict[str, torch.Tensor] = {}
+
+
+class UsingRows:
+    """Context in which the layers see these rows. It can be entered again: a graph may be walked back twice."""
+
+    def __init__(self, state: GateRows, rows: dict[str, torch.Tensor]) -> None:
+        self.state, self.rows = state, rows
+        self.outer: list[dict[str, torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        self.outer.append(self.state.by_adapter)
+        self.state.by_adapter = self.rows
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.state.by_adapter = self.outer.pop()
+
+
+class ILoraVariant(LoraVariant):
+    """The formula of one layer. PEFT calls it in place of its own from every kind of linear layer, quantised or not."""
+
+    def __init__(self, state: GateRows) -> None:
+        self.state = state
+
+    def supports_lora_conversion(self) -> bool:
+        """No: one user's gate can be folded (adapter.export_user_adapter), all users' cannot."""
+        return False
+
+    def forward(  # type: ignore[override]  # PEFT's is a static method; ours needs the tuner's state
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """`result` (the base layer's output, (B, T, out)) plus the adapter's share for each row's gate."""
+        rows = self.state.by_adapter.get(active_adapter)
+        if rows is None:
+            raise RuntimeError(_NO_GATE.format(adapter=active_adapter))
+        activations = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (B, T, R)
+        if activations.dim() != 3 or activations.shape[0] != rows.shape[0]:
+            raise RuntimeError(_NO_ROWS.format(activations=tuple(activations.shape), rows=rows.shape[0]))
+        factor = (rows * module.scaling[active_adapter]).to(activations)  # (B, 1, R)
+        return result + module.lora_B[active_adapter](activations * factor)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise UserError(
+            "an instance-wise adapter cannot be merged: its weights differ from user to user. Fold one user's gate "
+            "with recllm.model.adapter.export_user_adapter and merge that"
+        )
+
+    merge_safe = merge_unsafe = unmerge = _refuse  # type: ignore[assignment]
+
+
+_NO_GATE = (
+    'the instance-wise adapter "{adapter}" was called without gates: pass history_items=, representation= or '
+    "gate_weights= to the PEFT model's forward() or generate(), not to the base model inside it (gradient "
+    "checkpointing too must be switched on through the PEFT model)"
+)
+_NO_ROWS = (
+    "activations {activations} do not have one row for each of {rows} gates. Packed and padding-free batches mix users "
+    "within a row and are not supported: pass one user a row, padded"
+)
+
+
+class ILoraModel(LoraModel):
+    """The tuner. Owns a gate and, where set, a sequence encoder for each adapter, as submodules.
+
+    So DDP, ZeRO and FSDP see their parameters. The encoder is frozen and in eval mode unless set as trainable.
+    """
+
+    model: Any  # PreTrainedModel
+    peft_config: dict[str, Any]  # adapter name → ILoraConfig
+    gate: Any  # nn.ModuleDict: adapter name → Gate
+    sequence_encoder: Any  # nn.ModuleDict: adapter name → SASRec
+    trainable_encoders: set[str]
+    gate_rows: GateRows
+
+    uses_shared_state = True  # layers need the tuner around them: PEFT then refuses inject_adapter_in_model
+
+    # ---- adapters come and go ----
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Insert the LoRA layers, the adapter's gate, and our formula into each layer."""
+        self._make_state()
+        config = self.peft_config[adapter_name]
+        gate = Gate(config.representation_size, config.num_experts, config.gate_hidden_size, config.gate_temperature)
+        parameter = next(model.parameters())
+        trained = {name: self.gate[name].output.weight.requires_grad for name in self.gate}
+        self.gate[adapter_name] = gate if parameter.is_meta else gate.to(parameter.device)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._set_variants(model, adapter_name)
+        except BaseException:
+            del self.gate[adapter_name]
+            raise
+        for name, requires_grad in trained.items():  # a further adapter changes nothing for those there, as in PEFT
+            self._set_gate_grad(name, requires_grad)
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()  # it was switched on before our layers were there
+
+    def _make_state(self) -> None:
+        if "gate" not in self._modules:
+            self.gate, self.sequence_encoder = nn.ModuleDict(), nn.ModuleDict()
+            self.trainable_encoders = set()
+            self.gate_rows = GateRows()
+
+    def _set_variants(self, model: nn.Module, adapter_name: str) -> None:
+        for name, module in model.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            if adapter_name in module.lora_embedding_A:
+                raise UserError(f"target_modules includes {name}, an embedding: instance-wise LoRA needs linear layers")
+            if adapter_name in module.lora_A:
+                if not isinstance(module.lora_A[adapter_name], nn.Linear):
+                    raise UserError(f"target_modules includes {name}, which is not linear: leave it out")
+                module.lora_variant[adapter_name] = ILoraVariant(self.gate_rows)
+
+    def set_encoder(self, encoder: SASRec, adapter_name: str, trainable: bool = False) -> None:
+        """Give an adapter its sequence encoder; `history_items` needs one. Frozen unless `trainable`.
+
+        Raises:
+            UserError: the encoder's width is not the gate's.
+        """
+        width = self.gate[adapter_name].representation_size
+        if encoder.hidden_size != width:
+            raise UserError(
+                f"the encoder gives {encoder.hidden_size} numbers a user, the gate reads {width}: fit it again"
+            )
+        gate = self.gate[adapter_name]
+        self.sequence_encoder[adapter_name] = encoder.to(gate.mean.device)
+        (self.trainable_encoders.add if trainable else self.trainable_encoders.discard)(adapter_name)
+        self._set_gate_grad(adapter_name, gate.output.weight.requires_grad)
+        self.train(self.training)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; gradients of gates and encoders follow, which PEFT does for layers only."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._sync_requires_grad(inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter with its gate and encoder."""
+        super().delete_adapter(adapter_name)
+        for modules in (self.gate, self.sequence_encoder):
+            if adapter_name in modules:
+                del modules[adapter_name]
+        self.trainable_encoders.discard(adapter_name)
+        self._sync_requires_grad()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Switch gradients of adapters' layers and gates."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._set_gate_grad(name, requires_grad)
+
+    def _sync_requires_grad(self, inference_mode: bool = False) -> None:
+        for name in self.gate:
+            self._set_gate_grad(name, name in self.active_adapters and not inference_mode)
+
+    def _set_gate_grad(self, name: str, requires_grad: bool) -> None:
+        self.gate[name].requires_grad_(requires_grad)
+        if name in self.sequence_encoder:
+            self.sequence_encoder[name].requires_grad_(requires_grad and name in self.trainable_encoders)
+
+    def train(self, mode: bool = True) -> "ILoraModel":
+        """Training mode for all but frozen encoders: their dropout would make a user's gate random."""
+        super().train(mode)
+        for name, encoder in self.sequence_encoder.items():
+            encoder.train(mode and name in self.trainable_encoders)
+        return self
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT strips the name only where it is the last or last but one part of a key. A gate's lies deeper, and would
+        # silently not be loaded under another adapter name.
+        for owner in ("gate", "sequence_encoder"):
+            prefix = f"base_model.{owner}.{adapter_name}."
+            if key.startswith(prefix):
+                return f"base_model.{owner}." + key.removeprefix(prefix)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refused: gates of several adapters have no mean."""
+        raise UserError(
+            "instance-wise adapters cannot be combined by weights: export_user_adapter one user of each first"
+        )
+
+    # ---- gates ----
+
+    def gate_weights(
+        self,
+        history_items: torch.Tensor | None = None,
+        *,
+        representation: torch.Tensor | None = None,
+        adapter_name: str | None = None,
+    ) -> torch.Tensor:
+        """Expert weights (B, K), float32, of histories (B, L) or of representations (B, D); of the active adapter."""
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        gate = self.gate[name]
+        if representation is None:
+            if history_items is None:
+                raise ValueError("gate_weights() needs history_items or representation")
+            representation = self.represent(history_items, name)
+        if representation.dim() != 2 or representation.shape[1] != gate.representation_size:
+            expected = f"(B, {gate.representation_size})"
+            raise ValueError(f"representation has shape {tuple(representation.shape)}, {expected} is expected")
+        return gate(representation.to(gate.mean.device))
+
+    def represent(self, history_items: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
+        """What the sequence encoder says of histories: (B, L) → (B, D), float32; zeros for an empty history."""
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        if name not in self.sequence_encoder:
+            raise ValueError(f'adapter "{name}" has no sequence encoder: call set_encoder, or pass representation=')
+        encoder = self.sequence_encoder[name]
+        device = encoder.item_embedding.weight.device
+        with torch.autocast(device.type, enabled=False):
+            return encoder(history_items.to(device)).float()
+
+    def _rows(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Adapter name → (B, 1, R): K · repeat(g, R/K), the factor of A x."""
+        ((argument, value),) = given.items()
+        rows = {}
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            weights = value if argument == "gate_weights" else self.gate_weights(**{argument: value}, adapter_name=name)
+            if weights.dim() != 2 or weights.shape[1] != config.num_experts:
+                shape = tuple(weights.shape)
+                raise ValueError(f'gate_weights has shape {shape}, adapter "{name}" needs (B, {config.num_experts})')
+            factor = (weights.float() * config.num_experts).repeat_interleave(config.r // config.num_experts, dim=1)
+            rows[name] = factor.unsqueeze(1)
+        return rows
+
+    def _take(self, kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Gate arguments and the others."""
+        given = {name: kwargs[name] for name in GATE_ARGUMENTS if kwargs.get(name) is not None}
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given: pass one of {', '.join(GATE_ARGUMENTS)}")
+        if given and (flattened := [name for name in FLATTENED if kwargs.get(name) is not None]):
+            raise RuntimeError(
+                f"{flattened[0]} says that rows are packed with several users: pass one user a row, padded"
+            )
+        return given, {name: value for name, value in kwargs.items() if name not in GATE_ARGUMENTS}
+
+    # ---- running ----
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, with one of the gate arguments. Without any, layers raise (unless disabled)."""
+        given, kwargs = self._take(kwargs)
+        if not given:
+            return self.model(*args, **kwargs)
+        with UsingRows(self.gate_rows, self._rows(given)):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate, with one of the gate arguments: one gate a prompt, repeated for its beams."""
+        given, kwargs = self._take(kwargs)
+        if not given:
+            return self.model.generate(*args, **kwargs)
+        copies = _copies_of_each_prompt(self.model, kwargs)
+        rows = {name: value.repeat_interleave(copies, dim=0) for name, value in self._rows(given).items()}
+        with UsingRows(self.gate_rows, rows):
+            return self.model.generate(*args, **kwargs)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise UserError("adapter_names (several adapters in one batch) does not go with instance-wise gates")
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+    # ---- gradient checkpointing ----
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The base model's, such that each layer is recomputed with the gates of its own forward.
+
+        Backward runs after forward has ended, and possibly after another forward: the context keeps its rows.
+
+        Raises:
+            UserError: use_reentrant=True, which cuts the gate off from its gradient.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.get("use_reentrant"):
+            raise UserError("gradient checkpointing with use_reentrant=True loses the gate's gradient: set it to False")
+        options |= {"use_reentrant": False, "context_fn": functools.partial(_checkpoint_contexts, self.gate_rows)}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+
+
+def _checkpoint_contexts(state: GateRows) -> tuple[UsingRows, UsingRows]:
+    """Contexts of a checkpointed stretch: of its forward, and of its recomputation, both with the rows of now."""
+    return UsingRows(state, state.by_adapter), UsingRows(state, state.by_adapter)
+
+
+def _copies_of_each_prompt(model: Any, kwargs: dict[str, Any]) -> int:
+    """How often generate() repeats each prompt: transformers expands to max(num_beams, num_return_sequences)."""
+    config = kwargs.get("generation_config") or model.generation_config
+    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[ILORA] = ILoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[ILORA] = ILoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[ILORA] = "lora_"

@@ -1,0 +1,320 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from recllm import files
+from recllm.errors import UserError
+from recllm.model.adapter import (
+    accepts_history,
+    build_adapter,
+    check_vocabulary,
+    export_user_adapter,
+    gate_weights,
+    load_adapter,
+    load_weights,
+    num_experts,
+    save_adapter,
+)
+from recllm.recipe import AdapterSection, GateSection
+
+
+def _logits(model: Any, tokens: torch.Tensor, **gates: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens, **gates).logits
+
+
+@pytest.fixture
+def saved(adapter: Any, tmp_path: Path) -> Path:
+    """The folder of a trained-looking instance-wise adapter."""
+    model = adapter()
+    model.base_model.sequence_encoder["default"].vocabulary_sha256 = "v" * 64
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---- round trips ----
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize("hidden_size", [0, 6])
+def test_saved_and_loaded_under_any_name_gives_the_same_logits(
+    adapter: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor, name: str,
+    hidden_size: int,
+) -> None:  # fmt: skip
+    model = adapter(gate=GateSection(hidden_size=hidden_size, temperature=0.7))
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(tiny_llama(), tmp_path / "adapter", adapter_name=name)
+    assert torch.equal(gate_weights(loaded, histories), gate_weights(model, histories))
+    assert torch.equal(
+        _logits(loaded, tokens, history_items=histories), _logits(model, tokens, history_items=histories)
+    )
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not loaded.training
+
+
+def test_an_adapter_saved_under_another_name_is_the_same_folder(adapter: Any, tmp_path: Path) -> None:
+    for name in ("default", "other"):
+        save_adapter(adapter(name=name), tmp_path / name, adapter_name=name)
+    assert files.sha256_of(tmp_path / "default") == files.sha256_of(tmp_path / "other")
+
+
+def test_one_of_two_adapters_is_saved(adapter: Any, tmp_path: Path) -> None:
+    both = adapter(seed=5, name="second", base_model=adapter(seed=0, name="first"))
+    save_adapter(both, tmp_path / "both", adapter_name="second")
+    save_adapter(adapter(seed=5), tmp_path / "alone")
+    assert files.sha256_of(tmp_path / "both") == files.sha256_of(tmp_path / "alone")
+
+
+def test_loaded_for_training(saved: Path, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = load_adapter(tiny_llama(), saved, is_trainable=True)
+    assert model.training
+    model(input_ids=tokens, labels=tokens, history_items=histories).loss.backward()
+    assert model.base_model.gate["default"].output.weight.grad.abs().max() > 0
+
+
+def test_a_further_adapter_joins_a_model(
+    saved: Path, adapter: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    save_adapter(adapter(seed=5), tmp_path / "second")
+    model = adapter()
+    expected = _logits(model, tokens, history_items=histories)
+    load_adapter(model, tmp_path / "second", adapter_name="second")
+    assert torch.equal(_logits(model, tokens, history_items=histories), expected)  # the first stays active …
+    assert model.base_model.gate["default"].output.weight.requires_grad  # … and trainable
+    model.set_adapter("second")
+    assert torch.equal(
+        _logits(model, tokens, history_items=histories), _logits(adapter(seed=5), tokens, history_items=histories)
+    )
+
+
+def test_stock_peft_loads_it_as_the_lora_under_uniform_gates(
+    saved: Path, adapter: Any, tiny_llama: Any, tokens: torch.Tensor
+) -> None:
+    stock = PeftModel.from_pretrained(tiny_llama(), str(saved))
+    uniform = torch.full((3, 4), 1 / 4)
+    assert torch.equal(_logits(stock, tokens), _logits(adapter(), tokens, gate_weights=uniform))
+    assert all(".lora_A." in key or ".lora_B." in key for key in load_file(saved / "adapter_model.safetensors"))
+
+
+def test_plain_lora(adapter: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = adapter(method="lora")
+    save_adapter(model, tmp_path / "adapter")
+    assert {f.name for f in (tmp_path / "adapter").iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json", "base_model.json",
+    }  # fmt: skip
+    loaded = load_adapter(tiny_llama(), tmp_path / "adapter")
+    assert torch.equal(_logits(loaded, tokens), _logits(model, tokens))
+
+
+def test_a_folder_of_stock_peft_loads(adapter: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = adapter(method="lora")
+    model.save_pretrained(tmp_path / "stock")
+    assert torch.equal(_logits(load_adapter(tiny_llama(), tmp_path / "stock"), tokens), _logits(model, tokens))
+
+
+def test_what_is_in_the_folder(saved: Path, adapter: Any, tmp_path: Path) -> None:
+    assert json.loads((saved / "ilora.json").read_text()) == {
+        "format_version": 1, "num_experts": 4, "r": 8, "lora_alpha": 16, "scaling": 16 / 8, "representation_size": 16,
+        "gate_hidden_size": 0, "gate_temperature": 1.0, "vocabulary_sha256": "v" * 64, "history_max_items": 8,
+    }  # fmt: skip
+    (tmp_path / "items").write_bytes(b"parquet")
+    save_adapter(adapter(), saved, items=tmp_path / "items", manifest={"seed": 0}, card="# A card\n")
+    assert (saved / "items.parquet").read_bytes() == b"parquet"
+    assert json.loads((saved / "manifest.json").read_text()) == {"seed": 0}
+    assert (saved / "README.md").read_text() == "# A card\n"
+
+
+def test_statistics_survive_saving(saved: Path, adapter: Any) -> None:
+    # the released code loses the buffers of its normalisation on save
+    gate, weights = adapter().base_model.gate["default"], load_file(saved / "gate.safetensors")
+    assert gate.mean.abs().max() > 0
+    assert torch.equal(weights["mean"], gate.mean)
+    assert torch.equal(weights["deviation"], gate.deviation)
+
+
+def test_weights_load_in_place(saved: Path, adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter(seed=5)
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    load_weights(model, saved)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before  # an optimizer still holds them
+    assert torch.equal(
+        _logits(model, tokens, history_items=histories), _logits(adapter(), tokens, history_items=histories)
+    )
+
+
+# ---- one user ----
+
+
+def test_one_users_adapter_is_an_ordinary_lora(
+    adapter: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter()
+    weights = gate_weights(model, histories).detach()
+    for user in range(3):
+        export_user_adapter(model, weights[user], tmp_path / "user")
+        stock = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "user"))
+        same = tokens[user : user + 1]
+        expected = _logits(model, same, history_items=histories[user : user + 1])
+        torch.testing.assert_close(_logits(stock, same), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_logits(stock.merge_and_unload(), same), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_users_weights_are_one_row(adapter: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\(4,\)"):
+        export_user_adapter(adapter(), torch.rand(2, 4), tmp_path / "user")
+
+
+# ---- what a model is ----
+
+
+def test_accepts_history(adapter: Any, tiny_llama: Any) -> None:
+    model = adapter(num_experts=2)
+    assert accepts_history(model)
+    assert num_experts(model) == 2
+    assert not accepts_history(adapter(method="lora"))
+    assert not accepts_history(tiny_llama())
+    with pytest.raises(ValueError, match="no gate"):
+        gate_weights(adapter(method="lora"), torch.zeros(1, 1, dtype=torch.long))
+
+
+def test_ilora_needs_an_encoder(tiny_llama: Any) -> None:
+    with pytest.raises(UserError, match="sequence encoder"):
+        build_adapter(tiny_llama(), AdapterSection())
+
+
+def test_unknown_target_modules(adapter: Any) -> None:
+    with pytest.raises(UserError, match="no_such_module"):
+        adapter(target_modules=["no_such_module"])
+
+
+# ---- what is not written ----
+
+
+def test_an_empty_tensor_is_not_saved(saved: Path, adapter: Any) -> None:
+    # a sharded model's own state dict: ZeRO-3 leaves (0,) where the weights are
+    before, model = files.sha256_of(saved), adapter()
+    sharded = {name: torch.empty(0) if "lora_A" in name else value for name, value in model.state_dict().items()}
+    with pytest.raises(UserError, match="empty"):
+        save_adapter(model, saved, state_dict=sharded)
+    with pytest.raises(UserError, match="empty"):
+        save_adapter(model, saved, state_dict={})
+    assert files.sha256_of(saved) == before
+
+
+def test_gathered_weights_are_saved_in_place_of_the_models(saved: Path, adapter: Any, tmp_path: Path) -> None:
+    save_adapter(adapter(seed=5), tmp_path / "gathered", state_dict=adapter().state_dict())
+    for name in ("adapter_model.safetensors", "gate.safetensors", "sequence_encoder/encoder.safetensors"):
+        assert (tmp_path / "gathered" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_nan_is_not_saved(saved: Path, adapter: Any) -> None:
+    before, model = files.sha256_of(saved), adapter()
+    torch.nn.init.constant_(model.base_model.gate["default"].output.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        save_adapter(model, saved)
+    assert files.sha256_of(saved) == before
+
+
+def test_a_failing_write_leaves_the_old_folder(saved: Path, adapter: Any) -> None:
+    before = files.sha256_of(saved)
+    with pytest.raises(FileNotFoundError):
+        save_adapter(adapter(seed=5), saved, items=saved / "absent.parquet")
+    assert files.sha256_of(saved) == before
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+# ---- what is not loaded ----
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers 2 .given: 3"),
+        ({"hidden_size": 64}, "hidden_size 32 .given: 64"),
+        ({"vocab_size": 300}, "vocab_size 259 .given: 300"),
+    ],
+)
+def test_another_base_model_is_refused(saved: Path, tiny_llama: Any, change: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_adapter(tiny_llama(**change), saved)
+
+
+def test_another_base_model_is_refused_by_shapes_alone(saved: Path, tiny_llama: Any) -> None:
+    (saved / "base_model.json").unlink()
+    with pytest.raises(UserError, match="another base model"):
+        load_adapter(tiny_llama(num_hidden_layers=1), saved)
+    with pytest.raises(UserError, match="another base model"):
+        load_adapter(tiny_llama(hidden_size=64), saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "gate.safetensors", "sequence_encoder/encoder.safetensors", "adapter_config.json",
+     "sequence_encoder/encoder.json", "ilora.json"],
+)  # fmt: skip
+def test_truncated_and_missing_files(saved: Path, tiny_llama: Any, name: str) -> None:
+    path = saved / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=path.name):
+        load_adapter(tiny_llama(), saved)
+    path.unlink()
+    if name != "ilora.json":  # without it the folder is that of a plain LoRA
+        with pytest.raises(UserError, match=path.name):
+            load_adapter(tiny_llama(), saved)
+
+
+def test_a_lost_ilora_json_is_not_taken_for_a_plain_lora(saved: Path, tiny_llama: Any) -> None:
+    (saved / "ilora.json").unlink()
+    with pytest.raises(UserError, match=r"ilora\.json"):
+        load_adapter(tiny_llama(), saved)
+
+
+def test_a_lost_encoder_is_said(saved: Path, tiny_llama: Any) -> None:
+    shutil.rmtree(saved / "sequence_encoder")
+    with pytest.raises(UserError, match="encoder"):
+        load_adapter(tiny_llama(), saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"num_experts": 3}, "r=8 does not split into num_experts=3"), ({"r": 16}, "r is 16"),
+     ({"scaling": 1.0}, "scaling is 1"), ({"lora_alpha": 8}, "lora_alpha is 8"),
+     ({"format_version": 2}, "format_version is 2"), ({"num_experts": None}, "num_experts"),
+     ({"representation_size": 8}, "16 numbers a user")],
+)  # fmt: skip
+def test_ilora_json_that_does_not_fit(saved: Path, tiny_llama: Any, changes: dict[str, Any], words: str) -> None:
+    _edit(saved / "ilora.json", **changes)
+    with pytest.raises(UserError, match=words):
+        load_adapter(tiny_llama(), saved)
+
+
+def test_other_tensors_than_the_models(saved: Path, tiny_llama: Any) -> None:
+    weights = load_file(saved / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    save_file({k: v for k, v in weights.items() if k != name}, saved / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="1 tensors of the model's adapter are missing"):
+        load_adapter(tiny_llama(), saved)
+
+
+def test_no_folder(tiny_llama: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_adapter(tiny_llama(), tmp_path / "absent")
+
+
+def test_another_vocabulary(saved: Path, adapter: Any, tmp_path: Path) -> None:
+    check_vocabulary(saved, "v" * 64)
+    with pytest.raises(UserError, match="wwww"):
+        check_vocabulary(saved, "w" * 64)
+    save_adapter(adapter(method="lora"), tmp_path / "plain")
+    check_vocabulary(tmp_path / "plain", "w" * 64)  # a plain LoRA holds no item indices

@@ -1,0 +1,474 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from recllm.errors import UserError
+from recllm.model.adapter import build_adapter, gate_weights, load_adapter, save_adapter
+from recllm.model.gate import Gate
+from recllm.model.ilora import ILoraConfig
+from recllm.recipe import AdapterSection
+
+MASK = torch.tensor([[1] * 7, [0, 0] + [1] * 5, [0] + [1] * 6])
+# Sums in another order differ in the last bits of fp32; logits here are of order 10.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def _logits(model: Any, tokens: torch.Tensor, **gates: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, attention_mask=MASK[: len(tokens)], **gates).logits
+
+
+def _layers(model: Any) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _plain_twin(model: Any, tiny_llama: Any, **section: Any) -> Any:
+    """A stock PEFT LoRA with the same A and B."""
+    twin = build_adapter(tiny_llama(), AdapterSection(**{"method": "lora", "r": 8, "lora_alpha": 16} | section)).eval()
+    with torch.no_grad():
+        for ours, theirs in zip(_layers(model), _layers(twin)):
+            theirs.lora_A["default"].weight.copy_(ours.lora_A["default"].weight)
+            theirs.lora_B["default"].weight.copy_(ours.lora_B["default"].weight)
+    return twin
+
+
+# ---- the invariants of the method ----
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 4, 8])
+def test_uniform_gates_are_plain_lora_exactly(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, num_experts: int
+) -> None:
+    model = adapter(num_experts=num_experts)
+    uniform = torch.full((3, num_experts), 1 / num_experts)
+    # bit by bit: alpha / r = 2 is a power of two, so it may stand before or after B
+    assert torch.equal(_logits(model, tokens, gate_weights=uniform), _logits(_plain_twin(model, tiny_llama), tokens))
+
+
+def test_uniform_gates_are_plain_lora_with_any_scaling(adapter: Any, tiny_llama: Any, tokens: torch.Tensor) -> None:
+    model = adapter(r=12, lora_alpha=17, num_experts=3)
+    plain = _logits(_plain_twin(model, tiny_llama, r=12, lora_alpha=17), tokens)
+    torch.testing.assert_close(_logits(model, tokens, gate_weights=torch.full((3, 3), 1 / 3)), plain, **CLOSE)
+
+
+def test_one_expert_is_plain_lora(adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter(num_experts=1)
+    assert torch.equal(_logits(model, tokens, history_items=histories), _logits(_plain_twin(model, tiny_llama), tokens))
+
+
+def test_an_empty_history_is_plain_lora_exactly(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter()
+    twin = _plain_twin(model, tiny_llama)
+    assert torch.equal(_logits(model, tokens, history_items=histories)[2], _logits(twin, tokens)[2])
+
+
+def test_b_of_zero_is_the_base_model(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    assert torch.equal(_logits(adapter(trained=False), tokens, history_items=histories), _logits(tiny_llama(), tokens))
+
+
+def test_users_differ(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model, same = adapter(), tokens[:1].expand(3, -1)
+    with torch.no_grad():
+        logits = model(input_ids=same, history_items=histories).logits
+    assert not torch.allclose(logits[0], logits[1], atol=1e-2)
+    assert not torch.allclose(logits[0], logits[2], atol=1e-2)
+
+
+def test_one_gate_folded_into_b_is_that_users_model(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter()
+    weights = gate_weights(model, histories).detach()
+    together = _logits(model, tokens, history_items=histories)
+    for user in range(3):
+        twin = _plain_twin(model, tiny_llama)
+        factor = (4 * weights[user]).repeat_interleave(2)
+        with torch.no_grad():
+            for layer in _layers(twin):
+                layer.lora_B["default"].weight *= factor
+        # merged: the oracle is an ordinary Llama without any adapter code
+        torch.testing.assert_close(together[user], _logits(twin.merge_and_unload(), tokens)[user], **CLOSE)
+
+
+def test_the_fused_layer_equals_a_loop_over_experts(adapter: Any) -> None:
+    model = adapter()
+    layer = _layers(model)[0]
+    x, weights = torch.randn(3, 5, 32), torch.rand(3, 4)
+    expected = layer.base_layer(x)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (8, 32), (out, 8)
+    for expert in range(4):
+        rows = slice(2 * expert, 2 * expert + 2)
+        update = x @ a[rows].T @ b[:, rows].T
+        expected = expected + 4 * (16 / 8) * weights[:, expert, None, None] * update
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, args: (x,))
+    capture = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    hidden = torch.zeros(3, 5, dtype=torch.long)
+    with torch.no_grad():
+        model(input_ids=hidden, gate_weights=weights)
+    handle.remove()
+    capture.remove()
+    torch.testing.assert_close(seen[0], expected, **CLOSE)
+
+
+def test_batch_equals_single_rows(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    together = _logits(model, tokens, history_items=histories)
+    for row in range(3):
+        real = MASK[row].bool()
+        with torch.no_grad():
+            alone = model(input_ids=tokens[row : row + 1, real], history_items=histories[row : row + 1]).logits
+        torch.testing.assert_close(together[row, real], alone[0], **CLOSE)
+
+
+def test_cached_decoding_equals_uncached(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    options = {"input_ids": tokens, "attention_mask": MASK, "history_items": histories, "max_new_tokens": 12}
+    options |= {"do_sample": False, "eos_token_id": None}
+    cached, uncached = (model.generate(use_cache=flag, **options) for flag in (True, False))
+    assert torch.equal(cached, uncached)
+    with torch.no_grad():
+        base = model(input_ids=tokens[:, :4], history_items=histories, use_cache=True)
+        step = model(input_ids=tokens[:, 4:], history_items=histories, past_key_values=base.past_key_values).logits
+        whole = model(input_ids=tokens, history_items=histories).logits
+    torch.testing.assert_close(step, whole[:, 4:], **CLOSE)
+
+
+# ---- training ----
+
+
+def _gradients(model: Any, tokens: torch.Tensor, histories: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    # Two forwards before one backward: each recomputation must see the gates of its own forward, not the last one's
+    first = model(input_ids=tokens, labels=tokens, history_items=histories).loss
+    second = model(input_ids=tokens.flip(0), labels=tokens.flip(0), history_items=histories.roll(1, 0)).loss
+    (first + 2 * second).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"loss": (first + 2 * second).detach()}
+
+
+def test_checkpointing_on_equals_off(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    plain = _gradients(model, tokens, histories)
+    model.gradient_checkpointing_enable()
+    checkpointed = _gradients(model, tokens, histories)
+    assert plain.keys() == checkpointed.keys()
+    assert any("gate" in name and grad.abs().max() > 0 for name, grad in plain.items())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_checkpointing_is_really_on(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model, calls = adapter(), []
+    _layers(model)[0].register_forward_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    _gradients(model, tokens, histories)
+    assert len(calls) == 2 * 2  # each of two forwards ran once more in backward
+
+
+def test_a_graph_can_be_walked_back_twice(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter().train()
+    model.gradient_checkpointing_enable()
+    loss = model(input_ids=tokens, labels=tokens, history_items=histories).loss
+    weight = model.base_model.gate["default"].output.weight
+    once = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    assert torch.equal(once, torch.autograd.grad(loss, weight)[0])
+
+
+def test_checkpointing_switched_on_before_the_adapter(
+    tiny_llama: Any, encoder: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    base_model = tiny_llama()
+    base_model.gradient_checkpointing_enable()
+    model = build_adapter(base_model, AdapterSection(), encoder()).train()
+    model(input_ids=tokens, labels=tokens, history_items=histories).loss.backward()
+
+
+def test_reentrant_checkpointing_is_refused(adapter: Any) -> None:
+    with pytest.raises(UserError, match="use_reentrant"):
+        adapter().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_the_gate_has_no_gradient_on_the_first_step_and_one_on_the_second(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter(trained=False).train()
+    gate = model.base_model.gate["default"].output.weight
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=tokens, labels=tokens, history_items=histories).loss.backward()
+    assert torch.equal(gate.grad, torch.zeros_like(gate))  # B is zero, so nothing reaches the gate
+    optimizer.step()
+    optimizer.zero_grad()
+    model(input_ids=tokens, labels=tokens, history_items=histories).loss.backward()
+    assert gate.grad.abs().max() > 0
+
+
+def test_what_is_trained(adapter: Any) -> None:
+    trained = {name for name, p in adapter().named_parameters() if p.requires_grad}
+    assert all("lora_" in name or name.startswith("base_model.gate.default.") for name in trained)
+    assert "base_model.gate.default.output.weight" in trained
+    assert not any("sequence_encoder" in name for name in trained)
+
+
+def test_a_frozen_encoder_has_no_dropout_in_training(adapter: Any, histories: torch.Tensor) -> None:
+    model = adapter().train()
+    assert model.base_model.gate["default"].training
+    assert not model.base_model.sequence_encoder["default"].training
+    assert torch.equal(gate_weights(model, histories), gate_weights(model, histories))
+
+
+def test_an_encoder_can_be_trained_along(
+    adapter: Any, encoder: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter()
+    model.base_model.set_encoder(encoder(dropout=0.0), "default", trainable=True)
+    model.train()(input_ids=tokens, labels=tokens, history_items=histories).loss.backward()
+    assert model.base_model.sequence_encoder["default"].item_embedding.weight.grad.abs().max() > 0
+
+
+def test_bf16_base_keeps_gate_and_encoder_in_fp32(
+    tiny_llama: Any, encoder: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = build_adapter(tiny_llama().to(torch.bfloat16), AdapterSection(), encoder())
+    tuner = model.base_model
+    assert {p.dtype for p in [*tuner.gate.parameters(), *tuner.sequence_encoder.parameters()]} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gate_weights(model, histories)
+        loss = model(input_ids=tokens, labels=tokens, history_items=histories).loss
+    assert torch.equal(inside, gate_weights(model, histories))
+    loss.backward()
+    assert tuner.gate["default"].output.weight.grad.dtype == torch.float32
+
+
+# ---- generate ----
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_beams_see_their_own_users_gate(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, options: dict[str, int]
+) -> None:
+    model = adapter()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None} | options
+    together = model.generate(input_ids=tokens, attention_mask=MASK, history_items=histories, **options)
+    copies = options.get("num_return_sequences", 1)
+    for row in range(3):
+        alone = model.generate(
+            input_ids=tokens[row : row + 1], attention_mask=MASK[row : row + 1],
+            history_items=histories[row : row + 1], **options,
+        )  # fmt: skip
+        assert torch.equal(together[row * copies : (row + 1) * copies], alone)
+
+
+def test_sampled_copies_repeat_the_gate(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    options = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2}
+    assert model.generate(input_ids=tokens, history_items=histories, **options).shape[0] == 3 * 2
+    config = copy.deepcopy(model.generation_config)
+    config.update(**options)
+    assert model.generate(input_ids=tokens, history_items=histories, generation_config=config).shape[0] == 3 * 2
+
+
+# ---- several adapters, none ----
+
+
+def test_disabled_it_is_the_base_model_and_needs_no_gate(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model, base = adapter(), _logits(tiny_llama(), tokens)
+    with model.disable_adapter():
+        assert torch.equal(_logits(model, tokens), base)
+        assert torch.equal(_logits(model, tokens, history_items=histories), base)
+    assert not torch.allclose(_logits(model, tokens, history_items=histories), base)
+
+
+def test_two_adapters_in_one_model(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    alone = [_logits(adapter(seed=s), tokens, history_items=histories) for s in (0, 5)]
+    both = adapter(seed=0, name="first")
+    both = adapter(seed=5, name="second", base_model=both)
+    for name, expected in zip(("first", "second", "first"), (alone[0], alone[1], alone[0])):
+        both.set_adapter(name)
+        assert torch.equal(_logits(both, tokens, history_items=histories), expected)
+        trained = {key for key, p in both.named_parameters() if p.requires_grad}
+        assert trained
+        assert all(f".{name}." in key for key in trained)
+    assert not torch.allclose(*alone)
+    both.delete_adapter("first")
+    assert list(both.base_model.gate) == list(both.base_model.sequence_encoder) == ["second"]
+    assert torch.equal(_logits(both, tokens, history_items=histories), alone[1])
+
+
+def test_models_do_not_share_gates(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    # the released code hands gates over in a global list
+    first, second = adapter(), adapter()
+    leaked: list[str] = []
+
+    def call_the_other(*_: Any) -> None:
+        with pytest.raises(RuntimeError, match="without gates"):
+            second(input_ids=tokens)
+        leaked.append("called")
+
+    _layers(first)[0].register_forward_hook(call_the_other)
+    first(input_ids=tokens, history_items=histories)
+    assert leaked == ["called"]
+
+
+def test_a_copy_has_its_own_gates(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    twin = copy.deepcopy(model)
+    assert twin.base_model.gate_rows is not model.base_model.gate_rows
+    expected = _logits(model, tokens, history_items=histories)
+    assert torch.equal(_logits(twin, tokens, history_items=histories), expected)
+
+
+def test_an_error_inside_leaves_no_gates_behind(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    with pytest.raises(RuntimeError, match="one row for each"):
+        model(input_ids=tokens[:2], history_items=histories)
+    with pytest.raises(RuntimeError, match="without gates"):
+        model(input_ids=tokens)
+
+
+# ---- refusals ----
+
+
+def test_without_a_gate_the_arguments_are_named(adapter: Any, tokens: torch.Tensor) -> None:
+    for call in (adapter().forward, adapter().generate):
+        with pytest.raises(RuntimeError, match=r"history_items=, representation= or gate_weights="):
+            call(input_ids=tokens)
+
+
+def test_packed_rows_are_refused(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    with pytest.raises(RuntimeError, match="Packed"):
+        adapter()(input_ids=tokens.reshape(1, -1), history_items=histories)
+    with pytest.raises(RuntimeError, match="packed"):
+        adapter()(input_ids=tokens[:1], history_items=histories[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
+
+
+def test_arguments_of_a_wrong_shape(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    with pytest.raises(ValueError, match=r"\(B, 4\)"):
+        model(input_ids=tokens, gate_weights=torch.rand(3, 5))
+    with pytest.raises(ValueError, match=r"\(B, 16\)"):
+        model(input_ids=tokens, representation=torch.rand(3, 5))
+    with pytest.raises(ValueError, match="pass one of"):
+        model(input_ids=tokens, history_items=histories, gate_weights=torch.rand(3, 4))
+
+
+def test_representation_and_weights_are_the_histories(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter()
+    expected = _logits(model, tokens, history_items=histories)
+    representation = model.base_model.represent(histories)
+    assert torch.equal(_logits(model, tokens, representation=representation), expected)
+    assert torch.equal(_logits(model, tokens, gate_weights=gate_weights(model, histories)), expected)
+
+
+def test_merging_is_refused(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    model = adapter()
+    before = _logits(model, tokens, history_items=histories)
+    for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(UserError, match="export_user_adapter"):
+            merge()
+    assert torch.equal(_logits(model, tokens, history_items=histories), before)
+    with pytest.raises(UserError, match="combined"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True}, {"rank_pattern": {"q_proj": 4}}, {"alora_invocation_tokens": [1]}, {"lora_bias": True},
+        {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"trainable_token_indices": [1]},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_config_refuses_what_changes_the_formula(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        ILoraConfig(r=8, num_experts=4, target_modules=["q_proj"], **options)
+
+
+def test_config_refuses_ranks_that_do_not_split() -> None:
+    with pytest.raises(UserError, match="r=6 does not split into num_experts=4"):
+        ILoraConfig(r=6, num_experts=4)
+
+
+def test_embeddings_are_refused(tiny_llama: Any, encoder: Any) -> None:
+    with pytest.raises(UserError, match="embed_tokens"):
+        build_adapter(tiny_llama(), AdapterSection(target_modules=["embed_tokens", "q_proj"]), encoder())
+
+
+def test_mixed_adapter_names_are_refused(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="adapter_names"):
+        adapter()(input_ids=tokens, history_items=histories, adapter_names=["default"] * 3)
+
+
+def test_an_encoder_of_another_width_is_refused(adapter: Any, encoder: Any) -> None:
+    with pytest.raises(UserError, match="8 numbers a user, the gate reads 16"):
+        adapter().base_model.set_encoder(encoder(hidden_size=8), "default")
+
+
+def test_without_an_encoder_history_items_are_refused(
+    tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    from peft import get_peft_model
+
+    config = ILoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", representation_size=16)
+    model = get_peft_model(tiny_llama(), config)
+    with pytest.raises(ValueError, match="no sequence encoder"):
+        model(input_ids=tokens, history_items=histories)
+    model(input_ids=tokens, representation=torch.rand(3, 16))
+
+
+def test_gates_and_encoders_are_submodules(adapter: Any) -> None:
+    # so that DDP, ZeRO and FSDP see their parameters
+    modules = dict(adapter().named_modules())
+    assert isinstance(modules["base_model.gate.default"], Gate)
+    assert "base_model.sequence_encoder.default" in modules
+
+
+# ---- the real small model ----
+
+
+@pytest.mark.slow
+def test_merged_per_user_oracle_on_smollm2(smollm2: str, encoder: Any, randomise: Any, tmp_path: Any) -> None:
+    from recllm.model.adapter import export_user_adapter
+    from recllm.model.base_model import load_base_model
+    from recllm.recipe import ModelSection
+
+    section = ModelSection(name_or_path=smollm2, dtype="float32")
+    base_model, tokenizer = load_base_model(section)
+    model = build_adapter(base_model, AdapterSection(), encoder()).eval()
+    randomise(model, 0)
+    with torch.no_grad():
+        for layer in _layers(
+            model
+        ):  # of a trained adapter's size: with more the logits are noise that magnifies rounding
+            layer.lora_B["default"].weight *= 0.05
+    items = torch.tensor([[1, 2, 3], [-1, 7, 9]])
+    weights = gate_weights(model, items).detach()
+    assert (weights[0] - weights[1]).abs().max() > 0.05
+    texts = ["The next film is Alien (1979)\nHeat (1995)\n", "Recommend something quiet."]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        together = model(**batch, history_items=items).logits
+    save_adapter(model, tmp_path / "adapter")
+    for user in range(2):
+        export_user_adapter(model, weights[user], tmp_path / "user")
+        plain = load_adapter(load_base_model(section)[0], tmp_path / "user").merge_and_unload()
+        with torch.no_grad():
+            expected = plain(**batch).logits[user]
+        real = batch["attention_mask"][user].bool()
+        with torch.no_grad():
+            swapped = model(**batch, history_items=items.flip(0)).logits[user]
+        assert (together[user] - swapped)[real].abs().max() > 0.1  # the gate matters far more than the tolerance
+        error = (together[user] - expected)[real].abs().max() / expected[real].abs().max()
+        assert error < 1e-4
