@@ -1,6 +1,9 @@
-"""The accelerate entry point; the same run as `recllm train RECIPE`, on one process or many.
+"""Train an adapter, on one process or many; the same run as `recllm train RECIPE`.
 
-accelerate launch --config_file accelerate_configs/single.yaml scripts/train.py RECIPE [section.key=value ...]
+accelerate launch --config_file accelerate_configs/single.yaml scripts/train.py RECIPE [section.key=value …]
+
+RECIPE is a path or a shipped name. The recipe's output folder must hold dataset/ (`recllm convert RECIPE`); encoder/ is
+fitted where it is missing or stale; adapter/ is written.
 """
 
 import sys

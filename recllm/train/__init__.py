@@ -1,0 +1,1 @@
+"""Collating, the trainer, fitting the sequence encoder."""

@@ -1,0 +1,140 @@
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from recllm.data.dataset import Dataset
+from recllm.errors import UserError
+from recllm.model.sequence_encoder import SASRec, load_encoder
+from recllm.recipe import EncoderSection
+from recllm.schema import TEST, TRAIN, UNUSED, VALID
+from recllm.train import encoder as module
+from recllm.train.encoder import (
+    Held,
+    evaluate_encoder,
+    fit_encoder,
+    sampled_cross_entropy,
+    training_windows,
+    validation,
+)
+
+SECTION = EncoderSection(hidden_size=16, num_layers=1, batch_size=16, max_epochs=25, dropout=0.1, learning_rate=5e-3)
+
+
+def with_splits(dataset: Dataset, splits: np.ndarray) -> Dataset:
+    copy = Dataset(dataset.folder, dataset.manifest, dataset.items)
+    copy.__dict__["sequences"] = replace(dataset.sequences, splits=splits.astype(np.int8))
+    return copy
+
+
+def test_windows_hold_every_training_target_once_with_what_came_before(dataset: Dataset):
+    sequences = dataset.sequences
+    pairs = [(int(i), int(t)) for w in training_windows(dataset, 5) for i, t in zip(w.items, w.targets)]
+    wanted = []
+    for begin, end in zip(sequences.offsets[:-1], sequences.offsets[1:]):
+        train = sequences.items[begin:end][sequences.splits[begin:end] == TRAIN].tolist()
+        wanted += list(itertools.pairwise(train))
+    assert sorted(pairs) == sorted(wanted)
+    assert max(len(w.items) for w in training_windows(dataset, 5)) == 5
+
+
+@pytest.mark.parametrize("code", [VALID, TEST, UNUSED])
+def test_other_positions_are_never_read(dataset: Dataset, code: int):
+    splits = np.full(len(dataset.sequences.splits), TRAIN)
+    hidden = dataset.sequences.items == 7
+    splits[hidden] = code
+    for window in training_windows(with_splits(dataset, splits), 12):
+        assert 7 not in window.items
+        assert 7 not in window.targets
+
+
+def test_validation_reads_all_positions_before_the_target(dataset: Dataset):
+    held = validation(dataset, 3)
+    sequences = dataset.sequences
+    assert len(held.targets) == sequences.num_users
+    end = sequences.offsets[1]  # leave-one-out: valid is the last but one
+    assert held.targets[0] == sequences.items[end - 2]
+    assert held.histories[0].tolist() == sequences.items[end - 5 : end - 2].tolist()
+    assert not held.exclude_history  # from the protocol that the dataset was converted with
+
+
+def test_it_learns_the_ring_and_beats_popularity(dataset: Dataset, tmp_path):
+    metrics = fit_encoder(dataset, SECTION, 12, 0, tmp_path / "encoder")
+    assert metrics["ndcg@10"] > 0.8
+    assert metrics["ndcg@10"] > 2 * metrics["popularity_ndcg@10"]
+    encoder, info = load_encoder(tmp_path / "encoder")
+    assert info["vocabulary_sha256"] == dataset.vocabulary_sha256
+    saved = evaluate_encoder(encoder, validation(dataset, 12))
+    assert saved["ndcg@10"] == pytest.approx(metrics["ndcg@10"])  # the best epoch was kept, not the last
+
+
+def test_same_seed_same_weights_and_the_callers_generator_is_untouched(dataset: Dataset, tmp_path):
+    section = SECTION.model_copy(update={"max_epochs": 2})
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    weights = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(5)
+        fit_encoder(dataset, section, 12, seed, tmp_path / str(number))
+        assert torch.equal(torch.rand(1), expected)
+        weights.append(load_encoder(tmp_path / str(number))[0].state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["item_embedding.weight"], weights[2]["item_embedding.weight"])
+
+
+def test_it_stops_after_patience_epochs_without_a_better_one(dataset: Dataset, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.25, 0.9])
+    monkeypatch.setattr(module, "evaluate_encoder", lambda *_: {"ndcg@10": next(scores), "hit_rate@10": 0.0})
+    metrics = fit_encoder(dataset, SECTION.model_copy(update={"patience": 3}), 12, 0, tmp_path / "encoder")
+    assert (metrics["ndcg@10"], metrics["epoch"]) == (0.3, 2)
+
+
+class FixedScores(SASRec):
+    """Scores every history alike."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__(num_items=len(scores), hidden_size=2, num_layers=1, num_heads=1, max_items=4)
+        self.fixed = torch.tensor(scores)
+
+    def scores(self, representation: torch.Tensor) -> torch.Tensor:
+        return self.fixed.expand(len(representation), -1)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "target", "rank"),
+    [(False, 0, 1), (False, 2, 3), (False, 3, 5), (False, 4, 5), (True, 2, 2), (True, 0, 1)],
+)
+def test_ranks_are_pessimistic_and_the_target_is_always_ranked(exclude: bool, target: int, rank: int):
+    held = Held([np.array([0], dtype=np.int32)], np.array([target]), exclude)
+    metrics = evaluate_encoder(FixedScores([5.0, 4.0, 3.0, 1.0, 1.0]), held)
+    assert metrics == {"ndcg@10": pytest.approx(1 / math.log2(1 + rank)), "hit_rate@10": 1.0}
+
+
+def test_sampled_softmax_over_all_items_is_the_full_softmax():
+    generator = torch.Generator().manual_seed(0)
+    states, table = torch.randn(6, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    targets = torch.tensor([0, 3, 8, 3, 1, 2])
+    sampled = sampled_cross_entropy(states, targets, torch.arange(9), table)
+    torch.testing.assert_close(sampled, functional.cross_entropy(states @ table.T, targets))
+
+
+def test_large_catalogues_train_on_a_sample(dataset: Dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FULL_SOFTMAX_ITEMS", 10)
+    monkeypatch.setattr(module, "SAMPLED_NEGATIVES", 12)
+    assert fit_encoder(dataset, SECTION, 12, 0, tmp_path / "encoder")["ndcg@10"] > 0.8
+
+
+def test_no_validation_target_is_an_error(dataset: Dataset, tmp_path):
+    everything = with_splits(dataset, np.full(len(dataset.sequences.splits), TRAIN))
+    with pytest.raises(UserError, match="0 validation targets"):
+        fit_encoder(everything, SECTION, 12, 0, tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_a_diverging_learning_rate_is_an_error(dataset: Dataset, tmp_path):
+    with pytest.raises(UserError, match=r"lower encoder\.learning_rate"):
+        fit_encoder(dataset, SECTION.model_copy(update={"learning_rate": 1e30}), 12, 0, tmp_path / "encoder")

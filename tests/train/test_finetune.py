@@ -1,0 +1,300 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from recllm import files
+from recllm.data.dataset import Dataset
+from recllm.errors import UserError
+from recllm.model.adapter import load_adapter
+from recllm.model.base_model import load_base_model
+from recllm.recipe import Recipe
+from recllm.train import finetune
+from recllm.train.encoder import fit_encoder
+from recllm.train.finetune import train, training_arguments
+
+from .conftest import recipe_of
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSORS = ("adapter_model.safetensors", "gate.safetensors")
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(dataset: Dataset, log_folder: Path) -> Path:
+    folder = log_folder / "run" / "encoder"
+    recipe = recipe_of(log_folder)
+    fit_encoder(dataset, recipe.encoder, recipe.history.max_items, recipe.seed, folder)
+    return folder
+
+
+@pytest.fixture
+def make_recipe(log_folder: Path, tiny_model_folder: Path):
+    def make(**changes: Any) -> Recipe:
+        train_section = recipe_of(log_folder).train | changes.pop("train", {})
+        model = {"name_or_path": str(tiny_model_folder), "dtype": "float32"}
+        return recipe_of(log_folder, model=model, train=train_section, **changes)
+
+    return make
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {f"{name}:{key}": t for name in TENSORS for key, t in load_file(folder / name).items()}
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = tensors(first), tensors(second)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-6)
+
+
+# ---- a whole run ----
+
+
+def test_a_run_writes_an_adapter_that_learned_and_that_stock_peft_loads(
+    dataset, encoder_folder, make_recipe, tmp_path, tiny_llama
+):
+    recipe = make_recipe(train={"max_steps": 30, "save_steps": 10})
+    output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    expected = {"items.parquet", "manifest.json", "README.md", "training_log.json", "ilora.json", "sequence_encoder"}
+    assert expected <= {path.name for path in output.iterdir()}
+    losses = [entry["loss"] for entry in json.loads((output / "training_log.json").read_text()) if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    assert not (tmp_path / "checkpoints").exists()
+    gate = load_file(output / "gate.safetensors")
+    assert gate["output.weight"].abs().max() > 0  # zero at the start: it was trained
+    assert gate["mean"].abs().max() > 0  # zero at the start: statistics of the training examples
+    assert torch.equal(gate["deviation"] > 0, torch.ones(16, dtype=torch.bool))
+    stock = PeftModel.from_pretrained(tiny_llama(), output)
+    assert stock.peft_config["default"].peft_type.value == "LORA"
+
+
+def test_gate_statistics_are_those_of_the_training_histories(dataset, encoder_folder, make_recipe, tmp_path):
+    output = train(make_recipe(train={"max_steps": 1}), dataset.folder, encoder_folder, tmp_path / "adapter")
+    from recllm.model.sequence_encoder import load_encoder
+
+    encoder, _ = load_encoder(encoder_folder)
+    states = []
+    for example in dataset.examples("train").to_pylist():
+        history = dataset.history(example["user_index"], example["history_end"], 12)
+        if len(history):  # an empty history has a uniform gate whatever the statistics are
+            states.append(encoder(torch.tensor(history).long()[None]).detach())
+    rows = torch.cat(states)
+    gate = load_file(output / "gate.safetensors")
+    torch.testing.assert_close(gate["mean"], rows.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gate["deviation"], rows.std(0, correction=0), rtol=1e-3, atol=1e-5)
+
+
+def test_plain_lora_needs_no_encoder(dataset, make_recipe, tmp_path):
+    recipe = make_recipe(adapter={"method": "lora", "r": 4})
+    output = train(recipe, dataset.folder, tmp_path / "no-encoder", tmp_path / "adapter")
+    assert not (output / "gate.safetensors").exists()
+    loaded = load_adapter(load_base_model(recipe.model)[0], output)
+    assert max(float(p.abs().max()) for name, p in loaded.named_parameters() if "lora_B" in name) > 0
+
+
+def test_evaluation_and_tensorboard_pass_through(dataset, encoder_folder, make_recipe, tmp_path):
+    recipe = make_recipe(train={"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 3})
+    output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    log = json.loads((output / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
+    assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
+
+
+def test_gradient_checkpointing_gives_the_same_weights(dataset, encoder_folder, make_recipe, tmp_path):
+    train(make_recipe(), dataset.folder, encoder_folder, tmp_path / "plain" / "adapter")
+    recipe = make_recipe(train={"gradient_checkpointing": True})
+    train(recipe, dataset.folder, encoder_folder, tmp_path / "checkpointed" / "adapter")
+    assert_same_weights(tmp_path / "plain" / "adapter", tmp_path / "checkpointed" / "adapter")
+
+
+def test_an_adapter_that_reloads_differently_is_not_moved_into_place(
+    dataset, encoder_folder, make_recipe, tmp_path, monkeypatch
+):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "old").touch()
+
+    def damaged(model, folder, **kwargs):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_B.default.weight"):
+                    p.add_(0.01)
+        save(model, folder, **kwargs)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_B.default.weight"):
+                    p.sub_(0.01)
+
+    save = finetune.save_adapter
+    monkeypatch.setattr(finetune, "save_adapter", damaged)
+    with pytest.raises(UserError, match="other logits than the trained one"):
+        train(make_recipe(train={"max_steps": 1}), dataset.folder, encoder_folder, tmp_path / "adapter")
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["old"]
+
+
+# ---- refused before long work ----
+
+
+@pytest.fixture
+def no_long_work(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the base model was loaded")
+
+    monkeypatch.setattr(finetune, "load_base_model", forbidden)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"learning_rat": 1e-3}}, 'no argument "learning_rat", did you mean "learning_rate"'),
+        ({"train": {"output_dir": "elsewhere"}}, r"train\.output_dir may not be set: .*set output_dir at the top"),
+        ({"train": {"remove_unused_columns": True}}, "remove_unused_columns may not be set"),
+        ({"train": {"lr_scheduler_type": "cosinus"}}, "cosinus"),
+        ({"history": {"max_items": 13}}, r"history\.max_items=12, the recipe has 13: run `recllm convert`"),
+        ({"prompt": {"max_items": 5}}, r"prompt\.max_items=4, the recipe has 5"),
+        ({"tasks": [{"task": "next_item", "template": "next_item/items", "dense_window": 4}]}, "template-mismatch"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
+    dataset, encoder_folder, make_recipe, tmp_path, no_long_work, changes, message
+):
+    with pytest.raises(UserError, match=message):
+        train(make_recipe(**changes), dataset.folder, encoder_folder, tmp_path / "adapter")
+
+
+def test_another_template_can_be_allowed(dataset, encoder_folder, make_recipe, tmp_path, capsys):
+    tasks = [{"task": "next_item", "template": "next_item/items", "dense_window": 4}]
+    recipe = make_recipe(tasks=tasks, train={"max_steps": 1})
+    train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter", allow_template_mismatch=True)
+    assert "next_item/films@1" in capsys.readouterr().err
+
+
+def test_an_encoder_of_another_vocabulary_is_refused(dataset, encoder_folder, make_recipe, tmp_path, no_long_work):
+    info = json.loads((encoder_folder / "encoder.json").read_text()) | {"vocabulary_sha256": "0" * 64}
+    other = tmp_path / "encoder"
+    other.mkdir()
+    (other / "encoder.json").write_text(json.dumps(info))
+    (other / "encoder.safetensors").write_bytes((encoder_folder / "encoder.safetensors").read_bytes())
+    with pytest.raises(UserError, match="fitted on the vocabulary 000000000000"):
+        train(make_recipe(), dataset.folder, other, tmp_path / "adapter")
+
+
+def test_yaml_numbers_without_a_point_are_numbers(make_recipe, tmp_path):
+    recipe = make_recipe(train=yaml.safe_load("{learning_rate: 1e-4}"))
+    assert recipe.train["learning_rate"] == "1e-4"
+    assert training_arguments(recipe, tmp_path).learning_rate == 1e-4
+
+
+def test_the_cpu_is_not_forced(make_recipe, tmp_path):
+    assert not training_arguments(make_recipe(), tmp_path).use_cpu
+
+
+# ---- killed and resumed ----
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from recllm.recipe import load_recipe
+from recllm.train import finetune
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[5]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+make = finetune.make_trainer
+def with_kill(*args):
+    trainer = make(*args)
+    trainer.add_callback(Kill())
+    return trainer
+finetune.make_trainer = with_kill
+finetune.train(load_recipe(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+"""
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def write_recipe(recipe: Recipe, path: Path) -> Path:
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    return path
+
+
+@pytest.mark.parametrize("kill_at", [5, 18])
+def test_a_run_killed_in_the_middle_ends_with_the_same_weights(dataset, encoder_folder, make_recipe, tmp_path, kill_at):
+    """Dropout and shuffling draw random numbers; 13 steps are an epoch, so 18 goes on from 16 in the second one."""
+    sizes = {"max_steps": 20, "per_device_train_batch_size": 12, "save_steps": 4, "lr_scheduler_type": "cosine"}
+    adapter = {"r": 4, "num_experts": 2, "lora_dropout": 0.1, "gate": {"learning_rate": 0.05}}
+    recipe = make_recipe(train=sizes, adapter=adapter)
+    path = write_recipe(recipe, tmp_path / "recipe.yaml")
+
+    def run(output: Path, step: int) -> "subprocess.CompletedProcess[str]":
+        arguments = [str(path), str(dataset.folder), str(encoder_folder), str(output), str(step)]
+        return subprocess.run(
+            [sys.executable, "-c", RUN, *arguments], env=environment(), capture_output=True, text=True, check=False
+        )
+
+    killed = run(tmp_path / "killed" / "adapter", kill_at)
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "killed" / "adapter").exists()
+    last = kill_at // 4 * 4
+    checkpoint = tmp_path / "killed" / "checkpoints" / f"checkpoint-{last}"
+    assert checkpoint.is_dir()
+    half_written = tmp_path / "killed" / "checkpoints" / "checkpoint-99"  # as a kill during a write leaves it
+    half_written.mkdir()
+    (half_written / "adapter_model.safetensors").write_bytes(b"\0" * 10)
+
+    resumed = run(tmp_path / "killed" / "adapter", -1)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from {checkpoint}" in resumed.stderr
+    assert "checkpoint-99 is passed over: it was cut off" in resumed.stderr
+    train(recipe, dataset.folder, encoder_folder, tmp_path / "whole" / "adapter")
+    assert_same_weights(tmp_path / "killed" / "adapter", tmp_path / "whole" / "adapter")
+    assert logged_steps(tmp_path / "killed") == logged_steps(tmp_path / "whole") == list(range(1, 21))
+
+
+def logged_steps(run: Path) -> list[int]:
+    log = json.loads((run / "adapter" / "training_log.json").read_text())
+    return [entry["step"] for entry in log if "loss" in entry]
+
+
+def test_another_recipe_does_not_resume_and_tidies_up(tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    files.write_json(checkpoint / "checkpoint.json", {"fingerprint": "mine", "files": {}})
+    assert finetune._resume_from(tmp_path, "mine", resume=True) == str(checkpoint)
+    with pytest.warns(UserWarning, match="another recipe"):
+        assert finetune._resume_from(tmp_path, "other", resume=True) is None
+    assert not tmp_path.exists()  # or its checkpoints would count as ours, and the oldest of ours be deleted first
+
+
+def test_accelerate_launch_is_the_same_run(dataset, encoder_folder, make_recipe, tmp_path):
+    """`accelerate launch scripts/train.py RECIPE` and `recllm train RECIPE`, each in its own process."""
+    commands = {
+        "launched": [
+            *("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"),
+            "scripts/train.py",
+        ],
+        "direct": ["-m", "recllm.cli", "train"],
+    }
+    for name, command in commands.items():
+        recipe = make_recipe(output_dir=str(tmp_path / name))
+        recipe.output.mkdir()
+        (recipe.output / "dataset").symlink_to(dataset.folder)
+        path = write_recipe(recipe, tmp_path / f"{name}.yaml")
+        done = subprocess.run(
+            [sys.executable, *command, str(path)],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "launched" / "adapter", tmp_path / "direct" / "adapter")

@@ -1,0 +1,193 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from recllm.errors import UserError
+from recllm.model.adapter import accepts_history, build_adapter, load_adapter
+from recllm.model.sequence_encoder import SASRec
+from recllm.recipe import AdapterSection
+from recllm.train.collator import COLUMNS, IGNORE, Collator, TokenizedExamples, tokenize
+from recllm.train.trainer import MARKER, AdapterTrainer, EpochSampler, completion_loss, last_checkpoint
+
+SECTION = AdapterSection(r=4, num_experts=2)
+
+
+@pytest.fixture(scope="module")
+def examples(dataset, tiny_tokenizer) -> TokenizedExamples:
+    return tokenize(dataset.examples("train", COLUMNS).slice(0, 24), tiny_tokenizer, 512)
+
+
+def make_trainer(tiny_llama, dataset, examples, folder: Path, method: str = "ilora", **arguments) -> AdapterTrainer:
+    torch.manual_seed(0)
+    encoder = SASRec(num_items=dataset.num_items, hidden_size=8, num_layers=1, num_heads=1, max_items=12).eval()
+    section = SECTION.model_copy(update={"method": method})
+    model = build_adapter(tiny_llama(), section, encoder if method == "ilora" else None)
+    options = {"max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none"}
+    options |= {"logging_steps": 1, "disable_tqdm": True, "lr_scheduler_type": "constant", "use_cpu": True, **arguments}
+    own = {"gate_learning_rate": 0.5, "fingerprint": "mine"} if method == "ilora" else {}
+    return AdapterTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **options),
+        data_collator=Collator(2, dataset if method == "ilora" else None, 12),
+        train_dataset=examples,
+        **own,
+    )
+
+
+def trainable(trainer: AdapterTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_completion_loss_is_the_shifted_cross_entropy_over_labels():
+    logits = torch.zeros(1, 3, 4)  # the last 3 positions of 5; uniform over 4 tokens
+    labels = torch.tensor([[IGNORE, IGNORE, IGNORE, 1, 2]])
+    total, count = completion_loss(logits.bfloat16(), labels)
+    assert count == 2
+    assert total.item() == pytest.approx(2 * math.log(4))
+    assert total.dtype == torch.float32
+
+
+def test_loss_equals_the_full_forward_with_labels(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, "lora")
+    batch = trainer.data_collator([examples[i] for i in range(5)])
+    model = trainer.model.eval()
+    full = model(**{k: v for k, v in batch.items() if k != "logits_to_keep"}).loss
+    torch.testing.assert_close(trainer.compute_loss(model, batch), full)
+
+
+def test_the_head_runs_only_where_there_is_loss(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path)
+    batch = trainer.data_collator([examples[i] for i in range(5)])
+    _, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+    longest = int((batch["labels"] != IGNORE).sum(1).max())
+    assert outputs.logits.shape[1] == longest + 1 < batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "ilora"])
+def test_accumulating_4_times_2_rows_is_the_step_of_8_rows(tiny_llama, dataset, examples, tmp_path, method):
+    """Completions differ in length: a mean of micro-batch means would be another loss and another gradient."""
+    ends = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, method, optim="sgd", max_grad_norm=0.0, **sizes)
+        with torch.no_grad():  # B = 0 would make the gate's gradient exactly zero
+            for name, p in trainer.model.named_parameters():
+                if "lora_B" in name:
+                    p.copy_(torch.linspace(-0.1, 0.1, p.numel()).view_as(p))
+        trainer.train()
+        ends.append((trainer.state.log_history[0]["loss"], trainable(trainer)))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-5)
+    for name, value in ends[0][1].items():
+        torch.testing.assert_close(value, ends[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_gate_has_its_own_learning_rate(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path)
+    optimizer = trainer.create_optimizer()
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, rate in rates.items() if rate == 0.5} == {
+        "base_model.gate.default.output.weight",
+        "base_model.gate.default.output.bias",
+    }
+    assert {rate for name, rate in rates.items() if "lora_" in name} == {1e-2}
+    assert set(rates) == set(trainable(trainer))
+    assert any("gate_proj.lora_A" in name for name in rates)  # a Llama's own gate_proj is not the gate
+
+
+def test_it_logs_padding_and_gate(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["gate_entropy"] == pytest.approx(math.log(2), abs=1e-3)  # B was 0: the gate has not moved yet
+    assert entry["expert_0"] + entry["expert_1"] == pytest.approx(1)
+    indices = list(iter(trainer._get_train_sampler()))[:8]
+    lengths = examples.lengths[indices]
+    assert entry["padding_share"] == pytest.approx(1 - lengths.sum() / (8 * lengths.max()))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, logging_nan_inf_filter=False)
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"loss is nan at step 1: lower train\.learning_rate"):
+        trainer.train()
+
+
+def test_the_order_hangs_on_seed_and_epoch_only():
+    lengths, epoch = np.arange(40) % 7, [0]
+    sampler = EpochSampler(lengths, 4, seed=3, epoch=lambda: epoch[0])
+    first = list(sampler)
+    torch.rand(100)  # the global generator is not read
+    assert list(sampler) == first
+    assert sorted(first) == list(range(40))
+    epoch[0] = 1
+    assert list(sampler) != first
+    assert list(EpochSampler(lengths, 4, seed=4, epoch=lambda: 0)) != first
+
+
+def test_grouping_by_length_pads_less():
+    lengths = np.random.default_rng(0).integers(5, 100, size=400)
+
+    def padding(group: int) -> float:
+        order = list(EpochSampler(lengths, group, 0, lambda: 0))
+        batches = lengths[order].reshape(-1, 8)
+        return 1 - lengths.sum() / (8 * batches.max(1).sum())
+
+    assert padding(8) < 0.3 * padding(0)
+
+
+def test_every_checkpoint_is_an_adapter(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=2, save_steps=1)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MARKER} <= {
+        path.name for path in folder.iterdir()
+    }
+    loaded = load_adapter(tiny_llama(), folder)
+    assert accepts_history(loaded)
+    batch = trainer.data_collator([examples[0], examples[1]])
+    expected = trainer.compute_loss(trainer.model.eval(), batch)
+    torch.testing.assert_close(trainer.compute_loss(loaded.eval(), batch), expected)
+
+
+def complete(folder: Path, step: int, fingerprint: str = "mine") -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_bytes(b"12345")
+    (checkpoint / MARKER).write_text(json.dumps({"fingerprint": fingerprint, "files": {"weights": 5}}))
+    return checkpoint
+
+
+def test_the_newest_complete_checkpoint_is_taken(tmp_path):
+    complete(tmp_path, 9)
+    assert last_checkpoint(tmp_path, "mine") == tmp_path / "checkpoint-9"
+    newest = complete(tmp_path, 10)
+    assert last_checkpoint(tmp_path, "mine") == newest  # by number, not by name
+    assert last_checkpoint(tmp_path / "absent", "mine") is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / MARKER).unlink(), "cut off"),
+        (lambda folder: (folder / "weights").write_bytes(b"123"), "other sizes"),
+        (lambda folder: (folder / "weights").unlink(), "other sizes"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, damage, reason):
+    complete(tmp_path, 1)
+    damage(complete(tmp_path, 2))
+    with pytest.warns(UserWarning, match=rf"checkpoint-2 is passed over: .*{reason}"):
+        assert last_checkpoint(tmp_path, "mine") == tmp_path / "checkpoint-1"
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
+    complete(tmp_path, 1, "other")
+    with pytest.warns(UserWarning, match="another recipe, dataset or encoder"):
+        assert last_checkpoint(tmp_path, "mine") is None
