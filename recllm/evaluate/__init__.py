@@ -1,0 +1,1 @@
+"""Ranking metrics, statistics, baselines, the report."""

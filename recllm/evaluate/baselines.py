@@ -1,0 +1,228 @@
+"""Baselines: what every report sets beside the model, on the same frozen candidates.
+
+A dataset enters, and for SASRec the folder of a fitted encoder. A `Scorer` leaves: examples → a score for every item of
+the catalogue, from which candidates are read off and the full catalogue is ranked. Only training interactions are
+counted (`training_interactions`); the history before the cut-off of an example is given to all alike.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy import sparse
+
+from recllm.data.dataset import Dataset
+from recllm.data.randomness import mix, text_keys, uniform
+from recllm.errors import UserError
+from recllm.evaluate import metrics
+from recllm.schema import TEST, TRAIN, UNUSED, VALID
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+WINDOW = 10  # item_to_item: steps between two items of a pair, and items of the history that are looked at
+_CHUNK = 16_000_000  # entries of a score matrix held at once: 128 MB
+
+
+class Examples(NamedTuple):
+    """What a baseline may see of examples: never the target."""
+
+    example_ids: list[str]
+    user_index: npt.NDArray[np.int32]  # (N,)
+    history_end: npt.NDArray[np.int32]  # (N,)
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "Examples":
+        """From a table of schema.EXAMPLES."""
+        users, ends = (table[name].to_numpy().astype(np.int32) for name in ("user_index", "history_end"))
+        return cls(table["example_id"].to_pylist(), users, ends)
+
+    def part(self, rows: slice) -> "Examples":
+        """Some consecutive examples."""
+        return Examples(self.example_ids[rows], self.user_index[rows], self.history_end[rows])
+
+
+Scorer = Callable[[Examples], Floats]  # (B examples) → (B, num_items)
+
+
+def training_interactions(dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """Which positions of the sequences (P,) training has read: each user's, up to their last training target.
+
+    Held-out positions are not among them, nor is an unused position that follows one (the rest of a held-out session).
+    """
+    sequences = dataset.sequences
+    splits, offsets = np.asarray(sequences.splits), np.asarray(sequences.offsets)
+    user = np.repeat(np.arange(sequences.num_users), np.diff(offsets))
+    held = np.isin(splits, (VALID, TEST))
+    held_before = np.concatenate([[0], np.cumsum(held)])  # (P + 1,): held-out positions before each
+    follows = held_before[:-1] > held_before[offsets[user]]
+    last = np.full(sequences.num_users, -1)
+    targets = np.flatnonzero(splits == TRAIN)
+    last[user[targets]] = targets  # ascending: the last one stays
+    unused = (splits == UNUSED) & ~follows
+    return ((splits == TRAIN) | unused) & (np.arange(len(splits)) <= last[user])
+
+
+def item_counts(dataset: Dataset) -> Integers:
+    """How often each item occurs in training, (num_items,)."""
+    items = np.asarray(dataset.sequences.items)[training_interactions(dataset)]
+    return np.bincount(items, minlength=dataset.num_items).astype(np.int64)
+
+
+def random(dataset: Dataset, seed: int) -> Scorer:
+    """Uniform numbers, each a function of (seed, example, item): neither row order nor batching changes them."""
+    items = np.arange(dataset.num_items)
+
+    def score(examples: Examples) -> Floats:
+        return uniform(mix(seed, text_keys(examples.example_ids)[:, None], items[None, :]))
+
+    return score
+
+
+def popularity(dataset: Dataset) -> Scorer:
+    """score(i) = number of training interactions with i, the same for everybody."""
+    counts = item_counts(dataset).astype(np.float64)
+    return lambda examples: np.broadcast_to(counts, (len(examples.example_ids), len(counts)))
+
+
+def item_to_item(dataset: Dataset, window: int = WINDOW) -> Scorer:
+    """Item-to-item transitions with decay: sequential rules (Ludewig & Jannach 2018, "SR"), weighted by rarity.
+
+        T(i, j)  = Σ over training pairs (i, then j, d ≤ window steps later, j ≠ i) of 1 / d
+        score(j) = Σ_{n=1..window} 1 / n · T(h_n, j) / √(count(h_n) · count(j))  +  ε · count(j) / Σ count
+
+    with h_n the n-th newest item of the history and counts of training. The root is the cosine's: without it the most
+    popular items follow everything. ε = 1e-6 lets popularity order only what no transition reaches.
+    """
+    counts = item_counts(dataset).astype(np.float64)
+    transitions = _transitions(dataset, window)
+    scale = 1 / np.sqrt(np.maximum(counts, 1))
+    cosine = sparse.diags_array(scale) @ transitions @ sparse.diags_array(scale)
+    prior = 1e-6 * counts / max(1.0, counts.sum())
+
+    def score(examples: Examples) -> Floats:
+        recent = [_history(dataset, u, e, window) for u, e in zip(examples.user_index, examples.history_end)]
+        rows = np.repeat(np.arange(len(recent)), [len(items) for items in recent])
+        weights = np.concatenate([1 / np.arange(len(items), 0, -1) for items in recent] or [np.empty(0)])
+        columns = np.concatenate([*recent, np.empty(0, np.int32)]).astype(np.int64)
+        weighted = sparse.csr_array((weights, (rows, columns)), shape=(len(recent), dataset.num_items))
+        return np.asarray((weighted @ cosine).toarray() + prior)
+
+    return score
+
+
+def sasrec(dataset: Dataset, encoder_folder: Path, batch_size: int = 256) -> Scorer:
+    """Scores of the fitted sequence encoder (Kang & McAuley 2018); it reads the last `max_items` of the history.
+
+    Raises:
+        UserError: an encoder of another item vocabulary.
+    """
+    import torch
+
+    from recllm.model.sequence_encoder import load_encoder
+
+    encoder, info = load_encoder(encoder_folder)
+    if info["vocabulary_sha256"] != dataset.vocabulary_sha256:
+        raise UserError(
+            f"{encoder_folder} was fitted on the item vocabulary {str(info['vocabulary_sha256'])[:12]}…, "
+            f"{dataset.folder} has {dataset.vocabulary_sha256[:12]}…: fit it again on this dataset (`recllm train`)"
+        )
+
+    @torch.inference_mode()
+    def score(examples: Examples) -> Floats:
+        parts = []
+        for start in range(0, len(examples.example_ids), batch_size):
+            part = examples.part(slice(start, start + batch_size))
+            histories = [_history(dataset, u, e, encoder.max_items) for u, e in zip(part.user_index, part.history_end)]
+            parts.append(encoder.scores(encoder(torch.from_numpy(pad_left(histories)))).double().numpy())
+        return np.concatenate(parts)
+
+    return score
+
+
+def score_candidates(score: Scorer, examples: Examples, candidates: Integers, num_items: int) -> Floats:
+    """Scores of frozen candidates (N, C) → (N, C), in chunks."""
+    parts = [
+        np.take_along_axis(score(examples.part(rows)), candidates[rows], axis=1)
+        for rows in _chunks(len(examples.example_ids), num_items)
+    ]
+    return np.concatenate(parts) if parts else np.empty(candidates.shape)
+
+
+def full_ranks(
+    score: Scorer, dataset: Dataset, examples: Examples, target: Integers, exclude_history: bool
+) -> Integers:
+    """Rank of each target (N,) in the whole catalogue, pessimistic; without the items of the history where asked.
+
+    The target is always ranked, also where the user had it before.
+    """
+    parts = []
+    for rows in _chunks(len(examples.example_ids), dataset.num_items):
+        part = examples.part(rows)
+        excluded = None
+        if exclude_history:
+            excluded = np.zeros((len(part.example_ids), dataset.num_items), dtype=bool)
+            for line, user, end in zip(excluded, part.user_index, part.history_end):
+                line[_history(dataset, user, end, int(end))] = True
+        parts.append(metrics.ranks(score(part), target[rows], excluded))
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def most_frequent_label(labels: Sequence[str], answers: Sequence[str]) -> str:
+    """The constant action: the label that occurs most in training; the first of `answers` among equals.
+
+    >>> most_frequent_label(["like", "dislike", "like"], ["like", "dislike"])
+    'like'
+    """
+    return max(answers, key=[*labels].count)
+
+
+def user_labels(
+    labels: Sequence[str], users: Sequence[int], wanted: Sequence[int], answers: Sequence[str]
+) -> list[str]:
+    """Each wanted user's most frequent training label; the constant action for a user without, or among equals.
+
+    >>> user_labels(["like", "like", "dislike"], [1, 1, 2], [2, 3], ["like", "dislike"])
+    ['dislike', 'like']
+    """
+    constant = most_frequent_label(labels, answers)
+    counts = np.zeros((max([*users, *wanted], default=0) + 1, len(answers)), dtype=np.int64)
+    places = [answers.index(label) for label in labels]
+    np.add.at(counts, (np.asarray(users, dtype=np.int64), np.asarray(places, dtype=np.int64)), 1)
+    counts = 2 * counts + (np.asarray(answers) == constant)  # the constant wins among equals, and nowhere else
+    return [answers[int(place)] for place in counts[np.asarray(wanted, dtype=np.int64)].argmax(axis=1)]
+
+
+def pad_left(histories: Sequence[npt.NDArray]) -> Integers:
+    """(B, L) item indices, -1 to the left of shorter histories; L is at least 1."""
+    padded = np.full((len(histories), max([1, *map(len, histories)])), -1, dtype=np.int64)
+    for line, history in zip(padded, histories):
+        line[len(line) - len(history) :] = history
+    return padded
+
+
+def _history(dataset: Dataset, user: int, end: int, max_items: int) -> npt.NDArray[np.int32]:
+    return dataset.history(int(user), int(end), max_items)
+
+
+def _transitions(dataset: Dataset, window: int) -> sparse.csr_array:
+    """Σ 1 / d over training pairs that are d ≤ window steps apart, (num_items, num_items)."""
+    sequences = dataset.sequences
+    read = training_interactions(dataset)
+    items = np.asarray(sequences.items)[read].astype(np.int64)
+    user = np.repeat(np.arange(sequences.num_users), np.diff(sequences.offsets))[read]
+    total = sparse.csr_array((dataset.num_items, dataset.num_items))
+    for step in range(1, window + 1):
+        pairs = (user[:-step] == user[step:]) & (items[:-step] != items[step:])
+        before, after = items[:-step][pairs], items[step:][pairs]
+        counted = sparse.coo_array((np.ones(len(before)), (before, after)), shape=total.shape)
+        total = total + counted.tocsr() / step
+    return total
+
+
+def _chunks(count: int, width: int) -> list[slice]:
+    step = max(1, _CHUNK // max(1, width))
+    return [slice(start, min(count, start + step)) for start in range(0, count, step)]

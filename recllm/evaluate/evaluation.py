@@ -1,0 +1,423 @@
+"""One evaluation: `recllm evaluate`.
+
+A recipe, dataset/, encoder/ and adapter/ enter; report/ leaves, in one step: metrics.json, predictions.parquet,
+gates.parquet and what report.py makes of them. Everything that can be wrong is found before the first score.
+
+metrics.json. An ESTIMATE is {"value", "low", "high"}: the figure and its percentile bootstrap interval over users at
+protocol.bootstrap.confidence; null is "undefined". Lower is better for nats, brier and calibration_error only.
+
+    format          1
+    name, description                of the recipe
+    split, tasks                     "test", ["next_item"]: tasks by the names that begin their example ids
+    main_system     {task: name}: the system that all others are compared with
+    protocol        recipe.protocol
+    candidates_label                 how the candidates were drawn, the heading of their table
+    provenance      versions {recllm, python, torch, transformers, peft, numpy, …},
+                    hashes {recipe, dataset_manifest, items, encoder, adapter, adapters {name}, inputs {path},
+                    templates {task: id}},
+                    seed, seeds, command, created, base_model {name_or_path, dtype, attn_implementation},
+                    machine {cpu_count, processor, platform, torch_device}, seconds {system: scoring wall time}
+    counts          the manifest's, and evaluated {task: {examples, users, of_examples, chosen_by_seed}}
+    audit           the manifest's leakage audit
+    systems         [{name, kind: adapter | control | base_model | baseline, task, description, num_examples, num_users,
+                      metrics {"hit_rate@1": ESTIMATE, … "ndcg@k", "mrr@k", "mrr", "valid_ratio", "nats"},
+                      full_catalogue: null | {the same without nats},
+                      generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit}}]
+                    nats, of language models only: negative log-likelihood of the right answer, terminator included.
+                    Closed tasks (like): accuracy, balanced_accuracy, "f1 LABEL", auc, brier, calibration_error, …
+    comparisons     [{task, a, b, metric, difference: a − b, low, high, p_value, p_holm, method: mcnemar |
+                      paired_bootstrap, num_examples, num_users}]; Holm within one task and metric
+    segments        {task: {segment: {value: {system: {metric: ESTIMATE, …, num_examples, num_users}}}}}
+    segment_notes   {segment: what its values mean}
+    examples        [{task, example_id, user_id, history: [texts, oldest first], history_length, target, label,
+                      systems {name: {rank, full_rank, top: [{text, score, target}], text, valid}}}]
+    gate            null | {system, num_experts, mean_weights, deviation, strongest_counts, mean_entropy, max_entropy,
+                      file}
+    training_log    [{step, loss, …}] as the trainer logged it; [] where the adapter folder has none
+
+predictions.parquet: figures.PREDICTIONS. gates.parquet: example_id, user_index, weights, x, y, strongest.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from recllm import __version__, files
+from recllm.data.dataset import Dataset
+from recllm.errors import UserError
+from recllm.evaluate import baselines, figures, language_model
+from recllm.evaluate.baselines import Scorer
+from recllm.evaluate.language_model import BASE_MODEL, Adapter, Gates, LanguageModels, System
+from recllm.evaluate.tasks import Prediction, Task, load_tasks
+from recllm.recipe import Recipe
+
+FORMAT = 1
+METRICS, PREDICTIONS, GATES = "metrics.json", "predictions.parquet", "gates.parquet"
+NUM_EXAMPLES_SHOWN = 10
+BASELINES = {
+    "random": "uniform numbers, seeded by example and item",
+    "popularity": "the number of training interactions",
+    "item_to_item": "item-to-item transitions of training from the last items of the history, with decay",
+    "sasrec": "SASRec, the sequence encoder of this run",
+}
+CLOSED_BASELINES = {
+    "constant": "the most frequent answer of training, for everybody",
+    "user_most_frequent": "each user's most frequent answer of training",
+}
+_ORDER = ("adapter", "control", "base_model", "baseline")
+
+
+def evaluate(
+    recipe: Recipe, dataset_folder: Path, encoder_folder: Path, adapter_folder: Path | None, output: Path
+) -> dict[str, Any]:
+    """Score the adapter of a run, its controls, the base model and the baselines on the same frozen examples.
+
+    Args:
+        recipe: what to score (`evaluate`) and how (`protocol`).
+        dataset_folder: written by convert.
+        encoder_folder: the fitted sequence encoder, the SASRec baseline.
+        adapter_folder: written by train; None evaluates the baselines only.
+        output: the report folder; an old one is replaced when the new one is complete.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: adapter or encoder of another vocabulary or base model; broken candidates; an empty split.
+    """
+    from recllm.evaluate import report
+
+    dataset = Dataset.open(Path(dataset_folder))
+    adapters = list_adapters(recipe, None if adapter_folder is None else Path(adapter_folder))
+    check_protocol(recipe, dataset)
+    tasks = load_tasks(dataset, recipe.evaluate.split, recipe.evaluate.max_examples, recipe.seed)
+    scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
+    wants_model = adapters or BASE_MODEL in recipe.evaluate.baselines
+    models = LanguageModels(recipe, dataset, adapters) if wants_model else None
+
+    systems = [run_baseline(name, score, recipe, dataset, tasks) for name, score in _bar(scorers)]
+    systems += closed_baselines(dataset, tasks)
+    systems += models.systems(tasks) if models else []
+    systems.sort(key=lambda system: _ORDER.index(system.kind))  # within a kind as they were scored
+    gates = models.gates if models else None
+
+    document = summarise(recipe, dataset, tasks, systems, gates)
+    document["provenance"] |= provenance(recipe, dataset, Path(encoder_folder), adapters)
+    main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
+    document["training_log"] = training_log(main)
+    with files.replacing_folder(Path(output)) as folder:
+        write_predictions(folder / PREDICTIONS, tasks, systems)
+        if gates:
+            pq.write_table(language_model.gates_table(gates, tasks), folder / GATES, compression="zstd")
+        files.write_json(folder / METRICS, document)
+        report.write(folder)
+    print(table_text(document))
+    print(f"report: {Path(output) / 'report.html'}")
+    return document
+
+
+# ---- before any long work ----
+
+
+def list_adapters(recipe: Recipe, main: Path | None) -> list[Adapter]:
+    """The run's adapter, named by its method, and those that the recipe names.
+
+    Raises:
+        UserError: a folder without an adapter, or a name that another system has.
+    """
+    adapters = []
+    if main is not None:
+        language_model.check_adapter_folder(main)
+        adapters.append(Adapter("ilora" if (main / "ilora.json").is_file() else "lora", main, True))
+    taken = {*BASELINES, *CLOSED_BASELINES, BASE_MODEL, *(adapter.name for adapter in adapters)}
+    taken |= {f"{adapter.name}_{control}" for adapter in adapters for control in language_model.CONTROLS}
+    for name, folder in recipe.evaluate.adapters.items():
+        if name in taken:
+            raise UserError(f'evaluate.adapters: "{name}" is the name of another system of the report: choose another')
+        language_model.check_adapter_folder(Path(folder))
+        adapters.append(Adapter(name, Path(folder), False))
+    return adapters
+
+
+def check_protocol(recipe: Recipe, dataset: Dataset) -> None:
+    """Refuse a protocol whose split or candidates are not those that the dataset was converted with.
+
+    Raises:
+        UserError: names the first section that differs.
+    """
+    converted = dataset.manifest.get("recipe", {}).get("protocol", {})
+    for section in ("split", "candidates"):
+        wanted = recipe.protocol.model_dump(mode="json")[section]
+        found = converted.get(section, wanted)
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{dataset.folder} was converted with protocol.{section}.{key}={found.get(key)!r}, the recipe has "
+                f"{wanted[key]!r}: run `recllm convert` with this recipe, or score with the dataset's protocol"
+            )
+
+
+def make_scorers(recipe: Recipe, dataset: Dataset, encoder_folder: Path, tasks: list[Task]) -> dict[str, Scorer]:
+    """The baselines that the recipe names, ready to score; none where every task is closed."""
+    makers = {
+        "random": lambda: baselines.random(dataset, recipe.seed),
+        "popularity": lambda: baselines.popularity(dataset),
+        "item_to_item": lambda: baselines.item_to_item(dataset),
+        "sasrec": lambda: baselines.sasrec(dataset, encoder_folder),
+    }
+    if all(task.is_closed for task in tasks):
+        return {}
+    return {name: makers[name]() for name in reversed(BASELINES) if name in recipe.evaluate.baselines}
+
+
+# ---- scoring ----
+
+
+def run_baseline(name: str, score: Scorer, recipe: Recipe, dataset: Dataset, tasks: list[Task]) -> System:
+    """A baseline's scores of the candidates and, where the protocol wants it, ranks in the whole catalogue."""
+    started, ranking, predictions = time.monotonic(), recipe.protocol.ranking, {}
+    for task in tasks:
+        if task.candidates is None:
+            continue
+        scores = baselines.score_candidates(score, task.examples, task.candidates, dataset.num_items)
+        full = None
+        if ranking.full_catalogue:
+            full = baselines.full_ranks(score, dataset, task.examples, task.target, ranking.exclude_history)
+        predictions[task.name] = Prediction(scores, full_rank=full)
+    return System(name, "baseline", BASELINES[name], predictions, time.monotonic() - started)
+
+
+def closed_baselines(dataset: Dataset, tasks: list[Task]) -> list[System]:
+    """The constant answer and each user's most frequent one, for closed tasks."""
+    closed = [task for task in tasks if task.is_closed]
+    if not closed:
+        return []
+    made: dict[str, dict[str, Prediction]] = {name: {} for name in CLOSED_BASELINES}
+    train = dataset.examples("train", ["task", "user_index", "label"])
+    for task in closed:
+        rows = train.filter(pc.equal(train["task"], task.kind))
+        labels, users = rows["label"].to_pylist(), rows["user_index"].to_pylist()
+        constant = baselines.most_frequent_label(labels, task.labels)
+        answers = {
+            "constant": [constant] * len(task.target),
+            "user_most_frequent": baselines.user_labels(labels, users, task.users.tolist(), task.labels),
+        }
+        for name, chosen in answers.items():
+            scores = np.array([[float(answer == label) for label in task.labels] for answer in chosen])
+            made[name][task.name] = Prediction(scores, has_probabilities=False)
+    return [System(name, "baseline", CLOSED_BASELINES[name], found, 0.0) for name, found in made.items()]
+
+
+# ---- metrics.json ----
+
+
+def summarise(
+    recipe: Recipe, dataset: Dataset, tasks: list[Task], systems: list[System], gates: Gates | None
+) -> dict[str, Any]:
+    """metrics.json but for provenance beyond timings, and the training log."""
+    protocol, titles = recipe.protocol, dataset.titles
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "name": recipe.name,
+        "description": recipe.description,
+        "split": recipe.evaluate.split,
+        "tasks": [task.name for task in tasks],
+        "main_system": {},
+        "protocol": protocol.model_dump(mode="json"),
+        "candidates_label": candidates_label(recipe),
+        "provenance": {"seconds": {system.name: round(system.seconds, 2) for system in systems}},
+        "counts": dataset.manifest["counts"] | {"evaluated": {task.name: _evaluated(task, recipe) for task in tasks}},
+        "audit": dataset.manifest["audit"],
+        "systems": [],
+        "comparisons": [],
+        "segments": {},
+        "segment_notes": figures.SEGMENT_NOTES,
+        "examples": [],
+        "gate": gate_figures(gates, tasks) if gates else None,
+    }
+    for task in tqdm(tasks, desc="metrics and intervals", unit="task"):
+        present = [system for system in systems if task.name in system.predictions]
+        if not present:
+            raise UserError(f"no system scores the task {task.name}: name baselines or give an adapter")
+        main = present[0].name
+        document["main_system"][task.name] = main
+        document["systems"] += [figures.system_entry(system, task, titles, protocol) for system in present]
+        document["comparisons"] += figures.comparisons(task, present, main, protocol)
+        document["segments"][task.name] = figures.segments(task, present, dataset, protocol)
+        count = max(1, NUM_EXAMPLES_SHOWN // len(tasks))
+        document["examples"] += figures.example_entries(task, present, dataset, count)
+    return document
+
+
+def candidates_label(recipe: Recipe) -> str:
+    """How the candidates came about, so that nobody takes sampled figures for full-catalogue ones."""
+    section = recipe.protocol.candidates
+    how = "uniform" if section.method == "uniform" else "popularity-weighted"
+    return f"sampled: 1 target + {section.count - 1} {how} items"
+
+
+def gate_figures(gates: Gates, tasks: list[Task]) -> dict[str, Any]:
+    """Mean, spread and entropy (nats) of the gate weights over all evaluated examples."""
+    weights = np.concatenate([gates.weights[task.name] for task in tasks]).astype(np.float64)
+    entropy = -(weights * np.log(np.maximum(weights, 1e-12))).sum(axis=1)
+    return {
+        "system": gates.system,
+        "num_experts": weights.shape[1],
+        "mean_weights": weights.mean(axis=0).tolist(),
+        "deviation": weights.std(axis=0).tolist(),
+        "strongest_counts": np.bincount(weights.argmax(axis=1), minlength=weights.shape[1]).tolist(),
+        "mean_entropy": float(entropy.mean()),
+        "max_entropy": float(np.log(weights.shape[1])),
+        "file": GATES,
+    }
+
+
+def provenance(recipe: Recipe, dataset: Dataset, encoder_folder: Path, adapters: list[Adapter]) -> dict[str, Any]:
+    """Everything that a reader needs to make the report again: versions, hashes, seeds, command, machine."""
+    manifest = dataset.manifest
+    main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
+    return {
+        "versions": versions(),
+        "hashes": {
+            "recipe": _json_sha256(recipe.model_dump(mode="json")),
+            "dataset_manifest": files.sha256_of(dataset.folder / "manifest.json"),
+            "items": manifest["items_sha256"],
+            "encoder": files.sha256_of(encoder_folder) if encoder_folder.is_dir() else None,
+            "adapter": None if main is None else files.sha256_of(main),
+            "adapters": {adapter.name: files.sha256_of(adapter.folder) for adapter in adapters if not adapter.is_main},
+            "inputs": manifest["inputs"],
+            "templates": {f"{entry['task']}: {entry['id']}": entry["sha256"] for entry in manifest["templates"]},
+        },
+        "seed": recipe.seed,
+        "seeds": manifest["seeds"],
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "base_model": recipe.model.model_dump(mode="json"),
+        "machine": machine(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of what computes its figures."""
+    found = {"recllm": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "numpy", "scipy", "polars", "pyarrow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine this is; no names, no paths."""
+    import torch
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return {
+        "cpu_count": os.cpu_count(),
+        "processor": _processor(),
+        "platform": platform.platform(),
+        "torch_device": device,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def training_log(adapter_folder: Path | None) -> list[dict[str, Any]]:
+    """What the trainer logged, from the adapter's training_log.json; [] where there is none."""
+    if adapter_folder is None or not (adapter_folder / "training_log.json").is_file():
+        return []
+    return list(files.read_json(adapter_folder / "training_log.json", "the log of a training run"))
+
+
+def write_predictions(path: Path, tasks: list[Task], systems: list[System]) -> None:
+    """predictions.parquet, a row group a system and task."""
+    with pq.ParquetWriter(path, figures.PREDICTIONS, compression="zstd") as writer:
+        for task in tasks:
+            for system in systems:
+                if task.name in system.predictions:
+                    writer.write_table(figures.predictions_table(task, system))
+
+
+# ---- for the terminal ----
+
+
+def table_text(document: dict[str, Any]) -> str:
+    """The systems with their main figures and intervals as plain text, one table a task."""
+    lines = []
+    for task in document["tasks"]:
+        systems = [system for system in document["systems"] if system["task"] == task]
+        names = _shown_metrics(document, systems)
+        title = f"{task}, split {document['split']}, {systems[0]['num_examples']} examples of "
+        confidence = document["protocol"]["bootstrap"]["confidence"]
+        lines += ["", f"{title}{systems[0]['num_users']} users, {confidence:.0%} intervals over users"]
+        if "accuracy" not in systems[0]["metrics"]:
+            lines.append(f"candidates {document['candidates_label']}; full: rank in the whole catalogue")
+        rows = [["system", *names]] + [[system["name"], *(_cell(system, name) for name in names)] for system in systems]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines += ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _shown_metrics(document: dict[str, Any], systems: list[dict[str, Any]]) -> list[str]:
+    if "accuracy" in systems[0]["metrics"]:
+        return ["accuracy", "balanced_accuracy", "auc", "nats"]
+    cutoffs = document["protocol"]["ranking"]["k"]
+    names = [f"hit_rate@{k}" for k in sorted({min(cutoffs), max(cutoffs)})] + [f"ndcg@{max(cutoffs)}"]
+    if any(system["full_catalogue"] for system in systems):
+        names.append(f"full ndcg@{max(cutoffs)}")
+    return [*names, "nats"]
+
+
+def _cell(system: dict[str, Any], name: str) -> str:
+    place = (system["full_catalogue"] or {}) if name.startswith("full ") else system["metrics"]
+    found = place.get(name.removeprefix("full "))
+    if not found or found["value"] is None:
+        return "-"
+    if found["low"] is None:
+        return f"{found['value']:.3f}"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _evaluated(task: Task, recipe: Recipe) -> dict[str, int]:
+    return {
+        "examples": len(task.target),
+        "users": len(np.unique(task.users)),
+        "of_examples": task.available,
+        "chosen_by_seed": recipe.seed,
+    }
+
+
+def _bar(scorers: dict[str, Scorer]) -> Iterator[tuple[str, Scorer]]:
+    with tqdm(scorers.items(), desc="baselines", unit="system") as bar:
+        for name, score in bar:
+            bar.set_postfix_str(name)
+            yield name, score
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _processor() -> str:
+    """The processor's name; Linux tells it in /proc only."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

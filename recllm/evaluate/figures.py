@@ -1,0 +1,374 @@
+"""Predictions → figures: metrics with intervals, paired comparisons, segments, predictions.parquet.
+
+Tasks and the predictions of every system enter; the parts of metrics.json leave (evaluation.py says what it holds).
+Every resampling starts from the protocol's seed, so that all systems see the same resamples.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from recllm.data.dataset import Dataset
+from recllm.evaluate import metrics, statistics
+from recllm.evaluate.baselines import item_counts, training_interactions
+from recllm.evaluate.language_model import System
+from recllm.evaluate.statistics import Estimate
+from recllm.evaluate.tasks import Prediction, Task
+from recllm.recipe import BootstrapSection, Protocol
+
+Floats = npt.NDArray[np.float64]
+
+HEAD_SHARE = 0.2
+HISTORY_BUCKETS = ((1, 5), (6, 10), (11, 20), (21, 50), (51, 200))
+SEGMENT_NOTES = {
+    "target popularity": "head: targets among the most frequent 20% of the items in training; tail: the other items of "
+    "training; cold: items that training never saw",
+    "history length": "interactions of the user before the cut-off of the example",
+    "user": "in training: the user has interactions in training; new: none",
+}
+
+
+def valid_rows(prediction: Prediction) -> npt.NDArray[np.bool_]:
+    """(N,): examples for which every score is a number."""
+    return np.asarray(~np.isnan(prediction.scores).any(axis=1))
+
+
+def predicted_labels(prediction: Prediction) -> npt.NDArray[np.int64]:
+    """Closed tasks: the column with the highest score (the first among equals), -1 where invalid. (N,)"""
+    filled = np.where(np.isnan(prediction.scores), -np.inf, prediction.scores)
+    return np.where(valid_rows(prediction), filled.argmax(axis=1), -1)
+
+
+def example_metrics(task: Task, prediction: Prediction, cutoffs: Sequence[int]) -> dict[str, Floats]:
+    """Metrics that are means over examples, each (N,): ranking metrics or accuracy, valid_ratio, nats."""
+    valid = valid_rows(prediction)
+    if task.is_closed:
+        table = {"accuracy": metrics.accuracy(task.right_column, predicted_labels(prediction))}
+        table["valid_ratio"] = metrics.valid_ratio(valid)
+    else:
+        table = metrics.ranking(metrics.ranks(prediction.scores, task.right_column), valid, cutoffs)
+    return table if prediction.nats is None else table | {"nats": prediction.nats}
+
+
+def system_entry(system: System, task: Task, titles: list[str], protocol: Protocol) -> dict[str, Any]:
+    """One entry of `systems`."""
+    prediction = system.predictions[task.name]
+    figures = estimates(example_metrics(task, prediction, protocol.ranking.k), task.users, protocol.bootstrap)
+    if task.is_closed:
+        figures |= closed_figures(task, prediction, protocol.bootstrap)
+    full = None
+    if prediction.full_rank is not None:
+        ranked = metrics.ranking(prediction.full_rank, np.ones(len(task.target), bool), protocol.ranking.k)
+        full = estimates(ranked, task.users, protocol.bootstrap)
+    return {
+        "name": system.name,
+        "kind": system.kind,
+        "task": task.name,
+        "description": system.description,
+        "num_examples": len(task.target),
+        "num_users": len(np.unique(task.users)),
+        "metrics": figures,
+        "full_catalogue": full,
+        "generation": generation_figures(task, prediction, titles, protocol),
+    }
+
+
+def estimates(table: dict[str, Floats], users: npt.NDArray, section: BootstrapSection) -> dict[str, Any]:
+    """Mean and interval of each column."""
+    if not table:
+        return {}
+    values = np.stack(list(table.values()), axis=1)
+    rng = np.random.default_rng(section.seed)
+    found = statistics.bootstrap_means(values, users, rng, section.samples, section.confidence)
+    return {name: as_json(estimate) for name, estimate in zip(table, found, strict=True)}
+
+
+def closed_figures(task: Task, prediction: Prediction, section: BootstrapSection) -> dict[str, Any]:
+    """Balanced accuracy, F1 of each label and, where there are probabilities, AUC, Brier score, calibration."""
+    label, predicted = task.right_column, predicted_labels(prediction)
+    found: dict[str, Callable[[Floats], Floats]] = {
+        "balanced_accuracy": lambda w: metrics.balanced_accuracy(label, predicted, w)
+    }
+    for place, name in enumerate(task.labels):
+        found[f"f1 {name}"] = functools.partial(metrics.f1, label, predicted, place)
+    if prediction.has_probabilities and len(task.labels) == 2:
+        probability, positive = positive_probability(prediction.scores), label == 0
+        found["auc"] = lambda w: metrics.auc(probability, positive, w)
+        found["brier"] = lambda w: w @ metrics.brier(probability, positive) / w.sum(axis=1)
+        found["calibration_error"] = lambda w: metrics.calibration_error(probability, positive, w)
+    result = {}
+    for name, statistic in found.items():
+        rng = np.random.default_rng(section.seed)
+        estimate = statistics.bootstrap_statistic(statistic, task.users, rng, section.samples, section.confidence)
+        result[name] = as_json(estimate)
+    return result
+
+
+def positive_probability(scores: Floats) -> Floats:
+    """Probability of the first label (N,): softmax of the answers' log-likelihoods (N, C)."""
+    shifted = np.exp(scores - np.max(scores, axis=1, keepdims=True))
+    return shifted[:, 0] / shifted.sum(axis=1)
+
+
+def generation_figures(
+    task: Task, prediction: Prediction, titles: list[str], protocol: Protocol
+) -> dict[str, Any] | None:
+    """Free answers matched to the catalogue: valid_ratio and exact_hit, on the first examples."""
+    if prediction.generations is None:
+        return None
+    found = match_titles(prediction.generations, titles)
+    count = len(found)
+    table = {
+        "valid_ratio": metrics.valid_ratio(found != NO_ITEM),
+        "exact_hit": (found == task.target[:count]).astype(np.float64),
+    }
+    return {
+        "num_examples": count,
+        "max_new_tokens": protocol.decoding.max_new_tokens,
+        "note": f"the first {count} of {len(task.target)} evaluated examples; a title of several items is no hit",
+        **estimates(table, task.users[:count], protocol.bootstrap),
+    }
+
+
+NO_ITEM, SEVERAL_ITEMS = -1, -2
+
+
+def match_titles(generations: Sequence[tuple[str, bool]], titles: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Item index of each generated title: the whole text must be a title, but for case and white space.
+
+    NO_ITEM where it is none, or did not end by itself: invalid. SEVERAL_ITEMS where items share the title: valid, and
+    never a hit, as it does not name one.
+
+    >>> match_titles([(" heat", True), ("Heat", False), ("Heat 2", True)], ["Heat", "Up"]).tolist()
+    [0, -1, -1]
+    """
+    known: dict[str, int] = {}
+    for index, title in enumerate(titles):
+        key = _normalised(title)
+        known[key] = SEVERAL_ITEMS if key in known else index
+    return np.array([known.get(_normalised(text), NO_ITEM) if done else NO_ITEM for text, done in generations])
+
+
+def _normalised(title: str) -> str:
+    return " ".join(title.casefold().split())
+
+
+# ---- comparisons ----
+
+
+def comparisons(task: Task, systems: Sequence[System], main: str, protocol: Protocol) -> list[dict[str, Any]]:
+    """The main system against every other, on the same examples; Holm within each metric."""
+    by_name = {s.name: example_metrics(task, s.predictions[task.name], protocol.ranking.k) for s in systems}
+    entries = []
+    for metric in compared_metrics(task, protocol):
+        if metric not in by_name[main]:
+            continue
+        tests = [
+            compare_pair(main, other, metric, by_name[main][metric], table[metric], task.users, protocol.bootstrap)
+            for other, table in by_name.items()
+            if other != main and metric in table
+        ]
+        for entry, p_holm in zip(tests, statistics.holm([_nan(entry["p_value"]) for entry in tests])):
+            entries.append({"task": task.name, **entry, "p_holm": _json_number(p_holm)})
+    return entries
+
+
+def compared_metrics(task: Task, protocol: Protocol) -> list[str]:
+    """The metrics that are tested and shown by segment."""
+    if task.is_closed:
+        return ["accuracy", "nats"]
+    return [f"hit_rate@{min(protocol.ranking.k)}", f"ndcg@{max(protocol.ranking.k)}", "nats"]
+
+
+def compare_pair(
+    a: str, b: str, metric: str, values_a: Floats, values_b: Floats, users: npt.NDArray, section: BootstrapSection
+) -> dict[str, Any]:
+    """a − b with its interval and p-value.
+
+    McNemar's exact test for hits where each user has one example; it takes examples as independent, so otherwise, and
+    for all that is not 0 or 1, the paired bootstrap over users. The interval is the bootstrap's in any case.
+    """
+    rng = np.random.default_rng(section.seed)
+    found = statistics.paired_difference(values_a, values_b, users, rng, section.samples, section.confidence)
+    num_users = len(np.unique(users))
+    binary = metric.startswith("hit_rate@") or metric == "accuracy"
+    method, p_value = "paired_bootstrap", found.p_value
+    if binary and num_users == len(users):
+        method, p_value = "mcnemar", statistics.mcnemar(values_a, values_b)
+    return {
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "difference": _json_number(found.difference),
+        "low": _json_number(found.low),
+        "high": _json_number(found.high),
+        "p_value": _json_number(p_value),
+        "method": method,
+        "num_examples": len(users),
+        "num_users": num_users,
+    }
+
+
+# ---- segments ----
+
+
+def segments(task: Task, systems: Sequence[System], dataset: Dataset, protocol: Protocol) -> dict[str, Any]:
+    """Segment name → value → system → figures; values without examples are absent."""
+    columns = compared_metrics(task, protocol)
+    tables = {s.name: example_metrics(task, s.predictions[task.name], protocol.ranking.k) for s in systems}
+    result: dict[str, Any] = {}
+    for segment, (values, order) in segment_values(task, dataset).items():
+        result[segment] = {}
+        for value in order:
+            rows = np.flatnonzero(values == value)
+            if not len(rows):
+                continue
+            users = task.users[rows]
+            size = {"num_examples": len(rows), "num_users": len(np.unique(users))}
+            result[segment][value] = {
+                name: estimates({c: table[c][rows] for c in columns if c in table}, users, protocol.bootstrap) | size
+                for name, table in tables.items()
+            }
+    return result
+
+
+def segment_values(task: Task, dataset: Dataset) -> dict[str, tuple[npt.NDArray, list[str]]]:
+    """Segment name → the value of each example (N,) and the values in the order of a table."""
+    length = task.examples.history_end
+    buckets = {f"{low}-{high}": (length >= low) & (length <= high) for low, high in HISTORY_BUCKETS}
+    buckets = {"0": length == 0, **buckets, f">{HISTORY_BUCKETS[-1][1]}": length > HISTORY_BUCKETS[-1][1]}
+    lengths = np.select(list(buckets.values()), list(buckets), default="0")
+    sequences = dataset.sequences
+    user = np.repeat(np.arange(sequences.num_users), np.diff(sequences.offsets))
+    seen = np.bincount(user[training_interactions(dataset)], minlength=sequences.num_users) > 0
+    users = np.where(seen[task.users], "in training", "new")
+    return {
+        "target popularity": (popularity_classes(item_counts(dataset))[task.target], ["head", "tail", "cold"]),
+        "history length": (lengths, list(buckets)),
+        "user": (users, ["in training", "new"]),
+    }
+
+
+def popularity_classes(counts: npt.NDArray[np.int64]) -> npt.NDArray:
+    """head, tail or cold of each item (num_items,): head is the most frequent fifth of the items that occur.
+
+    >>> popularity_classes(np.array([9, 1, 1, 1, 1, 0])).tolist()
+    ['head', 'tail', 'tail', 'tail', 'tail', 'cold']
+    """
+    order = np.argsort(-counts, kind="stable")
+    classes = np.where(counts > 0, "tail", "cold")
+    classes[order[: math.ceil(HEAD_SHARE * int((counts > 0).sum()))]] = "head"
+    return classes
+
+
+# ---- examples and predictions ----
+
+
+def example_entries(
+    task: Task, systems: Sequence[System], dataset: Dataset, count: int, shown: int = 10
+) -> list[dict[str, Any]]:
+    """Some evaluated examples, spread over the table, with what each system made of them."""
+    rows = np.unique(np.linspace(0, len(task.target) - 1, min(count, len(task.target))).astype(int))
+    return [_example_entry(task, systems, dataset, int(row), shown) for row in rows]
+
+
+def _example_entry(task: Task, systems: Sequence[System], dataset: Dataset, row: int, shown: int) -> dict[str, Any]:
+    titles, user, end = dataset.titles, int(task.users[row]), int(task.examples.history_end[row])
+    return {
+        "task": task.name,
+        "example_id": task.examples.example_ids[row],
+        "user_id": dataset.sequences.user_ids[user].as_py(),
+        "history": [titles[item] for item in dataset.history(user, end, shown)],
+        "history_length": end,
+        "target": titles[task.target[row]],
+        "label": task.labels[task.right_column[row]] if task.is_closed else None,
+        "systems": {s.name: _example_system(task, s.predictions[task.name], titles, row) for s in systems},
+    }
+
+
+def _example_system(task: Task, prediction: Prediction, titles: list[str], row: int, top: int = 5) -> dict[str, Any]:
+    scores = prediction.scores[row]
+    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")[:top]
+    texts = task.words if task.candidates is None else [titles[item] for item in task.candidates[row]]
+    few = prediction.generations or []
+    rank = None if task.is_closed else int(metrics.ranks(scores[None], task.right_column[row : row + 1])[0])
+    return {
+        "rank": rank,
+        "full_rank": None if prediction.full_rank is None else int(prediction.full_rank[row]),
+        "top": [
+            {"text": texts[c], "score": _json_number(scores[c]), "target": bool(c == task.right_column[row])}
+            for c in order
+        ],
+        "text": few[row][0] if row < len(few) else None,
+        "valid": bool(valid_rows(prediction)[row]),
+    }
+
+
+PREDICTIONS = pa.schema(
+    [
+        ("system", pa.string()),
+        ("task", pa.string()),
+        ("example_id", pa.string()),
+        ("user_index", pa.int32()),
+        ("target", pa.int32()),
+        ("candidates", pa.list_(pa.int32())),
+        ("scores", pa.list_(pa.float64())),
+        ("rank", pa.int32()),
+        ("full_rank", pa.int32()),
+        ("nats", pa.float64()),
+        ("text", pa.string()),
+        ("valid", pa.bool_()),
+        ("label", pa.string()),
+        ("predicted", pa.string()),
+    ]
+)
+
+
+def predictions_table(task: Task, system: System) -> pa.Table:
+    """One system's rows of predictions.parquet, one an example, nothing dropped."""
+    prediction, count = system.predictions[task.name], len(task.target)
+    valid, predicted = valid_rows(prediction), [None] * count
+    if task.is_closed:
+        predicted = [task.labels[place] if place >= 0 else None for place in predicted_labels(prediction)]
+    texts: list[str | None] = [text for text, _ in prediction.generations or []]
+    nothing = [None] * count
+    columns = {
+        "system": [system.name] * count,
+        "task": [task.name] * count,
+        "example_id": task.examples.example_ids,
+        "user_index": task.users,
+        "target": task.target,
+        "candidates": nothing if task.candidates is None else list(task.candidates),
+        "scores": list(prediction.scores),
+        "rank": nothing if task.is_closed else metrics.ranks(prediction.scores, task.right_column),
+        "full_rank": nothing if prediction.full_rank is None else prediction.full_rank,
+        "nats": nothing if prediction.nats is None else prediction.nats,
+        "text": texts + [None] * (count - len(texts)),
+        "valid": valid,
+        "label": [task.labels[place] for place in task.right_column] if task.is_closed else nothing,
+        "predicted": predicted,
+    }
+    return pa.table(
+        {field.name: pa.array(columns[field.name], type=field.type) for field in PREDICTIONS}, schema=PREDICTIONS
+    )
+
+
+# ---- JSON ----
+
+
+def as_json(estimate: Estimate) -> dict[str, float | None]:
+    """{"value", "low", "high"}; what is undefined is null."""
+    return {name: _json_number(value) for name, value in estimate._asdict().items()}
+
+
+def _json_number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value

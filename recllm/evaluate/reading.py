@@ -1,0 +1,246 @@
+"""What the numbers of a report say, in plain words. metrics.json enters as a dict, sentences leave.
+
+Nothing is claimed in advance: every sentence is chosen by a test. A difference counts only when its Holm-adjusted p is
+below 1 − confidence and its interval leaves out zero; anything else is "no difference shown", never "no difference".
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+LOWER_IS_BETTER = frozenset({"nats", "brier", "calibration_error"})
+Verdict = Literal["ahead", "behind", "open"]
+Metrics = Mapping[str, Any]
+
+
+class Sentence(NamedTuple):
+    """One finding; `tone` is for a mark beside it: good, bad, open (undecided) or note."""
+
+    tone: str
+    text: str
+
+
+def verdict(comparison: Metrics, confidence: float) -> Verdict:
+    """Is system a of this comparison shown to be better (ahead) or worse (behind) than b, or is it open?
+
+    >>> test = {"metric": "nats", "difference": -0.1, "low": -0.2, "high": -0.05, "p_value": 0.001, "p_holm": 0.002}
+    >>> verdict(test, 0.95)
+    'ahead'
+    >>> verdict(test | {"p_holm": 0.2}, 0.95)
+    'open'
+    """
+    low, high, p_holm = comparison.get("low"), comparison.get("high"), comparison.get("p_holm")
+    if low is None or high is None or p_holm is None or p_holm >= 1 - confidence or low <= 0 <= high:
+        return "open"
+    return "ahead" if (low > 0) != (comparison["metric"] in LOWER_IS_BETTER) else "behind"
+
+
+def supported_best(
+    values: Mapping[str, Metrics | None], metric: str, tests: Sequence[Metrics], confidence: float
+) -> str | None:
+    """The system to print in bold: the best of the column, if it is shown to be ahead of every other; otherwise None.
+
+    Against each other system the paired test decides where there is one, and disjoint intervals where there is none.
+    """
+    known = {name: value for name, value in values.items() if value and value.get("value") is not None}
+    if len(known) < 2:
+        return None
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    best = max(known, key=lambda name: sign * known[name]["value"])
+    rest = (name for name in known if name != best)
+    return best if all(_separated(best, other, known, metric, tests, confidence) for other in rest) else None
+
+
+def _separated(
+    best: str, other: str, values: Mapping[str, Metrics], metric: str, tests: Sequence[Metrics], confidence: float
+) -> bool:
+    for test in tests:
+        if test["metric"] == metric and {test["a"], test["b"]} == {best, other}:
+            return verdict(test, confidence) == ("ahead" if test["a"] == best else "behind")
+    edges: list[Any] = [values[name].get(edge) for name in (best, other) for edge in ("low", "high")]
+    if None in edges:
+        return False
+    low, high, other_low, other_high = edges
+    return high < other_low if metric in LOWER_IS_BETTER else low > other_high
+
+
+def ranking_metric(metrics: Metrics, task: str) -> str:
+    """The metric that leads a task's pictures and sentences: ndcg at the largest k, accuracy for a closed task."""
+    if task == "like":
+        return "accuracy"
+    return f"ndcg@{max(metrics['protocol']['ranking']['k'])}"
+
+
+def read(metrics: Metrics, task: str) -> list[Sentence]:
+    """The findings of one task, most important first."""
+    confidence = metrics["protocol"]["bootstrap"]["confidence"]
+    tests = [t for t in metrics["comparisons"] if t["task"] == task and t.get("difference") is not None]
+    systems = {system["name"]: system for system in metrics["systems"] if system["task"] == task}
+    main = metrics["main_system"].get(task)
+    if main not in systems:
+        return [Sentence("note", "No system of this run was evaluated on this task.")]
+    lead = ranking_metric(metrics, task)
+    sentences = list(_against_others(tests, systems, main, lead, confidence))
+    sentences += _against_base(tests, systems, confidence)
+    sentences += _about_gate(tests, systems, lead, confidence)
+    sentences += _about_collapse(metrics, main)
+    sentences += _about_generation(systems[main])
+    return sentences + list(_about_size(tests, systems, lead))
+
+
+def _against_others(
+    tests: Sequence[Metrics], systems: Mapping[str, Metrics], main: str, metric: str, confidence: float
+) -> Iterator[Sentence]:
+    """Who is ahead of whom in the leading metric, controls left to the gate's own sentence."""
+    mine = [t for t in tests if t["metric"] == metric and systems.get(t["b"], {}).get("kind") != "control"]
+    by_verdict = {name: [t for t in mine if verdict(t, confidence) == name] for name in ("behind", "ahead", "open")}
+    for test in sorted(by_verdict["behind"], key=lambda t: -abs(t["difference"])):
+        kind = ", which needs no language model," if systems[test["b"]]["kind"] == "baseline" else ""
+        yield Sentence("bad", f"{test['b']}{kind} is ahead of {main} in {metric}: {_numbers(test, flip=True)}.")
+    if by_verdict["ahead"]:
+        names = _list([f"{t['b']} ({_signed(t['difference'])})" for t in by_verdict["ahead"]])
+        yield Sentence("good", f"{main} is ahead of {names} in {metric}.")
+    if by_verdict["open"]:
+        names = _list([t["b"] for t in by_verdict["open"]], "or")
+        yield Sentence(
+            "open", f"No difference shown between {main} and {names} in {metric}: the test cannot tell them apart."
+        )
+    if not mine:
+        yield Sentence("note", f"{main} was compared with no other system in {metric}.")
+
+
+def _against_base(tests: Sequence[Metrics], systems: Mapping[str, Metrics], confidence: float) -> Iterator[Sentence]:
+    for test in tests:
+        if test["metric"] == "nats" and systems.get(test["b"], {}).get("kind") == "base_model":
+            found = verdict(test, confidence)
+            text = _TRAINING[found].format(b=test["b"])
+            yield Sentence(_TONES[found], f"{text}: {_numbers(test, unit=' nats an answer')}.")
+
+
+def _about_gate(
+    tests: Sequence[Metrics], systems: Mapping[str, Metrics], metric: str, confidence: float
+) -> Iterator[Sentence]:
+    """Does the gate help? It does when the adapter is ahead of its uniform AND of its shuffled control."""
+    for name in ("nats", metric):
+        controls = {
+            test["b"].rsplit("_", 1)[-1]: test
+            for test in tests
+            if test["metric"] == name and systems.get(test["b"], {}).get("kind") == "control"
+        }
+        if controls:
+            yield _gate_sentence({k: verdict(t, confidence) for k, t in controls.items()}, controls, name)
+
+
+def _gate_sentence(verdicts: Mapping[str, Verdict], controls: Mapping[str, Metrics], metric: str) -> Sentence:
+    numbers = "; ".join(f"against {_CONTROLS.get(k, k)} {_numbers(t)}" for k, t in controls.items())
+    scored = f"Measured in {metric}"
+    if all(test["difference"] == test.get("low") == test.get("high") == 0 for test in controls.values()):
+        names = _list([_CONTROLS.get(k, k) for k in controls])
+        return Sentence("open", f"{scored}, the gate changes nothing on this data: {names} score exactly the same.")
+    if "behind" in verdicts.values():
+        losers = _list([_CONTROLS.get(k, k) for k, v in verdicts.items() if v == "behind"])
+        return Sentence("bad", f"{scored}, the gate hurts on this data: it is behind {losers} ({numbers}).")
+    if set(verdicts) >= {"uniform", "shuffled"} and set(verdicts.values()) == {"ahead"}:
+        return Sentence("good", f"{scored}, the gate helps on this data: {numbers}.")
+    if verdicts.get("uniform") == "ahead" and "shuffled" in verdicts:
+        return Sentence(
+            "open", f"{scored}, a gate of another user does as well: not a gain from knowing the user ({numbers})."
+        )
+    if verdicts.get("uniform") == "ahead" or (verdicts.get("shuffled") == "ahead" and "uniform" not in verdicts):
+        return Sentence("open", f"{scored}, the gate is ahead, but one of the two controls was not run ({numbers}).")
+    if verdicts.get("shuffled") == "ahead":
+        return Sentence(
+            "open",
+            f"{scored}, another user's gate does worse than the user's own, but switching the gate off is not shown "
+            f"to: no gain shown ({numbers}).",
+        )
+    return Sentence("open", f"{scored}, the gate is not shown to help on this data: {numbers}.")
+
+
+def _about_collapse(metrics: Metrics, main: str) -> Iterator[Sentence]:
+    gate = metrics.get("gate")
+    if not gate or gate["system"] != main or gate["num_experts"] < 2:
+        return
+    share = gate["mean_entropy"] / gate["max_entropy"]
+    heaviest = max(gate["mean_weights"])
+    expert = gate["mean_weights"].index(heaviest)
+    if heaviest > 0.9:
+        yield Sentence("bad", f"The gate has collapsed: expert {expert} holds {heaviest:.0%} of the weight.")
+    elif share > 0.99:
+        text = f"The gate stays close to uniform: its mean entropy is {share:.1%} of the largest possible."
+        yield Sentence("note", text)
+
+
+def _about_generation(system: Metrics) -> Iterator[Sentence]:
+    generation = system.get("generation")
+    if generation and generation.get("valid_ratio"):
+        valid, hit = generation["valid_ratio"]["value"], generation["exact_hit"]["value"]
+        yield Sentence(
+            "note",
+            f"Writing freely, {system['name']} named an item of the catalogue in {valid:.0%} of "
+            f"{generation['num_examples']} answers and the target in {hit:.0%}.",
+        )
+
+
+def _about_size(tests: Sequence[Metrics], systems: Mapping[str, Metrics], metric: str) -> Iterator[Sentence]:
+    """The resolution of the run: half the interval of a typical difference, controls left out."""
+    mine = [
+        test
+        for test in tests
+        if test["metric"] == metric and systems.get(test["b"], {}).get("kind") != "control" and _width(test) > 0
+    ]
+    if mine:
+        halves = sorted(_width(test) / 2 for test in mine)
+        yield Sentence(
+            "note",
+            f"With {mine[0]['num_examples']} examples of {mine[0]['num_users']} users, differences in {metric} smaller "
+            f"than about {halves[len(halves) // 2]:.3f} cannot be seen.",
+        )
+
+
+def _width(test: Metrics) -> float:
+    low, high = test.get("low"), test.get("high")
+    return 0.0 if low is None or high is None else high - low
+
+
+_TONES = {"ahead": "good", "behind": "bad", "open": "open"}
+_TRAINING = {
+    "ahead": "Training made held-out answers likelier than under the untuned {b}",
+    "behind": "Training made held-out answers less likely than under the untuned {b}",
+    "open": "Training is not shown to change the likelihood of held-out answers against {b}",
+}
+_CONTROLS = {"uniform": "the uniform gate", "shuffled": "another user's gate"}
+
+
+def _numbers(test: Metrics, flip: bool = False, unit: str = "") -> str:
+    """The difference with its interval and adjusted p; `flip` turns a − b into b − a."""
+    difference, low, high = test["difference"], test.get("low"), test.get("high")
+    if flip:
+        difference, low, high = -difference, None if high is None else -high, None if low is None else -low
+    interval = "" if low is None or high is None else f" [{_signed(low)}, {_signed(high)}]"
+    p_holm = test.get("p_holm")
+    return f"{_signed(difference)}{unit}{interval}" + ("" if p_holm is None else f", Holm p {probability(p_holm)}")
+
+
+def _signed(value: float) -> str:
+    """
+    >>> _signed(-0.25), _signed(0.0001)
+    ('−0.250', '+0.000')
+    """
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def probability(p: float) -> str:
+    """A p-value for people.
+
+    >>> probability(0.00001), probability(0.04)
+    ('< 0.001', '0.040')
+    """
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _list(words: Sequence[str], last: str = "and") -> str:
+    """
+    >>> _list(["a", "b", "c"])
+    'a, b and c'
+    """
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

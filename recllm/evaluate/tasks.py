@@ -1,0 +1,158 @@
+"""What is evaluated: the examples of each task, chosen and checked before any long work.
+
+A dataset's split enters; `Task`s leave, the same for every system. `Prediction` is what a system says of a task.
+Imports without torch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recllm.data.dataset import Dataset
+from recllm.data.randomness import mix
+from recllm.errors import UserError
+from recllm.evaluate.baselines import Examples
+
+NEXT_ITEM, LIKE = "next_item", "like"  # kinds of task; next_item_among is ranked as next_item is
+
+
+class Task(NamedTuple):
+    """The evaluated examples of one task of the recipe: N examples with C candidates or answers."""
+
+    name: str  # how its example ids begin: "next_item", "next_item.2"
+    kind: str  # next_item, next_item_among or like
+    examples: Examples
+    prompts: list[list[dict[str, str]]]
+    target: npt.NDArray[np.int64]  # (N,) item_index
+    candidates: npt.NDArray[np.int64] | None  # (N, C) item_index; None for closed tasks
+    right_column: npt.NDArray[np.int64]  # (N,) where the target stands in candidates, or the label in `labels`
+    ends: list[str]  # (N,) what ends an answer: "\n" where it continues a list, otherwise "" (eos)
+    labels: list[str]  # of closed tasks
+    words: list[str]  # the words that answer each label
+    available: int  # examples of this task in the split, of which the N were chosen
+
+    @property
+    def is_closed(self) -> bool:
+        """Answered by one of a few labels."""
+        return self.kind == LIKE
+
+    @property
+    def users(self) -> npt.NDArray[np.int32]:
+        """(N,): the clusters that are resampled."""
+        return self.examples.user_index
+
+    def answer_texts(self, titles: Sequence[str]) -> list[list[str]]:
+        """The answers that a language model scores, (N, C), each with what ends it."""
+        if self.candidates is None:
+            return [list(self.words) for _ in self.prompts]
+        return [[titles[i] + end for i in row] for row, end in zip(self.candidates.tolist(), self.ends)]
+
+
+class Prediction(NamedTuple):
+    """What one system says of one task."""
+
+    scores: npt.NDArray[np.float64]  # (N, C), a NaN row is invalid
+    full_rank: npt.NDArray[np.int64] | None = None  # (N,) in the whole catalogue
+    nats: npt.NDArray[np.float64] | None = None  # (N,) negative log-likelihood of the right answer
+    generations: list[tuple[str, bool]] | None = None  # of the first examples: text, and whether it ended by itself
+    has_probabilities: bool = True  # closed tasks: whether scores are log-probabilities
+
+
+def load_tasks(dataset: Dataset, split: str, max_examples: int | None, seed: int) -> list[Task]:
+    """The tasks of a split, with at most `max_examples` examples each, of users chosen by `seed`.
+
+    Raises:
+        UserError: an empty split; candidates that are missing, repeated or without the target (names the example).
+    """
+    light = dataset.examples(split, ["example_id", "user_index"])
+    if not light.num_rows:
+        raise UserError(f"{dataset.folder}: the split {split} has 0 examples, at least 1 is needed: see its manifest")
+    names = pc.list_element(pc.split_pattern(light["example_id"], "/", max_splits=1), 0).to_numpy(zero_copy_only=False)
+    keys = dataset.sequences.user_keys[light["user_index"].to_numpy()]
+    chosen = {name: choose(np.flatnonzero(names == name), keys, max_examples, seed) for name in dict.fromkeys(names)}
+    rows = np.sort(np.concatenate(list(chosen.values())))
+    table = dataset.examples(split).take(pa.array(rows))
+    tasks = []
+    for name, picked in chosen.items():
+        part = table.take(pa.array(np.searchsorted(rows, picked)))
+        tasks.append(_task(str(name), part, dataset, int((names == name).sum())))
+    return tasks
+
+
+def choose(
+    rows: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64], max_examples: int | None, seed: int
+) -> npt.NDArray[np.int64]:
+    """Rows of the users that come first in a seeded order, at most `max_examples`, in their old order.
+
+    keys holds the user key of every row. A choice hangs on (seed, user): it is the same for all systems and tasks.
+    """
+    if max_examples is None or len(rows) <= max_examples:
+        return rows
+    order = np.argsort(mix(seed, keys[rows]), kind="stable")
+    return np.sort(rows[order[:max_examples]])
+
+
+def _task(name: str, table: pa.Table, dataset: Dataset, available: int) -> Task:
+    kind = table["task"][0].as_py()
+    examples, target = Examples.of(table), table["target"].to_numpy().astype(np.int64)
+    labels, words = ([], []) if kind != LIKE else _answers(dataset, name)
+    candidates = None if kind == LIKE else candidate_matrix(table)
+    if candidates is None:
+        right = np.array([_label_index(label, labels, name) for label in table["label"].to_pylist()], dtype=np.int64)
+    else:
+        right = (candidates == target[:, None]).argmax(axis=1)
+    completions = [messages[-1]["content"] for messages in table["completion"].to_pylist()]
+    ends = ["\n" if text.endswith("\n") else "" for text in completions]
+    prompts = table["prompt"].to_pylist()
+    return Task(name, kind, examples, prompts, target, candidates, right, ends, labels, words, available)
+
+
+def candidate_matrix(table: pa.Table) -> npt.NDArray[np.int64]:
+    """Frozen candidates (N, C) of a table with example_id, target and candidates, checked.
+
+    Raises:
+        UserError: no candidates, another number than in the first example, an item twice, or no target among them.
+    """
+    ids, rows = table["example_id"].to_pylist(), table["candidates"].to_pylist()
+    targets = table["target"].to_pylist()
+    for example_id, row, target in zip(ids, rows, targets):
+        if not row:
+            raise UserError(f"example {example_id} has no candidates: convert the dataset again, it draws them")
+        if row.count(target) != 1:
+            raise UserError(
+                f"example {example_id}: its target (item_index {target}) is among the candidates {row.count(target)} "
+                "times, exactly once is expected: convert the dataset again"
+            )
+        if len(set(row)) != len(row):
+            twice = next(item for item in row if row.count(item) > 1)
+            raise UserError(f"example {example_id}: item_index {twice} is among the candidates twice: convert again")
+        if len(row) != len(rows[0]):
+            raise UserError(
+                f"example {example_id} has {len(row)} candidates, {ids[0]} has {len(rows[0])}: all examples need the "
+                "same number, set protocol.candidates.count and convert again"
+            )
+    return np.array(rows, dtype=np.int64)
+
+
+def _answers(dataset: Dataset, name: str) -> tuple[list[str], list[str]]:
+    """Labels and their words, from the template that the manifest names for this task."""
+    base, _, repeat = name.partition(".")
+    entries = [entry for entry in dataset.manifest["templates"] if entry["task"] == base]
+    place = int(repeat or 1) - 1
+    answers: dict[str, Any] = entries[place].get("answers", {}) if place < len(entries) else {}
+    if len(answers) < 2:
+        raise UserError(
+            f"{dataset.folder}: its manifest names {len(answers)} answers for {name}, 2 are needed: convert again"
+        )
+    labels = sorted(answers, key=lambda label: (label != LIKE, label))  # "like" first: the positive one
+    return labels, [answers[label] for label in labels]
+
+
+def _label_index(label: str | None, labels: list[str], name: str) -> int:
+    if label not in labels:
+        raise UserError(f"an example of {name} has the label {label!r}, the template answers {', '.join(labels)}")
+    return labels.index(label)

@@ -1,0 +1,405 @@
+"""Scoring and generating with Transformers.
+
+Prompts (chat messages), answers and, for an instance-wise adapter, one gate a prompt enter; log-likelihoods of the
+answers, or generated texts, leave.
+
+Scoring reads each prompt once and keeps its keys and values. The answers of a prompt are merged into a trie, so that
+equal beginnings are read once too, and all of the trie's inner tokens are read together in a second forward:
+
+    prompt without its last token | last prompt token, trie of answer 1, 2, …      position of a trie token = its depth
+    (keys and values kept)          a trie token sees the prompt, its ancestors and itself     behind the prompt
+
+A 4D attention mask says who sees whom. An answer's last token is predicted and never read. This equals one forward per
+(prompt, answer), which `TransformersEngine(…, share_prompts=False)` does: the way that is left for attention that
+takes no such mask (flash attention, sliding windows, state-space layers).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from recllm.errors import UserError
+from recllm.model.adapter import accepts_history
+from recllm.model.chat import answer_ids, prompt_ids
+
+Prompt = Sequence[dict[str, str]]
+
+_LOGITS_BYTES = 512 << 20  # a batch's logits in fp32 stay below, whatever the vocabulary
+
+
+class Generation(NamedTuple):
+    """A generated answer; `finished` says that it ended by itself (eos, or the newline of a list) within the limit."""
+
+    text: str
+    finished: bool
+
+
+class Trie(NamedTuple):
+    """Answers of one prompt with shared beginnings merged. Node 0, the root, is the prompt's last token."""
+
+    tokens: np.ndarray  # (S,) the tokens that are read
+    depths: np.ndarray  # (S,) 0 for the root, 1 for an answer's first token
+    visible: np.ndarray  # (S, S) bool: a node sees its ancestors and itself
+    steps: list[tuple[np.ndarray, np.ndarray]]  # by answer: (nodes that predict, tokens predicted), equal length
+
+
+class TransformersEngine:
+    """Scores and generates with a model and its tokenizer, adapter or not.
+
+    Args:
+        model: a causal language model, or a PeftModel of this package or of stock PEFT.
+        tokenizer: its tokenizer.
+        batch_size: prompts in a forward at most.
+        share_prompts: read each prompt once for all of its answers; None decides by the model's attention.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, share_prompts: bool | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.config = model.config.get_text_config()
+        self.share_prompts = takes_tree_mask(self.config) if share_prompts is None else share_prompts
+        if self.share_prompts and not takes_tree_mask(self.config):
+            raise UserError(
+                f"share_prompts needs full attention with a mask of our own, this model has "
+                f"{self.config._attn_implementation}: set model.attn_implementation to sdpa"
+            )
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]],
+        histories: Sequence[np.ndarray] | None = None,
+        gate_weights: np.ndarray | None = None,
+        length_normalised: bool = False,
+        progress: str | None = None,
+    ) -> np.ndarray:
+        """Log-likelihood in nats of each answer after its prompt, terminator included: (N, C) float64.
+
+        Σ_t log p(answer_t | prompt, answer_<t), in fp32 from the model's logits; divided by the number of tokens where
+        `length_normalised`. A prompt with fewer answers than the longest list has NaN in the remaining columns.
+
+        Args:
+            prompts: N lists of chat messages; one that ends in an assistant message is continued.
+            answers: N lists of answers; one that ends in a newline is ended by it, any other by eos (model/chat.py).
+            histories: N arrays of item indices for the gate, oldest first.
+            gate_weights: (N, K), instead of histories.
+            progress: name for the progress bar; None shows none.
+
+        Raises:
+            UserError: a prompt with its longest answer exceeds the model's context.
+        """
+        rows, candidates = self._tokenize(prompts, answers)
+        gates = self._gates(len(rows), histories, gate_weights)
+        scores = np.full((len(rows), max(map(len, candidates), default=0)), np.nan)
+        score_batch = self._score_shared if self.share_prompts else self._score_separately
+        with tqdm(total=len(rows), desc=progress, disable=progress is None, unit="prompt") as bar:
+            for batch in self._batches(rows, candidates):
+                values = score_batch([rows[i] for i in batch], [candidates[i] for i in batch], gates, batch)
+                for i, row in zip(batch, values, strict=True):
+                    scores[i, : len(row)] = row
+                bar.update(len(batch))
+        if length_normalised:
+            for i, texts in enumerate(candidates):
+                scores[i, : len(texts)] /= [len(answer) for answer in texts]
+        return scores
+
+    def num_tokens(self, answers: Sequence[Sequence[str]]) -> np.ndarray:
+        """Tokens of each answer with its terminator, (N, C); 0 in the columns that a shorter list lacks."""
+        counts = np.zeros((len(answers), max(map(len, answers), default=0)), dtype=np.int64)
+        known: dict[str, int] = {}
+        for row, texts in zip(counts, answers):
+            for column, text in enumerate(texts):
+                if text not in known:
+                    known[text] = len(answer_ids(self.tokenizer, text))
+                row[column] = known[text]
+        return counts
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        histories: Sequence[np.ndarray] | None = None,
+        gate_weights: np.ndarray | None = None,
+        max_new_tokens: int = 32,
+        listed: Sequence[bool] | None = None,
+        progress: str | None = None,
+    ) -> list[Generation]:
+        """Greedy answers, one a prompt, in the order of the prompts.
+
+        A `listed` answer (by default that of a prompt that ends in an assistant message) stops at its newline too, any
+        other only at eos; neither is part of the text. One that reaches `max_new_tokens` first is not `finished`.
+        """
+        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        self._check_lengths([len(row) + max_new_tokens for row in rows])
+        gates = self._gates(len(rows), histories, gate_weights)
+        if listed is None:
+            listed = [prompt[-1]["role"] == "assistant" for prompt in prompts]
+        texts: list[Generation | None] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        with tqdm(total=len(rows), desc=progress, disable=progress is None, unit="prompt") as bar:
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                made = self._generate(
+                    [rows[i] for i in batch], [listed[i] for i in batch], gates, batch, max_new_tokens
+                )
+                for i, generation in zip(batch, made, strict=True):
+                    texts[i] = generation
+                bar.update(len(batch))
+        return [text for text in texts if text is not None]
+
+    def _tokenize(
+        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        if len(prompts) != len(answers):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(answers)} lists of answers: one list a prompt is expected"
+            )
+        known: dict[str, list[int]] = {}  # a catalogue's titles come again and again
+        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
+        candidates = []
+        for texts in answers:
+            if not texts:
+                raise UserError("a prompt has 0 answers to score, at least 1 is needed: check its candidates")
+            for text in texts:
+                if text not in known:
+                    known[text] = answer_ids(self.tokenizer, text)
+            candidates.append([known[text] for text in texts])
+        self._check_lengths([len(row) + max(map(len, texts)) for row, texts in zip(rows, candidates)])
+        return rows, candidates
+
+    def _check_lengths(self, lengths: list[int]) -> None:
+        context = getattr(self.config, "max_position_embeddings", None)
+        if context and lengths and max(lengths) > context:
+            raise UserError(
+                f"prompt {int(np.argmax(lengths))} with its answer has {max(lengths)} tokens, the model reads at most "
+                f"{context}: lower prompt.max_items and convert again"
+            )
+
+    def _gates(
+        self, count: int, histories: Sequence[np.ndarray] | None, gate_weights: np.ndarray | None
+    ) -> dict[str, Any]:
+        """What the model takes beside tokens; nothing for a model without gates."""
+        if not accepts_history(self.model):
+            return {}
+        given = gate_weights if gate_weights is not None else histories
+        if given is None:
+            raise UserError("an instance-wise adapter needs the histories or the gate weights of its prompts")
+        if len(given) != count:
+            raise ValueError(f"{len(given)} gates or histories for {count} prompts: one a prompt is expected")
+        return {"gate_weights" if gate_weights is not None else "history_items": given}
+
+    def _gates_of(self, gates: dict[str, Any], rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        if "gate_weights" in gates:
+            weights = torch.as_tensor(np.asarray(gates["gate_weights"])[list(rows)], dtype=torch.float32)
+            return {"gate_weights": weights.to(self.device)}  # (B, K)
+        if "history_items" in gates:
+            items = _pad_left([gates["history_items"][i] for i in rows], -1)
+            return {"history_items": torch.from_numpy(items).to(self.device)}  # (B, L)
+        return {}
+
+    def _batches(self, rows: list[list[int]], candidates: list[list[list[int]]]) -> Iterator[list[int]]:
+        """Prompts of similar length together, as many as the batch size and the memory for logits allow."""
+        vocabulary = self.config.vocab_size
+        widths = [sum(len(answer) for answer in answers) for answers in candidates]
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), widths[i]))
+        batch: list[int] = []
+        for i in order:
+            widest = max([widths[j] for j in batch] + [widths[i]])
+            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * widest * vocabulary * 4 > _LOGITS_BYTES):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _score_shared(
+        self, rows: list[list[int]], candidates: list[list[list[int]]], gates: dict[str, Any], batch: Sequence[int]
+    ) -> list[list[float]]:
+        """Two forwards for all prompts of a batch and all of their answers."""
+        given = self._gates_of(gates, batch)
+        tries = [build_trie(row[-1], answers) for row, answers in zip(rows, candidates, strict=True)]
+        read = max(map(len, rows)) - 1  # columns of the prompts without their last tokens
+        width = max(len(trie.tokens) for trie in tries)
+        input_ids = np.zeros((len(rows), width), dtype=np.int64)
+        positions = np.zeros((len(rows), width), dtype=np.int64)
+        sees = np.zeros((len(rows), width, read + width), dtype=bool)
+        for b, (row, trie) in enumerate(zip(rows, tries, strict=True)):
+            size = len(trie.tokens)
+            input_ids[b, :size], positions[b, :size] = trie.tokens, len(row) - 1 + trie.depths
+            sees[b, :, : len(row) - 1] = True
+            sees[b, :size, read : read + size] = trie.visible
+        logits = self.model(
+            input_ids=torch.from_numpy(input_ids).to(self.device),
+            attention_mask=self._additive(sees),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            past_key_values=self._prefill(rows, read, given),
+            **given,
+        ).logits  # (B, S, V): column n is what trie node n predicts
+        return [_sums(logits[b], trie.steps) for b, trie in enumerate(tries)]
+
+    def _prefill(self, rows: list[list[int]], read: int, given: dict[str, torch.Tensor]) -> Any:
+        """Keys and values of the prompts without their last tokens, (B, read) columns; None where there are none.
+
+        Padding stands to the right, so that plain causal attention needs no mask, which is the fastest; the padding's
+        keys are hidden from the trie by its own mask.
+        """
+        if not read:
+            return None
+        input_ids = np.zeros((len(rows), read), dtype=np.int64)
+        for line, row in zip(input_ids, rows, strict=True):
+            line[: len(row) - 1] = row[:-1]
+        ids = torch.from_numpy(input_ids).to(self.device)
+        return self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **given).past_key_values
+
+    def _additive(self, sees: np.ndarray) -> torch.Tensor:
+        """(B, 1, S, T): 0 where a token sees another, the smallest number elsewhere; sdpa and eager both add it."""
+        dtype = self.model.dtype
+        allowed = torch.from_numpy(sees).to(self.device)
+        mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=self.device)
+        return mask.masked_fill_(allowed, 0.0)[:, None]
+
+    def _score_separately(
+        self, rows: list[list[int]], candidates: list[list[list[int]]], gates: dict[str, Any], batch: Sequence[int]
+    ) -> list[list[float]]:
+        """One row per (prompt, answer): what scoring means, and C times the cost."""
+        pairs = [(b, row + answer, len(answer)) for b, row in enumerate(rows) for answer in candidates[b]]
+        values: list[list[float]] = [[] for _ in rows]
+        for start in range(0, len(pairs), self.batch_size):
+            part = pairs[start : start + self.batch_size]
+            input_ids = _pad_left([np.array(tokens) for _, tokens, _ in part], 0)
+            mask = _mask([len(tokens) for _, tokens, _ in part], input_ids.shape[1])
+            keep = max(length for _, _, length in part) + 1
+            logits = self.model(
+                input_ids=torch.from_numpy(input_ids).to(self.device),
+                attention_mask=torch.from_numpy(mask).to(self.device),
+                position_ids=torch.from_numpy(np.maximum(mask.cumsum(1) - 1, 0)).to(self.device),
+                logits_to_keep=keep,
+                use_cache=False,
+                **self._gates_of(gates, [batch[b] for b, _, _ in part]),
+            ).logits
+            for (b, tokens, length), row in zip(part, logits, strict=True):
+                step = (np.arange(keep - 1 - length, keep - 1), np.array(tokens[-length:]))
+                values[b] += _sums(row, [step])
+        return values
+
+    def _generate(
+        self, rows: list[list[int]], listed: list[bool], gates: dict[str, Any], batch: Sequence[int], limit: int
+    ) -> list[Generation]:
+        eos = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (eos or 0)
+        input_ids = _pad_left([np.array(row) for row in rows], pad)
+        mask = _mask([len(row) for row in rows], input_ids.shape[1])
+        # A whole config of our own: the model's may hold sampling settings that greedy decoding would warn about.
+        settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=eos, pad_token_id=pad)
+        output = self.model.generate(
+            input_ids=torch.from_numpy(input_ids).to(self.device),
+            attention_mask=torch.from_numpy(mask).to(self.device),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([_Newline(self.tokenizer, listed)]),
+            **self._gates_of(gates, batch),
+        )
+        answers = output[:, input_ids.shape[1] :].tolist()
+        return [self._read(tokens, is_listed, eos) for tokens, is_listed in zip(answers, listed, strict=True)]
+
+    def _read(self, tokens: list[int], listed: bool, eos: int | None) -> Generation:
+        finished = eos is not None and eos in tokens
+        kept = tokens[: tokens.index(eos)] if eos is not None and finished else tokens
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        if listed and "\n" in text:
+            text, finished = text.split("\n", 1)[0], True
+        return Generation(text, finished)
+
+
+def takes_tree_mask(config: Any) -> bool:
+    """Whether a model's attention obeys a 4D mask: full attention in every layer, by sdpa or eager.
+
+    Flash attention knows padding only; a sliding window would be overruled by our mask; a state-space layer has none.
+    """
+    layers = getattr(config, "layer_types", None)  # absent: one kind of layer
+    full = set(layers) == {"full_attention"} if layers else getattr(config, "sliding_window", None) is None
+    return full and hasattr(config, "num_attention_heads") and config._attn_implementation in ("sdpa", "eager")
+
+
+def build_trie(root: int, answers: Sequence[Sequence[int]]) -> Trie:
+    """Merge the shared beginnings of token lists; tokens that nothing follows are predicted, not read.
+
+    >>> trie = build_trie(1, [[5, 6, 9], [5, 7, 9]])
+    >>> trie.tokens.tolist(), trie.depths.tolist()
+    ([1, 5, 6, 7], [0, 1, 2, 2])
+    >>> [(nodes.tolist(), tokens.tolist()) for nodes, tokens in trie.steps]
+    [([0, 1, 2], [5, 6, 9]), ([0, 1, 3], [5, 7, 9])]
+    """
+    nodes: dict[tuple[int, int], int] = {}  # (parent, token) → node
+    parents, tokens, depths = [0], [root], [0]
+    steps = []
+    for answer in answers:
+        path = [0]
+        for token in answer[:-1]:
+            key = (path[-1], token)
+            if key not in nodes:
+                nodes[key] = len(tokens)
+                parents.append(path[-1])
+                tokens.append(token)
+                depths.append(depths[path[-1]] + 1)
+            path.append(nodes[key])
+        steps.append((np.array(path), np.array(answer)))
+    visible = np.eye(len(tokens), dtype=bool)
+    for node in range(1, len(tokens)):  # a parent always stands before its children
+        visible[node] |= visible[parents[node]]
+    return Trie(np.array(tokens, dtype=np.int64), np.array(depths, dtype=np.int64), visible, steps)
+
+
+def _sums(logits: torch.Tensor, steps: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """Σ log p of each answer; logits (S, V) by predicting node, normalised in fp32."""
+    nodes = torch.from_numpy(np.concatenate([nodes for nodes, _ in steps])).to(logits.device)
+    tokens = torch.from_numpy(np.concatenate([tokens for _, tokens in steps])).to(logits.device)
+    values = (logits[nodes, tokens].float() - _normalisers(logits)[nodes]).double().cpu().numpy()
+    ends = np.cumsum([len(nodes) for nodes, _ in steps])
+    return [float(part.sum()) for part in np.split(values, ends[:-1])]
+
+
+def _normalisers(logits: torch.Tensor) -> torch.Tensor:
+    """log Σ exp of each row of (S, V), in fp32.
+
+    By way of log_softmax over blocks that fit the cache: ten times as fast as logsumexp over all rows on a CPU.
+    """
+    blocks = []
+    for block in logits.split(8 if logits.device.type == "cpu" else 256):
+        exact = block.float()
+        blocks.append(exact[:, 0] - torch.log_softmax(exact, dim=-1)[:, 0])
+    return torch.cat(blocks)
+
+
+def _pad_left(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """(B, L) int64, `value` to the left of the shorter rows; L is at least 1."""
+    padded = np.full((len(rows), max(1, *map(len, rows))), value, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[len(line) - len(row) :] = row
+    return padded
+
+
+def _mask(lengths: Sequence[int], width: int) -> np.ndarray:
+    """(B, width) int64: 1 in the last `length` columns of each row."""
+    return (np.arange(width) >= width - np.asarray(lengths)[:, None]).astype(np.int64)
+
+
+class _Newline(StoppingCriteria):
+    """Ends the rows that continue a list once they have written a newline."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, listed: Sequence[bool]) -> None:
+        self.tokenizer, self.listed = tokenizer, listed
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
+        """(B,) bool: which rows are done."""
+        ends = [
+            listed and "\n" in self.tokenizer.decode([token])
+            for listed, token in zip(self.listed, input_ids[:, -1].tolist(), strict=True)
+        ]
+        return torch.tensor(ends, device=input_ids.device)

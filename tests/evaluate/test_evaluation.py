@@ -1,0 +1,282 @@
+import json
+import shutil
+from math import log
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recllm.data.dataset import Dataset
+from recllm.errors import UserError
+from recllm.evaluate import figures, language_model
+from recllm.evaluate.evaluation import evaluate, training_log
+from recllm.evaluate.language_model import principal_components, swapped_rows
+from recllm.evaluate.tasks import Prediction, load_tasks
+
+
+@pytest.fixture(scope="module")
+def report(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "report"
+    section = made.recipe.evaluate.model_copy(update={"adapters": {"stock": str(made.plain)}})
+    recipe = made.recipe.model_copy(update={"evaluate": section})
+    document = evaluate(recipe, made.dataset, made.encoder, made.adapter, folder)
+    return folder, document
+
+
+def entry(document, name, task="next_item"):
+    (found,) = [system for system in document["systems"] if (system["name"], system["task"]) == (name, task)]
+    return found
+
+
+def test_the_report_folder_is_whole(report):
+    folder, document = report
+    names = {path.name for path in folder.iterdir()}
+    assert {"metrics.json", "predictions.parquet", "gates.parquet", "report.html", "report.md"} <= names
+    assert json.loads((folder / "metrics.json").read_text()) == document
+
+
+def test_every_system_is_there_for_every_task(report):
+    _, document = report
+    names = [(system["name"], system["kind"]) for system in document["systems"] if system["task"] == "next_item"]
+    assert names == [
+        ("ilora", "adapter"),
+        ("stock", "adapter"),
+        ("ilora_uniform", "control"),
+        ("ilora_shuffled", "control"),
+        ("base_model", "base_model"),
+        ("sasrec", "baseline"),
+        ("item_to_item", "baseline"),
+        ("popularity", "baseline"),
+        ("random", "baseline"),
+    ]
+    like = [system["name"] for system in document["systems"] if system["task"] == "like"]
+    assert like[-2:] == ["constant", "user_most_frequent"]
+    assert document["main_system"] == {"next_item": "ilora", "like": "ilora"}
+
+
+def test_figures_are_those_of_the_predictions(report):
+    folder, document = report
+    rows = pq.read_table(folder / "predictions.parquet").to_pylist()
+    for name in ("ilora", "sasrec", "random"):
+        mine = [row for row in rows if row["system"] == name and row["task"] == "next_item"]
+        assert len(mine) == 10
+        hits = [row["rank"] <= 3 for row in mine]
+        found = entry(document, name)["metrics"]["hit_rate@3"]
+        assert found["value"] == pytest.approx(sum(hits) / 10)
+        assert found["low"] <= found["value"] <= found["high"]
+        for row in mine:
+            target = row["scores"][row["candidates"].index(row["target"])]
+            assert row["rank"] == sum(score >= target for score in row["scores"])
+
+
+def test_nats_are_the_scores_of_the_targets(report):
+    folder, _ = report
+    for row in pq.read_table(folder / "predictions.parquet").to_pylist():
+        if row["nats"] is not None and row["task"] == "next_item":
+            assert row["nats"] == pytest.approx(-row["scores"][row["candidates"].index(row["target"])])
+
+
+def test_item_to_item_knows_the_ring(report):
+    _, document = report
+    assert entry(document, "item_to_item")["metrics"]["hit_rate@1"]["value"] == 1  # the next item follows the last
+    assert entry(document, "item_to_item")["full_catalogue"]["hit_rate@1"]["value"] == 1
+    assert entry(document, "ilora")["full_catalogue"] is None
+
+
+def test_controls_differ_from_the_adapter_and_from_each_other(report):
+    _, document = report
+    nats = {name: entry(document, name)["metrics"]["nats"]["value"] for name in
+            ("ilora", "ilora_uniform", "ilora_shuffled", "stock", "base_model")}  # fmt: skip
+    assert len({round(value, 6) for value in nats.values()}) == 5
+
+
+def test_the_uniform_control_is_the_adapter_as_a_plain_lora(made, report, tmp_path):
+    _, document = report
+    shutil.copytree(made.adapter, tmp_path / "as_plain")
+    for name in ("ilora.json", "gate.safetensors"):
+        (tmp_path / "as_plain" / name).unlink()
+    shutil.rmtree(tmp_path / "as_plain" / "sequence_encoder")
+    found = evaluate(made.recipe, made.dataset, made.encoder, tmp_path / "as_plain", tmp_path / "report")
+    uniform, plain = entry(document, "ilora_uniform"), entry(found, "lora")
+    assert plain["metrics"]["nats"]["value"] == pytest.approx(uniform["metrics"]["nats"]["value"], abs=1e-4)
+    assert found["gate"] is None
+
+
+def test_comparisons_are_with_the_main_system_and_corrected(report):
+    _, document = report
+    tests = [test for test in document["comparisons"] if (test["task"], test["metric"]) == ("next_item", "hit_rate@1")]
+    assert {test["a"] for test in tests} == {"ilora"}
+    assert len(tests) == 8
+    assert {test["method"] for test in tests} == {"mcnemar"}  # one example a user
+    assert all(test["p_holm"] >= test["p_value"] for test in tests)
+    for test in tests:
+        values = [entry(document, test[side])["metrics"]["hit_rate@1"]["value"] for side in ("a", "b")]
+        assert test["difference"] == pytest.approx(values[0] - values[1])
+
+
+def test_segments_divide_the_examples(report):
+    _, document = report
+    for segment, values in document["segments"]["next_item"].items():
+        assert sum(found["ilora"]["num_examples"] for found in values.values()) == 10, segment
+
+
+def test_gates_are_written_for_every_example(report):
+    folder, document = report
+    gates = pq.read_table(folder / "gates.parquet").to_pylist()
+    assert len(gates) == 20  # both tasks
+    assert all(sum(row["weights"]) == pytest.approx(1) for row in gates)
+    assert all(row["strongest"] == int(np.argmax(row["weights"])) for row in gates)
+    assert document["gate"]["mean_weights"] == pytest.approx(np.mean([row["weights"] for row in gates], axis=0))
+    assert 0 < document["gate"]["mean_entropy"] <= document["gate"]["max_entropy"] == pytest.approx(log(2))
+
+
+def test_generation_counts_unfinished_output_as_invalid(report):
+    _, document = report
+    found = entry(document, "ilora")["generation"]
+    assert found["num_examples"] == 10
+    assert found["valid_ratio"]["value"] >= found["exact_hit"]["value"]
+    assert entry(document, "sasrec")["generation"] is None
+    assert entry(document, "ilora", "like")["generation"] is None
+
+
+def test_the_users_own_log_and_provenance_come_along(report, made):
+    _, document = report
+    assert document["training_log"] == [{"step": 1, "loss": 2.5}]
+    assert document["provenance"]["hashes"]["items"] == Dataset.open(made.dataset).vocabulary_sha256
+    assert set(document["provenance"]["hashes"]["adapters"]) == {"stock"}
+    assert document["counts"]["evaluated"]["next_item"] == {
+        "examples": 10, "users": 10, "of_examples": 60, "chosen_by_seed": 0,
+    }  # fmt: skip
+
+
+def test_baselines_alone_need_no_adapter(made, tmp_path):
+    recipe = made.recipe.model_copy(
+        update={"evaluate": made.recipe.evaluate.model_copy(update={"baselines": ["popularity", "random"]})}
+    )
+    document = evaluate(recipe, made.dataset, made.encoder, None, tmp_path / "report")
+    names = {system["name"] for system in document["systems"]}
+    assert names == {"popularity", "random", "constant", "user_most_frequent"}
+    assert document["gate"] is None
+    assert not (tmp_path / "report" / "gates.parquet").exists()
+
+
+def test_no_log_is_no_error(tmp_path):
+    assert training_log(tmp_path) == []
+    assert training_log(None) == []
+
+
+# ---- bad input: refused before anything is scored, the old report untouched ----
+
+
+@pytest.fixture
+def no_scoring(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("scoring began before the input was checked")
+
+    monkeypatch.setattr(language_model.LanguageModels, "_ask", refuse)
+
+
+def refuse(made, tmp_path, message, **changes):
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "old").write_text("old")
+    arguments = {"recipe": made.recipe, "dataset_folder": made.dataset, "encoder_folder": made.encoder,
+                 "adapter_folder": made.adapter} | changes  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        evaluate(**arguments, output=report)
+    assert [path.name for path in report.iterdir()] == ["old"]
+
+
+def test_an_adapter_of_another_vocabulary_is_refused(made, tmp_path, no_scoring):
+    shutil.copytree(made.adapter, tmp_path / "other")
+    document = json.loads((tmp_path / "other/ilora.json").read_text())
+    (tmp_path / "other/ilora.json").write_text(json.dumps(document | {"vocabulary_sha256": "0" * 64}))
+    refuse(made, tmp_path, "item vocabulary 000000000000", adapter_folder=tmp_path / "other")
+
+
+def test_an_adapter_of_another_base_model_is_refused(made, tmp_path, no_scoring):
+    shutil.copytree(made.plain, tmp_path / "other")
+    document = json.loads((tmp_path / "other/base_model.json").read_text())
+    (tmp_path / "other/base_model.json").write_text(json.dumps(document | {"hidden_size": 576}))
+    section = made.recipe.evaluate.model_copy(update={"adapters": {"wide": str(tmp_path / "other")}})
+    recipe = made.recipe.model_copy(update={"evaluate": section})
+    refuse(made, tmp_path, r"hidden_size 576 \(given: 32\)", recipe=recipe)
+
+
+def test_a_folder_without_an_adapter_is_refused(made, tmp_path, no_scoring):
+    refuse(made, tmp_path, "holds no adapter_config.json", adapter_folder=tmp_path)
+
+
+def test_a_name_that_is_taken_is_refused(made, tmp_path, no_scoring):
+    section = made.recipe.evaluate.model_copy(update={"adapters": {"ilora": str(made.plain)}})
+    refuse(made, tmp_path, '"ilora" is the name', recipe=made.recipe.model_copy(update={"evaluate": section}))
+
+
+def test_candidates_of_another_protocol_are_refused(made, tmp_path, no_scoring):
+    candidates = made.recipe.protocol.candidates.model_copy(update={"seed": 5})
+    protocol = made.recipe.protocol.model_copy(update={"candidates": candidates})
+    recipe = made.recipe.model_copy(update={"protocol": protocol})
+    refuse(made, tmp_path, r"candidates\.seed=0, the recipe has 5", recipe=recipe)
+
+
+def test_broken_candidates_are_refused(made, tmp_path, no_scoring):
+    shutil.copytree(made.dataset, tmp_path / "dataset")
+    (path,) = (tmp_path / "dataset" / "test").iterdir()
+    table = pq.read_table(path)
+    lists = table["candidates"].to_pylist()
+    lists[0][0] = lists[0][1]
+    place, field = table.column_names.index("candidates"), table.schema.field("candidates")
+    pq.write_table(table.set_column(place, field, pa.array(lists, field.type)), path)
+    recipe = made.recipe.model_copy(update={"evaluate": made.recipe.evaluate.model_copy(update={"max_examples": None})})
+    refuse(made, tmp_path, "example next_item/.*candidates", recipe=recipe, dataset_folder=tmp_path / "dataset")
+
+
+# ---- parts ----
+
+
+def test_swapped_rows_never_give_a_user_their_own_gate():
+    users = np.array([4, 4, 9, 2, 2, 2, 7])
+    for seed in range(20):
+        rows = swapped_rows(users, np.random.default_rng(seed))
+        assert (users[rows] != users).all()
+    assert swapped_rows(np.array([3, 3]), np.random.default_rng(0)) is None
+
+
+def test_principal_components_find_the_long_direction():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(100, 1)) * np.array([3.0, 4.0, 0.0]) + rng.normal(size=(100, 3)) * 0.01
+    x, y = principal_components(rows)
+    assert x.std() == pytest.approx(((rows - rows.mean(0)) @ [0.6, 0.8, 0]).std(), rel=1e-3)
+    assert y.std() < 0.05
+    assert [len(axis) for axis in principal_components(np.ones((1, 3)))] == [1, 1]
+    assert principal_components(np.arange(3.0)[:, None])[1].tolist() == [0, 0, 0]
+
+
+def test_generated_titles_match_by_the_whole_text_only():
+    titles = ["Heat", "Heat 2", "Up", "Up"]
+    generations = [("  HEAT ", True), ("Heat 2 is good", True), ("Heat", False), ("Up", True), ("", True)]
+    assert figures.match_titles(generations, titles).tolist() == [0, -1, -1, -2, -1]
+
+
+def test_nan_scores_are_misses_in_the_denominator(made):
+    task = load_tasks(Dataset.open(made.dataset), "test", 10, 0)[0]
+    scores = np.zeros((10, 6))
+    scores[np.arange(10), task.right_column] = 1
+    scores[:4] = np.nan
+    table = figures.example_metrics(task, Prediction(scores), [1])
+    assert table["hit_rate@1"].mean() == 6 / 10
+    assert table["valid_ratio"].mean() == 6 / 10
+    (like,) = [task for task in load_tasks(Dataset.open(made.dataset), "test", 10, 0) if task.is_closed]
+    closed = figures.example_metrics(like, Prediction(np.full((10, 2), np.nan)), [1])
+    assert closed["accuracy"].sum() == 0
+
+
+def test_closed_figures_by_hand(made):
+    (like,) = [task for task in load_tasks(Dataset.open(made.dataset), "test", 10, 0) if task.is_closed]
+    scores = np.log(np.where(np.eye(2)[like.right_column] == 1, 0.8, 0.2))
+    entry = figures.closed_figures(like, Prediction(scores), made.recipe.protocol.bootstrap)
+    assert entry["auc"]["value"] == 1
+    assert entry["brier"]["value"] == pytest.approx(0.2**2)
+    assert entry["calibration_error"]["value"] == pytest.approx(0.2)
+    assert entry["balanced_accuracy"]["value"] == 1

@@ -1,0 +1,381 @@
+"""The report says what the tests say, shows what is there, names what is missing, and carries nothing active."""
+
+import importlib.util
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from recllm.errors import UserError
+from recllm.evaluate import plots, reading, report
+
+
+def _load(name: str) -> ModuleType:
+    path = Path(__file__).with_name(f"{name}.py")  # tests/ is no package: pytest runs with importlib
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+synthetic = _load("synthetic_report")
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and whether each opened one is closed in order."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def written(folder: Path, document: dict[str, Any] | None = None) -> str:
+    synthetic.write(folder, document)
+    report.write(folder)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report")
+    written(path)
+    return path
+
+
+def html(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def only(tests: list[dict[str, Any]], verdicts: dict[tuple[str, str], str]) -> list[dict[str, Any]]:
+    """The tests with the wanted outcome, in the direction that is better for the metric."""
+    shift = {"ahead": 1.0, "behind": -1.0, "open": 0.0}
+    found = []
+    for test in tests:
+        outcome = verdicts.get((test["b"], test["metric"]), "open")
+        sign = -1 if test["metric"] in reading.LOWER_IS_BETTER else 1
+        middle = sign * shift[outcome] * 0.2
+        p_holm = 0.5 if outcome == "open" else 0.001
+        found.append(test | {"difference": middle, "low": middle - 0.1, "high": middle + 0.1, "p_holm": p_holm})
+    return found
+
+
+def sentences(verdicts: dict[tuple[str, str], str]) -> str:
+    document = synthetic.metrics()
+    document["comparisons"] = only(document["comparisons"], verdicts)
+    return "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
+
+
+# ---- the page ----
+
+
+def test_the_page_is_one_well_formed_file_without_scripts_or_addresses(folder: Path) -> None:
+    tags = Tags(html(folder))
+    assert tags.open == []
+    assert not {"script", "link", "iframe", "object", "img", "image"} & {tag for tag, _ in tags.found}
+    for _, attributes in tags.found:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert (attributes.get("href") or "#").startswith("#")
+    assert "http" not in html(folder)
+    assert not re.search(r"url\((?!#)|@import", html(folder))
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(folder: Path) -> None:
+    # Several SVG pictures share one page: their clip paths and markers must not be each other's.
+    tags = Tags(html(folder)).found
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = [str(attributes["href"])[1:] for _, attributes in tags if attributes.get("href")]
+    assert set(used) | set(re.findall(r"url\(#([^)]+)\)", html(folder))) <= set(ids)
+
+
+def test_the_same_inputs_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    written(tmp_path)
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix in {".html", ".md", ".svg"})
+    assert len(names) > 15
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_title_or_a_system_name_cannot_become_markup(tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>|\"'&$x_1$"
+    document = synthetic.metrics()
+    document["examples"][0]["history"][0] = document["examples"][0]["target"] = attack
+    document["examples"][0]["systems"]["ilora"]["top"][0]["text"] = attack
+    document["examples"][0]["systems"]["ilora"]["text"] = attack
+    document["name"] = document["description"] = attack
+    document["audit"]["warnings"] = attack
+    for entry in document["systems"] + document["comparisons"]:
+        for key in ("name", "b"):
+            if entry.get(key) == "plain":
+                entry[key] = attack
+    page = written(tmp_path, document)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert Tags(page).open == []
+    assert "<script" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    for picture in (tmp_path / "plots").iterdir():
+        assert "<script" not in picture.read_text(encoding="utf-8")
+
+
+def test_markdown_shows_every_picture_from_a_file_that_exists(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert linked
+    assert {Path(path) for path in linked} == {path.relative_to(folder) for path in (folder / "plots").iterdir()}
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(re.search(r"(?<!\\)\|$", row) for row in rows)
+
+
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "old.svg").write_text("", encoding="utf-8")
+    written(tmp_path)
+    assert not (tmp_path / "plots" / "old.svg").exists()
+
+
+def test_candidates_and_catalogue_are_labelled(folder: Path) -> None:
+    assert "sampled (20 candidates)" in html(folder)
+    assert "full catalogue" in html(folder)
+    missing = len(synthetic.SYSTEMS) - len(synthetic.FULL_CATALOGUE)
+    assert html(folder).count("no full-catalogue ranking for this system") == missing
+
+
+def test_warnings_stand_before_the_results(folder: Path, tmp_path: Path) -> None:
+    warning = synthetic.metrics()["audit"]["warnings"][0]
+    assert html(folder).index(warning) < html(folder).index("What the numbers say")
+    assert 'class="warning"' not in written(tmp_path, synthetic.metrics() | {"audit": {"shared_sessions": 0}})
+
+
+def test_every_hash_seed_and_version_is_in_the_provenance(folder: Path) -> None:
+    provenance = html(folder)[html(folder).index('id="provenance"') :]
+    for value in ("ab" * 32, "cd" * 32, "ef" * 32, "recllm evaluate synthetic", "2.13.0", "temporal_20"):
+        assert value in provenance
+
+
+def test_ten_examples_with_the_target_marked(folder: Path) -> None:
+    document = synthetic.metrics()
+    assert html(folder).count('<details class="example"') == 10
+    hits = sum(e["target"] for example in document["examples"] for s in example["systems"].values() for e in s["top"])
+    assert html(folder).count('class="hit"') == hits > 0
+
+
+def test_a_closed_task_has_its_own_table(tmp_path: Path) -> None:
+    page = written(tmp_path, synthetic.closed_task())
+    assert "Closed answers" in page
+    assert "balanced_accuracy" in page
+    assert "ilora is ahead of constant" in page
+
+
+# ---- missing pieces ----
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    synthetic.write(tmp_path)
+    (tmp_path / "predictions.parquet").unlink()
+    (tmp_path / "gates.parquet").unlink()
+    report.write(tmp_path)
+    assert "predictions.parquet is missing" in html(tmp_path)
+    assert "gates.parquet is missing" in html(tmp_path)
+
+
+def test_plain_lora_without_a_log_reports_what_it_has(tmp_path: Path) -> None:
+    document = synthetic.metrics() | {
+        "gate": None,
+        "training_log": [],
+        "segments": {},
+        "examples": [],
+        "comparisons": [],
+    }
+    synthetic.write(tmp_path, document)
+    (tmp_path / "gates.parquet").unlink()
+    report.write(tmp_path)
+    for text in ("plain LoRA", "no training curve", "No segments", "No examples", "No comparisons"):
+        assert text in html(tmp_path)
+
+
+def test_figures_may_be_null(tmp_path: Path) -> None:
+    document = synthetic.metrics()
+    document["systems"][0]["metrics"]["ndcg@10"] = {"value": None, "low": None, "high": None}
+    document["systems"][1]["metrics"]["mrr"] = {"value": 0.5, "low": None, "high": None}
+    document["comparisons"][0] |= {"difference": None, "low": None, "high": None, "p_value": None, "p_holm": None}
+    document["comparisons"][1] |= {"difference": None, "low": None, "high": None, "p_value": None, "p_holm": None}
+    assert report.MISSING in written(tmp_path, document)
+
+
+def test_no_metrics_is_an_error_with_a_next_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.json does not exist.*Run the stage"):
+        report.write(tmp_path)
+
+
+def test_a_segment_of_few_users_shows_no_interval(tmp_path: Path) -> None:
+    document = synthetic.metrics()
+    for system in document["segments"]["next_item"]["target popularity"]["cold"].values():
+        system |= {"num_examples": 1, "num_users": 1}
+    assert "cold (n = 1, too few for intervals)" in written(tmp_path, document)
+
+
+def test_segments_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    document = synthetic.metrics()
+    parts = document["segments"]["next_item"]["history length"]
+    document["segments"]["next_item"]["history length"] = {key: parts[key] for key in ("11-20", "21-50", "1-5", "6-10")}
+    page = written(tmp_path, document)
+    places = [page.index(f"{key} (n = ") for key in ("1-5", "6-10", "11-20", "21-50")]
+    assert places == sorted(places)
+
+
+# ---- bold and sentences are decided by the tests ----
+
+
+def values(**named: tuple[float, float, float]) -> dict[str, Any]:
+    return {name: dict(zip(("value", "low", "high"), figures)) for name, figures in named.items()}
+
+
+def test_bold_needs_disjoint_intervals_where_there_is_no_test() -> None:
+    apart = values(a=(0.5, 0.4, 0.6), b=(0.2, 0.1, 0.3))
+    touching = values(a=(0.5, 0.3, 0.6), b=(0.2, 0.1, 0.3))
+    assert reading.supported_best(apart, "mrr", [], 0.95) == "a"
+    assert reading.supported_best(touching, "mrr", [], 0.95) is None
+    assert reading.supported_best(apart, "nats", [], 0.95) == "b"
+    assert reading.supported_best(values(a=(0.5, 0.4, 0.6)), "mrr", [], 0.95) is None
+
+
+@pytest.mark.parametrize(("p_holm", "best"), [(0.001, "a"), (0.2, None)])
+def test_bold_follows_the_paired_test_where_there_is_one(p_holm: float, best: str | None) -> None:
+    overlapping = values(a=(0.5, 0.3, 0.7), b=(0.4, 0.2, 0.6))
+    test = {"a": "b", "b": "a", "metric": "mrr", "difference": -0.1, "low": -0.15, "high": -0.05, "p_holm": p_holm}
+    assert reading.supported_best(overlapping, "mrr", [test], 0.95) == best
+
+
+def test_bold_needs_every_other_system_beaten() -> None:
+    figures = values(a=(0.5, 0.45, 0.55), b=(0.2, 0.1, 0.3), c=(0.44, 0.4, 0.46))
+    assert reading.supported_best(figures, "mrr", [], 0.95) is None
+
+
+@pytest.mark.parametrize("outcome", ["ahead", "behind", "open"])
+@pytest.mark.parametrize("metric", ["ndcg@10", "nats"])
+def test_verdict_knows_the_direction_of_the_metric(metric: str, outcome: str) -> None:
+    (test,) = only([synthetic.comparison("sasrec", metric, 0, 0, 1.0)], {("sasrec", metric): outcome})
+    assert reading.verdict(test, 0.95) == outcome
+
+
+def test_an_interval_with_zero_is_open_whatever_p_says() -> None:
+    test = synthetic.comparison("sasrec", "ndcg@10", 0.01, 0.02, 0.001)
+    assert reading.verdict(test, 0.95) == "open"
+
+
+def test_a_baseline_that_wins_is_named() -> None:
+    text = sentences({("popularity", "ndcg@10"): "behind", ("random", "ndcg@10"): "ahead"})
+    assert "popularity, which needs no language model, is ahead of ilora in ndcg@10: +0.200 [+0.100, +0.300]" in text
+    assert "ilora is ahead of random (+0.200) in ndcg@10." in text
+    assert "No difference shown between ilora and plain, base_model, sasrec or item_to_item in ndcg@10" in text
+
+
+UNIFORM, SHUFFLED = ("ilora_uniform", "nats"), ("ilora_shuffled", "nats")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        ({UNIFORM: "ahead", SHUFFLED: "ahead"}, "the gate helps on this data"),
+        ({UNIFORM: "ahead"}, "a gate of another user does as well"),
+        ({SHUFFLED: "ahead"}, "no gain shown"),
+        ({UNIFORM: "behind", SHUFFLED: "ahead"}, "the gate hurts on this data: it is behind the uniform gate"),
+        ({}, "the gate is not shown to help on this data"),
+    ],
+)
+def test_the_gate_helps_only_when_both_controls_are_behind(verdicts: dict[tuple[str, str], str], said: str) -> None:
+    text = sentences(verdicts)
+    assert f"Measured in nats, {said}" in text or (said == "no gain shown" and said in text)
+    assert ("Measured in nats, the gate helps" in text) == (len(verdicts) == 2 and set(verdicts.values()) == {"ahead"})
+
+
+def test_one_control_alone_does_not_show_that_the_gate_helps() -> None:
+    document = synthetic.metrics()
+    tests = only(document["comparisons"], {UNIFORM: "ahead"})
+    document["comparisons"] = [test for test in tests if test["b"] != "ilora_shuffled"]
+    text = "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
+    assert "one of the two controls was not run" in text
+    assert "the gate helps" not in text
+
+
+def test_a_gate_without_any_effect_is_called_that() -> None:
+    document = synthetic.metrics()
+    for test in document["comparisons"]:
+        if test["b"] in {"ilora_uniform", "ilora_shuffled"}:
+            test |= {"difference": 0.0, "low": 0.0, "high": 0.0, "p_holm": 1.0}
+    text = "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
+    assert "the gate changes nothing on this data" in text
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [("ahead", "likelier than"), ("behind", "less likely than"), ("open", "is not shown to change")],
+)
+def test_what_training_did_is_read_from_the_base_model(outcome: str, said: str) -> None:
+    assert said in sentences({("base_model", "nats"): outcome})
+
+
+def test_a_collapsed_gate_is_named() -> None:
+    document = synthetic.metrics()
+    document["gate"] |= {"mean_weights": [0.97, 0.01, 0.01, 0.01], "mean_entropy": 0.1}
+    text = "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
+    assert "The gate has collapsed: expert 0 holds 97% of the weight." in text
+
+
+# ---- pictures ----
+
+
+def test_a_system_keeps_its_colour_and_differs_from_the_others() -> None:
+    kinds = {name: kind for name, (kind, _, _) in synthetic.SYSTEMS.items()}
+    styles = plots.system_styles(kinds)
+    assert len({style.colour for style in styles.values()}) == len(kinds)
+    assert not styles["ilora_uniform"].filled
+    assert styles["ilora"].filled
+
+
+def test_colours_become_variables_that_the_page_defines(folder: Path) -> None:
+    defined = set(re.findall(r"--([a-z_]+):#", html(folder)))
+    assert set(re.findall(r"var\(--([a-z_]+)\)", html(folder))) - {"c"} <= defined | {"page", "soft"}
+    for light, _ in plots.PALETTE.values():
+        assert html(folder).count(light) <= 2  # the style sheet's own lines: no picture keeps a literal colour
+    assert len({light for light, _ in plots.PALETTE.values()}) == len(plots.PALETTE)
+
+
+def test_a_far_difference_does_not_squeeze_the_others_and_is_still_told(folder: Path) -> None:
+    picture = (folder / "plots" / "next-item-difference-nats.svg").read_text(encoding="utf-8")
+    assert "base_model" not in picture
+    assert "too far off for this scale: base_model (−3.300)" in html(folder)
+
+
+def test_a_huge_map_draws_a_fixed_choice_of_users() -> None:
+    many = plots.np.arange(3 * plots.MAX_POINTS) % 7
+    svg = plots.user_map("map", "Users", many.astype(float), many.astype(float), many % 2, 2)
+    assert plots.MAX_POINTS <= svg.count("<use ") < plots.MAX_POINTS + 50
+
+
+def test_a_value_a_hair_above_the_largest_possible_is_still_drawn() -> None:
+    level = 1.3862943
+    at, above = (
+        plots.histogram("h", "Entropy", plots.np.array([v]), "nats", (level, "uniform")) for v in (level, 1.3863)
+    )
+    assert at == above

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recllm.evaluate import statistics
+
+
+def generator(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_equal_values_have_no_spread():
+    (found,) = statistics.bootstrap_means(np.full((10, 1), 0.25), np.arange(10), generator())
+    assert found == (0.25, 0.25, 0.25)
+
+
+def test_one_user_with_many_examples_is_one_cluster():
+    (found,) = statistics.bootstrap_means(np.arange(8.0)[:, None], np.zeros(8), generator())
+    assert (found.low, found.high) == (3.5, 3.5)  # whoever is drawn, it is the same user
+
+
+def test_users_are_resampled_whole():
+    values, users = np.array([1.0, 1.0, 1.0, 0.0]), np.array([7, 7, 7, 9])
+    (found,) = statistics.bootstrap_means(values[:, None], users, generator(), samples=4000)
+    # two users drawn of two: (7, 7) → 1, (9, 9) → 0, mixed → 3/4
+    assert found == (3 / 4, 0.0, 1.0)
+    (narrow,) = statistics.bootstrap_means(values[:, None], users, generator(), 4000, confidence=0.4)
+    assert (narrow.low, narrow.high) == (3 / 4, 3 / 4)
+
+
+def test_the_same_seed_gives_the_same_interval_and_chunks_do_not_matter(monkeypatch):
+    values, users = generator(1).random((50, 2)), generator(2).integers(20, size=50)
+    before = statistics.bootstrap_means(values, users, generator(3), 500)
+    monkeypatch.setattr(statistics, "_CHUNK", 20 * 7)
+    assert np.allclose(statistics.bootstrap_means(values, users, generator(3), 500), before)
+    assert not np.allclose(statistics.bootstrap_means(values, users, generator(4), 500), before)
+
+
+def test_no_examples_give_no_figure():
+    (found,) = statistics.bootstrap_means(np.empty((0, 1)), np.empty(0), generator())
+    assert np.isnan(found).all()
+    assert np.isnan(statistics.paired_difference(np.empty(0), np.empty(0), np.empty(0), generator())).all()
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng, covered, runs, truth = generator(0), 0, 300, 0.3
+    for _ in range(runs):
+        users = np.repeat(np.arange(80), rng.integers(1, 4, size=80))
+        taste = rng.beta(3, 7, size=80)  # mean 0.3; examples of a user depend on each other
+        values = (rng.random(len(users)) < taste[users]).astype(float)
+        (found,) = statistics.bootstrap_means(values[:, None], users, rng, samples=300)
+        covered += found.low <= truth <= found.high
+    assert 0.90 <= covered / runs <= 0.98
+
+
+def test_a_statistic_of_weights_has_the_interval_of_the_mean():
+    values, users = generator(1).random(60), np.arange(60)
+    (mean,) = statistics.bootstrap_means(values[:, None], users, generator(5), 400)
+    found = statistics.bootstrap_statistic(lambda w: (w @ values) / w.sum(axis=1), users, generator(5), 400)
+    assert found == pytest.approx(mean)
+
+
+def test_resamples_without_a_figure_are_left_out():
+    def needs_both(weights):
+        return np.where((weights > 0).all(axis=1), weights[:, 0] / weights.sum(axis=1), np.nan)
+
+    assert statistics.bootstrap_statistic(needs_both, np.arange(2), generator(), 200) == (0.5, 0.5, 0.5)
+
+
+def test_the_p_value_of_the_paired_bootstrap_by_hand():
+    a, b, users = np.array([1.0, 0.0]), np.array([0.0, 0.0]), np.array([0, 1])
+    found = statistics.paired_difference(a, b, users, generator(), samples=999)
+    # d = 1/2; a resample's d* is 0, 1/2 or 1: |d* − d| ≥ d but for the mixed half of the resamples
+    drawn = np.random.default_rng(0).integers(2, size=(999, 2))
+    extreme = (drawn[:, 0] == drawn[:, 1]).sum()
+    assert (found.difference, found.p_value) == (1 / 2, (1 + extreme) / (1 + 999))
+
+
+def test_a_clear_difference_is_seen_and_none_is_not():
+    noise = generator(1).normal(size=200)
+    far = statistics.paired_difference(noise + 1, noise, np.arange(200), generator())
+    assert (far.difference, far.p_value) == pytest.approx((1, 1 / 2001))
+    other = statistics.paired_difference(noise, generator(2).normal(size=200), np.arange(200), generator())
+    assert other.low < 0 < other.high
+    assert other.p_value > 0.05
+
+
+def test_pairs_must_be_pairs():
+    with pytest.raises(ValueError, match="the same examples"):
+        statistics.paired_difference(np.zeros(2), np.zeros(3), np.zeros(2), generator())
+
+
+def test_mcnemar_counts_disagreements_only():
+    a, b = np.array([1] * 6 + [0] * 2 + [1] * 50), np.array([0] * 6 + [1] * 2 + [1] * 50)
+    # 6 against 2 of 8: twice the tail P(X ≥ 6) = (28 + 8 + 1) / 2^8
+    assert statistics.mcnemar(a, b) == pytest.approx(2 * (28 + 8 + 1) / 2**8)
+    assert statistics.mcnemar(a, a) == 1
+
+
+def test_holm_by_hand():
+    # sorted .005 .01 .03 .04 → ×4, ×3, ×2, ×1, never below the one before
+    found = statistics.holm([0.01, 0.04, 0.03, 0.005])
+    assert found == pytest.approx([3 * 0.01, 2 * 0.03, 2 * 0.03, 4 * 0.005])
+    assert statistics.holm([0.6, 0.7]) == pytest.approx([1, 1])
+    assert statistics.holm([]).tolist() == []
+
+
+def test_holm_leaves_undefined_tests_out():
+    assert statistics.holm([np.nan, 0.02]) == pytest.approx([np.nan, 0.02], nan_ok=True)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_only_raises_and_keeps_the_order(p_values):
+    found = statistics.holm(p_values)
+    assert (found >= np.array(p_values) - 1e-12).all()
+    assert (np.diff(found[np.argsort(p_values, kind="stable")]) >= 0).all()

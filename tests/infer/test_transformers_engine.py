@@ -1,0 +1,183 @@
+import numpy as np
+import pytest
+import torch
+
+from recllm.errors import UserError
+from recllm.infer.transformers_engine import TransformersEngine, build_trie, takes_tree_mask
+from recllm.model.adapter import build_adapter, fit_gate_statistics
+from recllm.model.chat import answer_ids, prompt_ids
+from recllm.model.sequence_encoder import SASRec
+from recllm.recipe import AdapterSection
+
+PROMPTS = [
+    [{"role": "user", "content": "hello"}],
+    [{"role": "user", "content": "list"}, {"role": "assistant", "content": "Heat\nSpeed\n"}],
+    [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a prompt that is much longer"}],
+]
+ANSWERS = [["Heat", "Heat 2", "X"], ["Heat\n", "Heat 2\n", "Up\n"], ["H", "He", "Heap"]]
+HISTORIES = [np.array([1, 2, 3]), np.array([], dtype=np.int32), np.array([7])]
+TOLERANCE = 1e-4  # nats, fp32
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def gated(tiny_llama):
+    torch.manual_seed(0)
+    encoder = SASRec(20, 16, num_layers=1, max_items=8).eval()
+    model = build_adapter(tiny_llama(), AdapterSection(r=8, num_experts=4), encoder).eval()
+    fit_gate_statistics(model, encoder(torch.arange(20)[:, None]).detach())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "gate." in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+@torch.no_grad()
+def one_by_one(model, tokenizer, prompt, answer, **gates):
+    """What scoring means: one plain forward over prompt and answer, in full."""
+    begin, end = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, answer)
+    logits = model(input_ids=torch.tensor([begin + end]), **gates).logits[0, len(begin) - 1 : -1]
+    return logits.double().log_softmax(-1)[torch.arange(len(end)), torch.tensor(end)].sum().item()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scores_equal_one_full_forward_for_each_answer(tiny_llama, tiny_tokenizer, attention):
+    model = tiny_llama(attn_implementation=attention)
+    scores = TransformersEngine(model, tiny_tokenizer, batch_size=3).score(PROMPTS, ANSWERS)
+    expected = [[one_by_one(model, tiny_tokenizer, p, a) for a in row] for p, row in zip(PROMPTS, ANSWERS)]
+    assert scores == pytest.approx(np.array(expected), abs=TOLERANCE)
+
+
+def test_gated_scores_equal_one_full_forward_for_each_answer(gated, tiny_tokenizer):
+    scores = TransformersEngine(gated, tiny_tokenizer, batch_size=3).score(PROMPTS, ANSWERS, HISTORIES)
+    expected = []
+    for prompt, answers, history in zip(PROMPTS, ANSWERS, HISTORIES):
+        items = torch.tensor([[-1, *history.tolist()]])
+        expected.append([one_by_one(gated, tiny_tokenizer, prompt, a, history_items=items) for a in answers])
+    assert scores == pytest.approx(np.array(expected), abs=TOLERANCE)
+
+
+def test_gate_weights_equal_the_histories_they_come_from(gated, tiny_tokenizer):
+    engine = TransformersEngine(gated, tiny_tokenizer, batch_size=2)
+    items = torch.tensor([[1, 2, 3], [-1, -1, -1], [-1, -1, 7]])
+    weights = gated.base_model.gate_weights(items).detach().numpy()
+    by_weights = engine.score(PROMPTS, ANSWERS, gate_weights=weights)
+    assert by_weights == pytest.approx(engine.score(PROMPTS, ANSWERS, HISTORIES), abs=TOLERANCE)
+    swapped = engine.score(PROMPTS, ANSWERS, gate_weights=weights[[2, 0, 1]])
+    assert np.abs(swapped - by_weights).max() > 0.1  # the gate of the row decides, not its place
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_a_batch_equals_single_rows(gated, tiny_tokenizer, share_prompts):
+    together = TransformersEngine(gated, tiny_tokenizer, 8, share_prompts).score(PROMPTS, ANSWERS, HISTORIES)
+    engine = TransformersEngine(gated, tiny_tokenizer, 1, share_prompts)
+    single = [engine.score([p], [a], [h])[0] for p, a, h in zip(PROMPTS, ANSWERS, HISTORIES)]
+    assert together == pytest.approx(np.array(single), abs=TOLERANCE)
+
+
+def test_the_way_without_shared_prompts_gives_the_same_scores(gated, tiny_tokenizer):
+    shared = TransformersEngine(gated, tiny_tokenizer, 2).score(PROMPTS, ANSWERS, HISTORIES)
+    separate = TransformersEngine(gated, tiny_tokenizer, 2, share_prompts=False).score(PROMPTS, ANSWERS, HISTORIES)
+    assert shared == pytest.approx(separate, abs=TOLERANCE)
+
+
+def test_a_prompt_is_read_once_for_all_answers(tiny_llama, tiny_tokenizer):
+    model, read = tiny_llama(), []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    prompt = [{"role": "user", "content": "x" * 300}]
+    answers = [f"{letter}bcdef" for letter in "abcdefghijklmnopqrst"]  # 20 answers, 6 tokens and eos each
+    TransformersEngine(model, tiny_tokenizer, 1).score([prompt], [answers])
+    assert sum(read) == len(prompt_ids(tiny_tokenizer, prompt)) + 20 * 6
+
+
+def test_equal_beginnings_are_read_once():
+    trie = build_trie(9, [[5, 6, 1], [5, 6, 7, 1], [8, 1]])
+    assert trie.tokens.tolist() == [9, 5, 6, 7, 8]
+    assert trie.depths.tolist() == [0, 1, 2, 3, 1]
+    assert trie.visible[3].tolist() == [True, True, True, True, False]
+    assert trie.visible[4].tolist() == [True, False, False, False, True]
+
+
+def test_length_normalised_is_the_mean_over_tokens_with_terminator(tiny_llama, tiny_tokenizer):
+    engine = TransformersEngine(tiny_llama(), tiny_tokenizer, 3)
+    tokens = engine.num_tokens(ANSWERS)
+    assert tokens[0].tolist() == [4 + 1, 6 + 1, 1 + 1]  # one token a byte, and eos
+    assert tokens[1].tolist() == [4 + 1, 6 + 1, 2 + 1]  # and the newline
+    mean = engine.score(PROMPTS, ANSWERS, length_normalised=True)
+    assert mean == pytest.approx(engine.score(PROMPTS, ANSWERS) / tokens)
+
+
+def test_a_shorter_list_of_answers_leaves_nan(tiny_llama, tiny_tokenizer):
+    scores = TransformersEngine(tiny_llama(), tiny_tokenizer, 2).score(PROMPTS[:2], [["a", "b"], ["c\n"]])
+    assert np.isnan(scores).tolist() == [[False, False], [False, True]]
+
+
+def test_generation_is_the_same_for_single_rows_and_a_padded_batch(gated, tiny_tokenizer):
+    together = TransformersEngine(gated, tiny_tokenizer, 3).generate(PROMPTS, HISTORIES, max_new_tokens=12)
+    engine = TransformersEngine(gated, tiny_tokenizer, 1)
+    assert together == [engine.generate([p], [h], max_new_tokens=12)[0] for p, h in zip(PROMPTS, HISTORIES)]
+
+
+def speak(model, tokenizer, text):
+    """Make the model say `text`, byte by byte, whatever it is asked, and then again."""
+    ids = answer_ids(tokenizer, text)
+    original, spoken = model.forward, []
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output.logits[:, -1] = 0
+        output.logits[:, -1, ids[len(spoken) % len(ids)]] = 50
+        spoken.append(1)
+        return output
+
+    model.forward = forward
+    return model
+
+
+def test_a_listed_answer_stops_at_the_newline(tiny_llama, tiny_tokenizer):
+    model = speak(tiny_llama(), tiny_tokenizer, "Up\n")
+    (made,) = TransformersEngine(model, tiny_tokenizer, 1).generate(PROMPTS[1:2], max_new_tokens=8)
+    assert made == ("Up", True)
+
+
+def test_an_ordinary_answer_stops_at_eos_only(tiny_llama, tiny_tokenizer):
+    model = speak(tiny_llama(), tiny_tokenizer, "Up")
+    (made,) = TransformersEngine(model, tiny_tokenizer, 1).generate(PROMPTS[:1], max_new_tokens=8)
+    assert made == ("Up", True)
+
+
+def test_an_answer_that_reaches_the_limit_is_not_finished(tiny_llama, tiny_tokenizer):
+    model = speak(tiny_llama(), tiny_tokenizer, "Upwards\n")
+    (made,) = TransformersEngine(model, tiny_tokenizer, 1).generate(PROMPTS[1:2], max_new_tokens=4)
+    assert made == ("Upwa", False)
+
+
+def test_what_no_tree_mask_can_say_takes_the_other_way(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    assert takes_tree_mask(model.config)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert not takes_tree_mask(model.config)
+    assert not TransformersEngine(model, tiny_tokenizer, 1).share_prompts
+    with pytest.raises(UserError, match=r"set model\.attn_implementation to sdpa"):
+        TransformersEngine(model, tiny_tokenizer, 1, share_prompts=True)
+
+
+def test_too_long_a_prompt_is_refused_and_never_cut(tiny_llama, tiny_tokenizer):
+    prompt = [{"role": "user", "content": "x" * 600}]
+    with pytest.raises(UserError, match="the model reads at most 512"):
+        TransformersEngine(tiny_llama(), tiny_tokenizer, 1).score([prompt], [["a"]])
+
+
+def test_a_prompt_without_answers_is_refused(tiny_llama, tiny_tokenizer):
+    with pytest.raises(UserError, match="0 answers"):
+        TransformersEngine(tiny_llama(), tiny_tokenizer, 1).score(PROMPTS[:1], [[]])
+
+
+def test_an_instance_wise_adapter_without_histories_is_refused(gated, tiny_tokenizer):
+    with pytest.raises(UserError, match="histories or the gate weights"):
+        TransformersEngine(gated, tiny_tokenizer, 1).score(PROMPTS, ANSWERS)
