@@ -9,10 +9,8 @@ BIN = $(VENV)/bin
 .PHONY: quickstart test check bench clean
 .DELETE_ON_ERROR:
 
-# A CPU machine takes torch first and alone: an open range would otherwise pull gigabytes of CUDA packages.
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check "torch>=2.6,<2.14"
 	$(BIN)/pip install --disable-pip-version-check -e .
 	touch $@
 

@@ -1,6 +1,7 @@
 """The command line: one sub-command a stage, no logic of its own."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -10,16 +11,32 @@ from recllm.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse `arguments` (default: the process's), run the sub-command, return the exit status."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         parsed.verb(parsed)
     except UserError as error:
         print(f"recllm: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"recllm: the disk is full ({error}); outputs already in place are untouched", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("recllm: stopped; outputs already in place are untouched", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options; argparse takes one run of them only."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "overrides") or any(text.startswith("-") or "=" not in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = _recipe_verb(verbs, "convert", _convert, "interactions → dataset/")
     convert.add_argument("--preview", type=int, metavar="N", help="show N rendered examples a split; write nothing")
+    convert.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores, at most 8")
 
     train = _recipe_verb(verbs, "train", _train, "dataset/ → encoder/ and adapter/")
     train.add_argument("--allow-template-mismatch", action="store_true", help="train on a dataset of another template")
@@ -78,7 +96,7 @@ def _convert(parsed: argparse.Namespace) -> None:
     if parsed.preview is None:
         from recllm import stages
 
-        stages.run_stage(recipe, "convert", force=True)
+        stages.run_stage(recipe, "convert", force=True, workers=parsed.workers)
         return
     from recllm.convert.preview import preview
     from recllm.model.chat import token_counter

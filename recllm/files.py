@@ -24,9 +24,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
     The old folder is kept until the new one is in place; a killed process leaves it untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link to another disk stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(path)
+    recover(path)
     staging = _temporary(path, "new")
     try:
         os.chmod(staging, 0o755)  # mkdtemp makes 0700; outputs follow ordinary permissions
@@ -56,8 +56,14 @@ def _swap(staging: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _tidy(path: Path) -> None:
-    """Remove what killed processes of this host left behind; the old output of one killed in mid-swap comes back."""
+def recover(path: Path) -> None:
+    """Remove what killed processes of this host left beside an output.
+
+    The old output of a process killed between the two renames of a swap comes back under its name.
+    """
+    path = Path(path).resolve()
+    if not path.parent.is_dir():
+        return
     pattern = re.compile(rf"\.{re.escape(path.name)}\.tmp-(new|old)-{re.escape(_host())}-(\d+)-")
     for left in path.parent.iterdir():
         match = pattern.match(left.name)

@@ -6,7 +6,7 @@ A path or shipped name and a list of "section.key=value" enter; a frozen `Recipe
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,25 +22,14 @@ class Section(BaseModel):
 
 
 class InteractionsSource(Section):
-    """Where interactions are read. `columns` maps our column names to the file's: {user_id: uid}."""
+    """Where interactions are read. `columns` maps our column names to the file's: {user_id: uid}; null: not read."""
 
     path: str | list[str]  # several files are read as one; a saved HF dataset is a folder
     format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf"] = "auto"
-    columns: dict[str, str | int] = {}  # an int names a column by position (files without a header)
+    columns: dict[str, str | int | None] = {}  # an int names a column by position (files without a header)
     header: bool = True
     separator: str = ","
     timestamp_unit: Literal["s", "ms", "us", "iso8601"] = "s"
-
-
-class ItemsSource(Section):
-    """Where item titles and attributes are read; `join` tables translate ids on the way (left column → right)."""
-
-    path: str
-    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf"] = "auto"
-    columns: dict[str, str | int] = {}
-    header: bool = True
-    separator: str = ","
-    id_map: "IdMap | None" = None
 
 
 class IdMap(Section):
@@ -52,11 +41,33 @@ class IdMap(Section):
     separator: str = ","
 
 
+class ItemsSource(Section):
+    """Where item titles and attributes are read; `id_map` translates their ids into those of the interactions."""
+
+    path: str
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf"] = "auto"
+    columns: dict[str, str | int | None] = {}
+    header: bool = True
+    separator: str = ","
+    id_map: IdMap | None = None
+
+
+class UsersSource(Section):
+    """Where user attributes are read, for templates that show them; every column beside user_id is one."""
+
+    path: str
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf"] = "auto"
+    columns: dict[str, str | int | None] = {}
+    header: bool = True
+    separator: str = ","
+
+
 class DataSection(Section):
     """The input files. Paths: a file, or offline://NAME/FILE for the fetched default (recllm/data/offline.py)."""
 
     interactions: InteractionsSource
     items: ItemsSource
+    users: UsersSource | None = None
 
 
 class FilterSection(Section):
@@ -80,6 +91,7 @@ class PromptSection(Section):
 
     max_items: int = Field(10, ge=0)
     item: str = "{{ title }}"  # how one item is written; any attribute of items.parquet may be used
+    user: str = ""  # the template variable `user`: how a user is written, from the attributes of data.users
 
 
 class TaskSection(Section):
@@ -184,7 +196,7 @@ class SplitSection(Section):
     valid_fraction: float = Field(0.1, gt=0, lt=1)
     test_fraction: float = Field(0.1, gt=0, lt=1)
     targets: Literal["first", "last", "all"] = "first"  # which of a user's valid or test positions are scored
-    min_history: int = Field(1, ge=1)  # positions with fewer earlier interactions are no targets
+    min_history: int = Field(1, ge=1)  # valid and test positions with fewer earlier interactions are no targets
     given: GivenRows | None = None  # only with method given
 
 
@@ -199,7 +211,7 @@ class CandidatesSection(Section):
 class RankingSection(Section):
     """Cut-offs, and full-catalogue ranking for the systems that can do it."""
 
-    k: list[int] = [1, 5, 10]
+    k: list[Annotated[int, Field(ge=1)]] = Field([1, 5, 10], min_length=1)
     full_catalogue: bool = True
     exclude_history: bool = True  # items the user already had are not ranked (the target always is)
 
@@ -255,6 +267,15 @@ class Recipe(Section):
     def _load_protocol(cls, value: Any) -> Any:
         return _read_yaml(assets.find("eval", value)) if isinstance(value, str) else value
 
+    @field_validator("output_dir")
+    @classmethod
+    def _formats(cls, value: str) -> str:
+        try:
+            value.format(name="")
+        except (KeyError, IndexError, ValueError):
+            raise ValueError("holds braces that are not {name}: only {name}, the recipe's name, is filled in") from None
+        return value
+
     @property
     def output(self) -> Path:
         """The folder of this run: dataset/, encoder/, adapter/ and report/ go there."""
@@ -282,10 +303,12 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}): mend that line") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: holds {type(document).__name__}, a mapping of keys to values was expected")
     return document

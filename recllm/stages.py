@@ -5,6 +5,7 @@ decided by a fingerprint of all that it reads (recipe sections, input files, the
 stages/NAME.json beside the outputs and written only after the stage has ended well.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -29,17 +30,18 @@ def output_of(recipe: Recipe, stage: str) -> Path:
 def require(recipe: Recipe, stage: str) -> Path:
     """Output folder of an earlier stage, or an error that says which command makes it."""
     folder = output_of(recipe, stage)
+    files.recover(folder)
     if not folder.is_dir():
         verb = "train" if stage == "encoder" else stage
         raise UserError(f"{folder} does not exist: run `recllm {verb}` with this recipe first, or `recllm run`")
     return folder
 
 
-def convert(recipe: Recipe) -> None:
+def convert(recipe: Recipe, workers: int | None = None) -> None:
     """Interactions → dataset/."""
     from recllm.convert.pipeline import convert as convert_dataset
 
-    convert_dataset(recipe, output_of(recipe, "convert"))
+    convert_dataset(recipe, output_of(recipe, "convert"), workers)
 
 
 def encoder(recipe: Recipe) -> None:
@@ -48,7 +50,14 @@ def encoder(recipe: Recipe) -> None:
     from recllm.train.encoder import fit_encoder
 
     dataset = Dataset.open(require(recipe, "convert"))
-    fit_encoder(dataset, recipe.encoder, recipe.history.max_items, recipe.seed, output_of(recipe, "encoder"))
+    fit_encoder(
+        dataset,
+        recipe.encoder,
+        recipe.history.max_items,
+        recipe.seed,
+        output_of(recipe, "encoder"),
+        exclude_history=recipe.protocol.ranking.exclude_history,
+    )
 
 
 def train(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
@@ -98,7 +107,9 @@ def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
     """
     from accelerate import PartialState
 
-    with PartialState().main_process_first():
+    # The other ranks wait for the fit: torch's default of ten minutes would kill a long one
+    patience = datetime.timedelta(seconds=float(recipe.train.get("ddp_timeout", 24 * 3600)))
+    with PartialState(timeout=patience).main_process_first():
         run_stage(recipe, "encoder")
     run_stage(recipe, "train", force=True, allow_template_mismatch=allow_template_mismatch)
 
@@ -127,37 +138,44 @@ def run_stage(recipe: Recipe, name: str, force: bool = False, **options: Any) ->
 def fingerprint(recipe: Recipe, name: str) -> str:
     """sha256 over everything that the stage reads."""
     document = recipe.model_dump(mode="json")
+    from recllm.convert.pipeline import tokenizer_special_tokens
+    from recllm.data.sequences import source_paths
+
     read: dict[str, Any] = {"recllm": __version__, "stage": name, "seed": recipe.seed}
+    sections: tuple[str, ...]
     if name == "convert":
         sections = ("data", "filter", "history", "prompt", "tasks")
         read |= {"split": document["protocol"]["split"], "candidates": document["protocol"]["candidates"]}
-        read["files"] = {path: files.sha256_of(offline.resolve(path)) for path in source_files(recipe)}
+        paths = source_paths(recipe.data, recipe.protocol.split)
+        read["files"] = {path: files.sha256_of(offline.resolve(path)) for path in paths}
+        read["special_tokens"] = tokenizer_special_tokens(recipe.model.name_or_path)  # neutralised in titles
         read["templates"] = [files.sha256_of(assets.find("prompts", task.template)) for task in recipe.tasks]
     elif name == "encoder":
         sections = ("encoder", "history")
+        read["exclude_history"] = recipe.protocol.ranking.exclude_history
         read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
     elif name == "train":
         sections = ("model", "adapter", "train", "tasks", "history", "prompt")
         read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
         read["encoder"] = files.sha256_of(require(recipe, "encoder"))
+        read["model_files"] = _model_files(recipe.model.name_or_path)
     else:
         sections = ("model", "evaluate", "protocol", "history", "tasks")
         read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
         read["encoder"] = files.sha256_of(require(recipe, "encoder"))
+        read["model_files"] = _model_files(recipe.model.name_or_path)
         read["adapters"] = [files.sha256_of(folder) for folder in _adapters(recipe)]
     read |= {section: document[section] for section in sections}
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
-def source_files(recipe: Recipe) -> list[str]:
-    """Paths of the input files, as the recipe writes them."""
-    interactions, items = recipe.data.interactions, recipe.data.items
-    paths = [interactions.path] if isinstance(interactions.path, str) else list(interactions.path)
-    paths.append(items.path)
-    if items.id_map:
-        paths.append(items.id_map.path)
-    given = recipe.protocol.split.given
-    return paths + ([given.valid, given.test] if given else [])
+def _model_files(name_or_path: str) -> dict[str, tuple[int, int]]:
+    """Names, sizes and times of a local base model's files; its gigabytes are not read for every run."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return {}
+    stats = {str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def _adapters(recipe: Recipe) -> list[Path]:
@@ -172,7 +190,10 @@ def _up_to_date(record_path: Path, key: str, output: Path) -> bool:
     if not record_path.is_file() or not output.is_dir():
         return False
     record = files.read_json(record_path, "the record of a finished stage")
-    return record.get("inputs") == key and record.get("output") == _listing(output)
+    if not isinstance(record, dict) or record.get("inputs") != key:
+        return False
+    # a file that somebody added is no reason to run again, and would be lost
+    return record.get("output", {}).items() <= _listing(output).items()
 
 
 def _listing(output: Path) -> dict[str, int]:

@@ -116,3 +116,22 @@ def test_the_hash_of_a_folder_sees_names_and_bytes(tmp_path: Path) -> None:
     second = files.sha256_of(tmp_path / "x")
     (tmp_path / "x" / "b").write_text("2")
     assert len({first, second, files.sha256_of(tmp_path / "x")}) == 3
+
+
+def test_recover_brings_back_the_output_of_a_process_killed_in_mid_swap(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left = tmp_path / f".out.tmp-old-{files._host()}-{int(dead.stdout)}-x"
+    (left / "out").mkdir(parents=True)
+    (left / "out" / "a").write_text("old")
+    files.recover(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    _folder(tmp_path / "big" / "out", "old")
+    (tmp_path / "out").symlink_to(tmp_path / "big" / "out")
+    _folder(tmp_path / "out", "new")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "big" / "out" / "a").read_text() == "new"

@@ -32,6 +32,8 @@ def test_shipped_recipes_load_and_name_what_is_shipped(name: str) -> None:
         ("adapter.r", 'has no "="'),
         ("adapter.r.x=1", "nothing below it"),
         ("protocol=nowhere", "nowhere"),
+        ("data.items.id_map.souce=x", 'did you mean "source"?'),
+        ("output_dir=runs/{nam}", "only {name}"),
     ],
 )
 def test_a_bad_override_is_an_error_with_a_next_step(override: str, message: str) -> None:
@@ -54,6 +56,13 @@ def test_broken_yaml_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("name: a\ndata: [1, 2\nseed: 3\n")
     with pytest.raises(UserError, match="line 3"):
+        load_recipe(path)
+
+
+def test_a_recipe_in_another_encoding_names_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: é\n".encode("latin-1"))
+    with pytest.raises(UserError, match="byte 6 is not UTF-8"):
         load_recipe(path)
 
 

@@ -1,6 +1,8 @@
 """The whole line on a tiny model: real processes, real files; what is unchanged is skipped."""
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recllm import stages
+from recllm import assets, stages
 from recllm.cli import main
 from recllm.recipe import load_recipe
 
@@ -47,6 +49,82 @@ def test_an_output_that_somebody_emptied_is_made_again(tiny_recipe, capsys) -> N
     assert not stages.run_stage(recipe, "convert")
     next((recipe.output / "dataset" / "train").iterdir()).unlink()
     assert stages.run_stage(recipe, "convert")
+
+
+def test_a_file_that_somebody_added_to_an_output_stays(tiny_recipe) -> None:
+    recipe = load_recipe(tiny_recipe)
+    stages.run_stage(recipe, "convert")
+    (recipe.output / "dataset" / "notes.md").write_text("mine")
+    assert not stages.run_stage(recipe, "convert")
+
+
+def test_a_broken_record_makes_a_stage_run_again(tiny_recipe) -> None:
+    recipe = load_recipe(tiny_recipe)
+    stages.run_stage(recipe, "convert")
+    (recipe.output / "stages" / "convert.json").write_text("[]")
+    assert stages.run_stage(recipe, "convert")
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("filter.user_core=2", {"convert"}),
+        ("prompt.max_items=3", {"convert", "train"}),
+        ("protocol.candidates.count=10", {"convert", "evaluate"}),
+        ("protocol.bootstrap.samples=500", {"evaluate"}),
+        ("protocol.ranking.exclude_history=false", {"encoder", "evaluate"}),
+        ("encoder.hidden_size=4", {"encoder"}),
+        ("adapter.r=2", {"train"}),
+        ("train.max_steps=2", {"train"}),
+        ("evaluate.batch_size=2", {"evaluate"}),
+        ("seed=1", {"convert", "encoder", "train", "evaluate"}),
+        ("description=other", set()),
+    ],
+)
+def test_a_fingerprint_changes_with_what_the_stage_reads(tiny_recipe, monkeypatch, override: str, changed: set) -> None:
+    fixed = tiny_recipe.parent / "fixed"  # outputs of earlier stages, the same for both recipes
+    for folder in stages.OUTPUTS.values():
+        (fixed / folder).mkdir(parents=True)
+    (fixed / "dataset" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(stages, "require", lambda recipe, stage: fixed / stages.OUTPUTS[stage])
+    before, after = load_recipe(tiny_recipe), load_recipe(tiny_recipe, [override])
+    differing = {name for name in stages.STAGES if stages.fingerprint(before, name) != stages.fingerprint(after, name)}
+    assert differing == changed
+
+
+def test_a_fingerprint_changes_with_template_tokens_and_base_model(tiny_recipe, tiny_model_folder) -> None:
+    template = tiny_recipe.parent / "films.yaml"
+    template.write_text(assets.find("prompts", "next_item/films").read_text())
+    _edit(tiny_recipe, tasks=[{"task": "next_item", "template": str(template), "dense_window": 4}])
+    first = stages.fingerprint(load_recipe(tiny_recipe), "convert")
+    template.write_text(template.read_text() + "\n")
+    second = stages.fingerprint(load_recipe(tiny_recipe), "convert")
+    model = tiny_recipe.parent / "model"
+    shutil.copytree(tiny_model_folder, model)
+    _edit(tiny_recipe, model={"name_or_path": str(model), "dtype": "float32"})
+    assert stages.fingerprint(load_recipe(tiny_recipe), "convert") == second
+    tokenizer = model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|endoftext|>", "<|other|>"))
+    third = stages.fingerprint(load_recipe(tiny_recipe), "convert")
+    assert len({first, second, third}) == 3
+
+
+def test_overrides_may_stand_around_options(tiny_recipe, capsys) -> None:
+    order = ["convert", str(tiny_recipe), "prompt.max_items=3", "--workers", "1", "filter.user_core=2"]
+    assert main(order) == 0
+    manifest = json.loads((load_recipe(tiny_recipe).output / "dataset" / "manifest.json").read_text())
+    assert (manifest["recipe"]["prompt"]["max_items"], manifest["recipe"]["filter"]["user_core"]) == (3, 2)
+    with pytest.raises(SystemExit):
+        main(["convert", str(tiny_recipe), "--unknown", "a=1"])
+
+
+def test_a_full_disk_is_said_in_one_line(tiny_recipe, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "run", full)
+    assert main(["run", str(tiny_recipe)]) == 2
+    assert "the disk is full" in capsys.readouterr().err
 
 
 def test_plain_lora_runs_the_same_line(tiny_recipe) -> None:

@@ -1,7 +1,8 @@
 """The converter's heart: a pure function from a batch of user sequences to a batch of examples.
 
-An Arrow RecordBatch of schema.SEQUENCES and a `Converter` enter; a RecordBatch of schema.EXAMPLES with a further
-column `split` leaves. A user's examples depend on this user's row only: any partitioning gives the same examples.
+An Arrow RecordBatch of schema.SEQUENCES (with the users' texts as a further column `user` if templates show them) and
+a `Converter` enter; a RecordBatch of schema.EXAMPLES with a further column `split` leaves. A user's examples depend on
+this user's row only: any partitioning gives the same examples.
 Everything is columnar but the Jinja call itself.
 """
 
@@ -17,12 +18,13 @@ import pyarrow.compute as pc
 from recllm import schema
 from recllm.convert.targets import PHRASING_SALT, Ints, Sequences, Targets, find_targets
 from recllm.convert.templates import Template, render_rows
-from recllm.data.candidates import CandidateSampler
+from recllm.data.candidates import CandidateSampler, Taken
 from recllm.data.randomness import mix
 
 OUTPUT = schema.EXAMPLES.append(pa.field("split", pa.string(), nullable=False))
 PIECE = 8192  # examples whose text is in memory at once: about 10 MiB
-HISTORIES = 1 << 20  # items of the histories that candidates are drawn against at a time
+
+NO_USER = {"user": ""}  # the variable where the recipe has no prompt.user
 
 Slot = tuple[str, pa.StringArray, npt.NDArray[np.bool_]]  # role, contents (N,), which examples have it (N,)
 
@@ -45,7 +47,6 @@ class Converter:
     tasks: tuple[Task, ...]
     texts: pa.StringArray  # (num_items,) the text of each item
     sampler: CandidateSampler
-    candidates_seed: int
     prompt_max_items: int
     seed: int
 
@@ -66,18 +67,28 @@ def _nothing() -> pa.RecordBatch:
 def iterate_examples(batch: pa.RecordBatch, converter: Converter) -> Iterator[tuple[str, str, pa.RecordBatch]]:
     """(split, task name, at most PIECE of their examples) over splits, tasks and users, in this order."""
     sequences = Sequences.of(batch)
-    for split, code in schema.SPLIT_CODES.items():
+    taken = converter.sampler.taken(sequences.offsets, sequences.items)
+    for split in schema.SPLITS:
         for task in converter.tasks:
-            targets = find_targets(
-                sequences,
-                code,
-                dense_window=task.dense_window,
-                needs_action=task.task == "like",
-                max_train_targets=task.max_train_targets,
-                seed=converter.seed,
-            )
-            for part in targets.pieces(PIECE):
-                yield split, task.name, _examples(_Piece(sequences, part, task, split, converter))
+            for part in targets_of(sequences, task, split, converter.seed).pieces(PIECE):
+                yield split, task.name, _examples(_Piece(sequences, taken, part, task, split, converter))
+
+
+def targets_of(sequences: Sequences, task: Task, split: str, seed: int) -> Targets:
+    """What becomes the examples of a task and split."""
+    return find_targets(
+        sequences,
+        schema.SPLIT_CODES[split],
+        dense_window=task.dense_window,
+        needs_action=task.task == "like",
+        max_train_targets=task.max_train_targets,
+        seed=seed,
+    )
+
+
+def draws_candidates(task: Task, split: str) -> bool:
+    """Whether the examples of a task and split have candidates."""
+    return split != "train" or task.task == "next_item_among"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +96,7 @@ class _Piece:
     """Examples of one task and split that are made together. N is their number."""
 
     sequences: Sequences
+    taken: Taken  # what the batch's users had, for the candidates
     targets: Targets
     task: Task
     split: str
@@ -113,9 +125,7 @@ def _examples(piece: _Piece) -> pa.RecordBatch:
     first, last = piece.begin + targets.start, piece.begin + targets.stop - 1
     target = sequences.items[last]
     label = _labels(sequences, last) if task.task == "like" else None
-    candidates = None
-    if piece.split != "train" or task.task == "next_item_among":
-        candidates = draw_candidates(sequences, targets, target, piece.converter)
+    candidates = _candidates(piece, target) if draws_candidates(task, piece.split) else None
     columns = {
         "example_id": _ids(piece),
         "task": _repeat(task.task, len(piece)),
@@ -132,21 +142,14 @@ def _examples(piece: _Piece) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([columns[name] for name in OUTPUT.names], schema=OUTPUT)
 
 
-def draw_candidates(
-    sequences: Sequences, targets: Targets, target: npt.NDArray[np.int32], converter: Converter
-) -> npt.NDArray[np.int32]:
+def _candidates(piece: _Piece, target: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """(N, count) item indices, the target among them, nothing else of the user's whole sequence.
 
     Keyed by (candidates.seed, user, position): the tasks of a recipe share the candidates of a position.
     """
-    keys = mix(converter.candidates_seed, sequences.user_key[targets.row], targets.stop - 1)
-    begin, end = sequences.offsets[targets.row], sequences.offsets[targets.row + 1]
-    drawn = []
-    cuts = np.flatnonzero(np.diff(np.cumsum(end - begin) // HISTORIES)) + 1  # few examples at a time of a long user
-    for part in np.split(np.arange(len(targets)), cuts):
-        offsets, flat = _ranges(begin[part], end[part])
-        drawn.append(converter.sampler.draw(keys[part], target[part], offsets, sequences.items[flat]))
-    return np.concatenate(drawn)
+    sampler, targets = piece.converter.sampler, piece.targets
+    keys = mix(sampler.section.seed, piece.sequences.user_key[targets.row], targets.stop - 1)
+    return sampler.draw(keys, target, targets.row, piece.taken)
 
 
 def _ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
@@ -188,6 +191,8 @@ def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListA
     end = piece.begin + piece.targets.start
     shown = _ranges(np.maximum(end - piece.converter.prompt_max_items, piece.begin), end)
     variables = {} if dense else _variables(piece, candidates, *shown)
+    if piece.sequences.user is not None:
+        variables["user"] = piece.sequences.user.take(pa.array(piece.targets.row)).to_pylist()
     users = _render([(p.window if dense else p.user) or "" for p in phrasings], choice, variables)
     slots: list[Slot] = [("user", users, np.ones(len(piece), bool))]
     if any(p.system is not None for p in phrasings):
@@ -201,14 +206,14 @@ def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListA
 
 def _render(sources: list[str], choice: Ints, variables: dict[str, list[Any]]) -> pa.StringArray:
     if not variables:  # constant texts are rendered once
-        return pa.array(render_rows(sources, range(len(sources)), {}), pa.string()).take(pa.array(choice))
-    return pa.array(render_rows(sources, choice.tolist(), variables), pa.string())
+        return pa.array(render_rows(sources, range(len(sources)), {}, NO_USER), pa.string()).take(pa.array(choice))
+    return pa.array(render_rows(sources, choice.tolist(), variables, NO_USER), pa.string())
 
 
 def _variables(
     piece: _Piece, candidates: npt.NDArray[np.int32] | None, offsets: Ints, flat: Ints
 ) -> dict[str, list[Any]]:
-    """The template variables of templates.VARIABLES, one value an example. The shown items lie at `flat`."""
+    """The template variables of templates.VARIABLES but `user`, one value an example. The shown items lie at `flat`."""
     texts = piece.texts(flat)
     variables: dict[str, list[Any]] = {
         "history": _joined(texts, offsets).to_pylist(),

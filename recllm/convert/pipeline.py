@@ -6,7 +6,7 @@ of workers: shards are cut by user and each is written by one worker.
 """
 
 import contextlib
-import errno
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 import recllm
 from recllm import files, schema
-from recllm.convert.examples import Converter, Task, iterate_examples
+from recllm.convert.examples import Converter, Task, draws_candidates, iterate_examples, targets_of
+from recllm.convert.targets import Sequences
 from recllm.convert.templates import load_template
-from recllm.convert.titles import item_texts, tokenizer_special_tokens
+from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
 from recllm.data.candidates import CandidateSampler
 from recllm.data.sequences import Prepared, prepare
 from recllm.errors import UserError
@@ -37,6 +38,12 @@ from recllm.recipe import Recipe
 
 SHARD_POSITIONS = 1 << 17  # interactions of a shard, and at most one user's more: tens of MiB of examples
 IN_FLIGHT = 2  # shards handed out for each worker: bounds what waits in memory
+USER = "user"  # column of the sequences on their way: the text about each user
+MOST_WORKERS = 8  # unless more are asked for: each takes some 200 MiB
+READ: dict[str, Any] = {  # the part of the recipe that convert reads; beside it the tokenizer's special tokens
+    **dict.fromkeys(("seed", "data", "filter", "history", "prompt", "tasks"), True),
+    "protocol": {"name", "split", "candidates"},
+}
 DICTIONARY = ["task", "label", "prompt.list.element.role", "completion.list.element.role"]
 DENSE_DICTIONARY = [*DICTIONARY, "prompt.list.element.content"]
 
@@ -47,43 +54,52 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None) -> dict[st
     Args:
         recipe: the run; its templates are loaded and checked before any data is read.
         output: replaced when the new dataset is complete, untouched otherwise.
-        workers: processes; None takes every core that this process may use. 1 works in this process.
+        workers: processes; None takes the cores that this process may use, at most MOST_WORKERS. 1 works in this
+            process.
 
     Raises:
-        UserError: anything wrong with recipe, templates or data; an empty split; a full disk.
+        UserError: anything wrong with recipe, templates or data; an empty split; a worker that was killed.
+        OSError: the disk is full.
     """
-    tasks = load_tasks(recipe)
-    with _disk_errors(output):
-        prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed)
-        check_labels(prepared.sequences, tasks)
-        converter = make_converter(recipe, prepared, tasks)
-        with files.replacing_folder(output) as folder:
-            written = _write_examples(prepared.sequences, converter, folder, workers or available_cores())
-            _check_not_empty(written, tasks)
-            _write_sequences(prepared.sequences, folder / "sequences.parquet")
-            items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
-            pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
-            manifest = _manifest(recipe, prepared, converter, written)
-            files.write_json(folder / "manifest.json", manifest)
+    workers = min(available_cores(), MOST_WORKERS) if workers is None else workers
+    if workers < 1:
+        raise UserError(f"convert with {workers} workers: at least 1 is needed, leave --workers out for the default")
+    prepared, converter = set_up(recipe)
+    with files.replacing_folder(output) as folder:
+        written = _write_examples(prepared.sequences, converter, folder, workers)
+        _write_sequences(prepared.sequences, folder / "sequences.parquet")
+        items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
+        pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
+        manifest = _manifest(recipe, prepared, converter, written)
+        files.write_json(folder / "manifest.json", manifest)
     print(summary(manifest, output))
     return manifest
 
 
-@contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+def set_up(recipe: Recipe) -> tuple[Prepared, Converter]:
+    """All that comes before the first example: templates, data, texts, and every check that needs no example.
+
+    With prompt.user the sequences have a further column `user`.
+
+    Raises:
+        UserError: anything wrong with recipe, templates or data; an empty split.
+    """
+    tasks = load_tasks(recipe)
+    if recipe.prompt.user and recipe.data.users is None:
         raise UserError(
-            f"the disk of {output} is full: the old dataset is untouched. Make room or write to another folder"
-        ) from error
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a converting process was killed, most likely for want of memory: the old dataset is untouched. "
-            "Take fewer workers"
-        ) from error
+            f'prompt.user is "{recipe.prompt.user}", but data.users is not set: name the file with the attributes of '
+            "the users there, or leave prompt.user out"
+        )
+    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed)
+    check_labels(prepared.sequences, tasks)
+    check_not_empty(prepared.sequences, tasks, recipe.seed)
+    if recipe.prompt.user and prepared.users is not None:
+        texts = user_texts(prepared.users, recipe.prompt.user, tokenizer_special_tokens(recipe.model.name_or_path))
+        sequences = prepared.sequences.with_columns(pl.Series(USER, texts, pl.String))
+        prepared = dataclasses.replace(prepared, sequences=sequences)
+    converter = make_converter(recipe, prepared, tasks)
+    check_candidates(prepared.sequences, converter)
+    return prepared, converter
 
 
 def available_cores() -> int:
@@ -128,6 +144,43 @@ def check_labels(sequences: pl.DataFrame, tasks: Iterable[Task]) -> None:
             )
 
 
+def check_candidates(sequences: pl.DataFrame, converter: Converter) -> None:
+    """Refuse more candidates than a user's own items leave over; of users whose examples have candidates."""
+    num_items, others = converter.sampler.num_items, converter.sampler.section.count - 1
+    drawn = [
+        schema.SPLIT_CODES[split]
+        for split in schema.SPLITS
+        if any(draws_candidates(task, split) for task in converter.tasks)
+    ]
+    long = sequences.filter(pl.col("items").list.len() + others > num_items)  # only these can have had too many
+    long = long.filter(pl.col("splits").list.eval(pl.element().is_in(drawn)).list.any())
+    full = long.with_columns(pl.col("items").list.n_unique().alias("had")).filter(pl.col("had") + others > num_items)
+    if full.is_empty():
+        return
+    worst = full.sort("had", descending=True, maintain_order=True).row(0, named=True)
+    left = num_items - worst["had"]
+    step = f"set protocol.candidates.count to {left + 1} or less" if left else "give more items or filter the user out"
+    raise UserError(
+        f'user "{worst["user_id"]}" had {worst["had"]} of the {num_items} items, which leaves {left} for the {others} '
+        f"other candidates of an example (so of {full.height} users): {step}"
+    )
+
+
+def check_not_empty(sequences: pl.DataFrame, tasks: tuple[Task, ...], seed: int) -> None:
+    """Refuse a split without any example of a task. Looks at shards until every one has been seen."""
+    missing = {(split, task.name): task for split in schema.SPLITS for task in tasks}
+    for begin, rows in shards(sequences):
+        batch = Sequences.of(to_batch(sequences.slice(begin, rows)))
+        missing = {key: task for key, task in missing.items() if not len(targets_of(batch, task, key[0], seed))}
+        if not missing:
+            return
+    split, name = next(iter(missing))
+    raise UserError(
+        f"the split {split} has no example of the task {name}: at least one is needed. Change "
+        "protocol.split (fractions, min_history) or filter less"
+    )
+
+
 def make_converter(recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...]) -> Converter:
     """Render the items and set up the candidates."""
     special_tokens = tokenizer_special_tokens(recipe.model.name_or_path)
@@ -135,7 +188,6 @@ def make_converter(recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...]) 
         tasks=tasks,
         texts=pa.array(item_texts(prepared.items, recipe.prompt.item, special_tokens), pa.string()),
         sampler=CandidateSampler(prepared.items.height, prepared.train_counts, recipe.protocol.candidates),
-        candidates_seed=recipe.protocol.candidates.seed,
         prompt_max_items=recipe.prompt.max_items,
         seed=recipe.seed,
     )
@@ -150,8 +202,9 @@ def shards(sequences: pl.DataFrame, positions: int = SHARD_POSITIONS) -> list[tu
 
 
 def to_batch(sequences: pl.DataFrame) -> pa.RecordBatch:
-    """Polars rows as one RecordBatch of schema.SEQUENCES."""
-    table = sequences.select(schema.SEQUENCES.names).rechunk().to_arrow().cast(schema.SEQUENCES)
+    """Polars rows as one RecordBatch of schema.SEQUENCES, with the column `user` if it is there."""
+    columns = schema.SEQUENCES.append(pa.field(USER, pa.string())) if USER in sequences.columns else schema.SEQUENCES
+    table = sequences.select(columns.names).rechunk().to_arrow().cast(columns)
     return table.combine_chunks().to_batches()[0]
 
 
@@ -180,8 +233,8 @@ def _run(jobs: list[tuple[int, pl.DataFrame, str]], converter: Converter, worker
             yield write_shard(number, to_batch(part), folder, converter)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of Polars' threads
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
     waiting: deque[Future[Counter[str]]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
     try:
         for number, part, folder in jobs:
             waiting.append(pool.submit(_write_shard_in_worker, number, to_batch(part), folder))
@@ -189,6 +242,11 @@ def _run(jobs: list[tuple[int, pl.DataFrame, str]], converter: Converter, worker
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of {workers} converting processes was killed, most likely for want of memory: the old dataset is "
+            f"untouched. Take fewer with `recllm convert RECIPE --workers {max(1, workers // 2)}`"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -239,20 +297,10 @@ def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Conv
     return counts
 
 
-def _check_not_empty(written: Counter[str], tasks: tuple[Task, ...]) -> None:
-    for split in schema.SPLITS:
-        for task in tasks:
-            if not written[f"{split}/{task.name}"]:
-                raise UserError(
-                    f"the split {split} has no example of the task {task.name}: at least one is needed. Change "
-                    "protocol.split (fractions, min_history) or filter less"
-                )
-
-
 def _write_sequences(sequences: pl.DataFrame, path: Path) -> None:
     with pq.ParquetWriter(path, schema.SEQUENCES, compression="zstd") as writer:
         for begin, rows in shards(sequences, 8 * SHARD_POSITIONS):
-            writer.write_batch(to_batch(sequences.slice(begin, rows)))
+            writer.write_batch(to_batch(sequences.slice(begin, rows).select(schema.SEQUENCES.names)))
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -268,7 +316,7 @@ def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written:
     colliding = _colliding(converter.texts)
     return {
         "recllm_version": recllm.__version__,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", include=READ),
         "templates": [_provenance(task) for task in converter.tasks],
         "inputs": prepared.inputs,
         "items_sha256": schema.vocabulary_sha256(prepared.items.get_column(schema.ITEM_ID)),

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from recllm.convert.examples import iterate_examples
-from recllm.convert.pipeline import check_labels, load_tasks, make_converter, shards, to_batch
-from recllm.data.sequences import prepare
+from recllm.convert.pipeline import set_up, shards, to_batch
+from recllm.errors import UserError
 from recllm.recipe import Recipe
 
 Message = dict[str, str]
 TokenCounter = Callable[[list[Message], list[Message]], tuple[int, int]]  # (prompt, completion) → their tokens
-USERS = 4096  # interactions converted at a time until enough examples are found
+POSITIONS = 4096  # interactions converted at a time until enough examples are found
 
 
 def preview(recipe: Recipe, count: int, count_tokens: TokenCounter | None = None) -> str:
@@ -26,14 +26,15 @@ def preview(recipe: Recipe, count: int, count_tokens: TokenCounter | None = None
         count_tokens: tokens of a prompt and of its completion; the caller has the tokenizer. None prints characters.
 
     Raises:
-        UserError: as `recllm.convert.pipeline.convert`.
+        UserError: as `recllm.convert.pipeline.convert`; `count` below 1.
     """
-    tasks = load_tasks(recipe)
-    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed)
-    check_labels(prepared.sequences, tasks)
-    converter = make_converter(recipe, prepared, tasks)
-    shown: dict[tuple[str, str], list[str]] = {(split, t.name): [] for split in ("train", "test") for t in tasks}
-    for begin, rows in shards(prepared.sequences, USERS):
+    if count < 1:
+        raise UserError(f"preview of {count} examples: ask for 1 or more, e.g. --preview 3")
+    prepared, converter = set_up(recipe)
+    shown: dict[tuple[str, str], list[str]] = {
+        (split, task.name): [] for split in ("train", "test") for task in converter.tasks
+    }
+    for begin, rows in shards(prepared.sequences, POSITIONS):
         for split, task, examples in iterate_examples(to_batch(prepared.sequences.slice(begin, rows)), converter):
             blocks = shown.get((split, task))
             if blocks is not None and len(blocks) < count:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recllm import schema
+from recllm.data.dataset import flat
 from recllm.data.randomness import mix
 
 TARGET_SALT, PHRASING_SALT = 1, 2  # keep the random choices of one position independent
@@ -32,26 +33,24 @@ class Sequences:
     user_index: npt.NDArray[np.int32]  # (U,)
     user_key: npt.NDArray[np.uint64]  # (U,)
     user_id: pa.StringArray  # (U,)
+    user: pa.StringArray | None = None  # (U,) the text about each user, if templates show it
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> "Sequences":
-        """Views into `batch`; nothing but the offsets is copied."""
-        lengths = batch.column("items").value_lengths().to_numpy(zero_copy_only=False)
+        """Views into `batch`, of schema.SEQUENCES and maybe a column `user`; nothing but the offsets is copied."""
+        offsets, items = flat(batch.column("items"))
         actions = batch.column("actions")
         return cls(
-            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-            items=_flat(batch, "items"),
-            timestamps=_flat(batch, "timestamps"),
-            splits=_flat(batch, "splits"),
+            offsets=offsets,
+            items=items,
+            timestamps=flat(batch.column("timestamps"))[1],
+            splits=flat(batch.column("splits"))[1],
             actions=None if actions.null_count else actions.flatten(),
             user_index=batch.column("user_index").to_numpy(),
             user_key=batch.column("user_key").to_numpy(),
             user_id=batch.column(schema.USER_ID),
+            user=batch.column("user") if "user" in batch.schema.names else None,
         )
-
-
-def _flat(batch: pa.RecordBatch, name: str) -> npt.NDArray[Any]:
-    return batch.column(name).flatten().to_numpy(zero_copy_only=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +94,9 @@ def find_targets(
     wanted = sequences.splits == split
     if needs_action and sequences.actions is not None:
         wanted &= sequences.actions.is_valid().to_numpy(zero_copy_only=False)
-    flat = np.flatnonzero(wanted)
-    row = np.searchsorted(sequences.offsets, flat, side="right") - 1
-    position = flat - sequences.offsets[row]
+    place = np.flatnonzero(wanted)
+    row = np.searchsorted(sequences.offsets, place, side="right") - 1
+    position = place - sequences.offsets[row]
     if split != schema.TRAIN:
         return Targets(row, position, position + 1)
     found = _windows(row, position, dense_window) if dense_window else _single(row, position)

@@ -20,12 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from recllm import assets, files
 from recllm.errors import UserError
 
+_USER = {"user": "the user as prompt.user writes it; empty without"}
 # What a template of each task may use: plain values, so that rendering a row costs a few microseconds.
 VARIABLES: dict[str, dict[str, str]] = {
-    "next_item": {"history": "the last items, oldest first, one a line", "num_history": "how many these are"},
+    "next_item": {
+        "history": "the last items, oldest first, one a line",
+        "num_history": "how many these are",
+        **_USER,
+    },
     "next_item_among": {
         "history": "the last items, oldest first, one a line",
         "num_history": "how many these are",
+        **_USER,
         "candidates": "the candidates, one a line",
         "num_candidates": "how many these are",
     },
@@ -33,6 +39,7 @@ VARIABLES: dict[str, dict[str, str]] = {
         "history": "the last items, oldest first, one a line",
         "answered_history": 'the same, each with its answer: "Heat (1995): Yes"',
         "num_history": "how many these are",
+        **_USER,
         "target": "the item that is asked about",
     },
 }
@@ -46,7 +53,7 @@ class Phrasing(BaseModel):
 
     user: str
     system: str | None = None
-    window: str | None = None  # uses no variables: the list that continues it is the answer
+    window: str | None = None  # uses no variable but `user`: the list that continues it is the answer
 
 
 class _Document(BaseModel):
@@ -77,7 +84,8 @@ def load_template(name: str | Path, task: str, dense: bool = False) -> Template:
     """Read a template by shipped name or path for a task and check it to the end.
 
     Raises:
-        UserError: unknown name or key, another task, undefined variable, broken Jinja; `dense` without a `window`.
+        UserError: unknown name or key, another task, undefined variable, broken Jinja; `dense` without a `window`;
+            `answers` that are missing, out of place or all the same.
     """
     path = assets.find("prompts", name)
     document = _read(path)
@@ -91,6 +99,11 @@ def load_template(name: str | Path, task: str, dense: bool = False) -> Template:
         _check(phrasing, task, dense, f'template "{name}", phrasing {number + 1}')
     if (task == "like") != bool(document.answers):
         raise UserError(f'template "{name}": `answers` (label: words) belongs to the task like, and only to it')
+    if document.answers and len({words.strip() for words in document.answers.values()}) < 2:
+        raise UserError(
+            f'template "{name}": `answers` has the words {list(document.answers.values())}, at least two different '
+            "ones are needed to tell the labels apart: give every label its words"
+        )
     return Template(
         str(name), document.id, task, files.sha256_of(path), tuple(document.phrasings), dict(document.answers)
     )
@@ -109,16 +122,22 @@ def _read(path: Path) -> _Document:
 
 
 def _check(phrasing: Phrasing, task: str, dense: bool, where: str) -> None:
-    known = VARIABLES[task]
-    dummy = {name: _DUMMY.get(name, f"a {name}") for name in known}
-    render(compile_checked(phrasing.user, set(known), where), dummy, where)
-    if phrasing.system is not None:  # also stands before a dense window, which has no variables
-        shown = {} if dense else dummy
-        render(compile_checked(phrasing.system, set(shown), f"{where}, system"), shown, where)
+    known = set(VARIABLES[task])
+    _try(phrasing.user, known, where)
+    if phrasing.system is not None:  # also stands before a dense window
+        _try(phrasing.system, set(_USER) if dense else known, f"{where}, system")
     if phrasing.window is not None:
-        render(compile_checked(phrasing.window, set(), f"{where}, window"), {}, where)
+        _try(phrasing.window, set(_USER), f"{where}, window")
     elif dense:
         raise UserError(f"{where} has no `window` text: dense_window needs one in every phrasing, or set it to 0")
+
+
+def _try(source: str, known: set[str], where: str) -> None:
+    """Compile and render, with a text about the user and without."""
+    template = compile_checked(source, known, where)
+    dummy = {name: _DUMMY.get(name, f"a {name}") for name in sorted(known)}
+    for user in ("a user", ""):
+        render(template, {**dummy, "user": user}, where)
 
 
 @functools.cache
@@ -155,13 +174,19 @@ def render(template: JinjaTemplate, variables: Mapping[str, Any], where: str) ->
         raise UserError(f"{where}: {error}. Known variables: {', '.join(variables) or 'none'}") from None
 
 
-def render_rows(sources: Sequence[str], choice: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> list[str]:
+def render_rows(
+    sources: Sequence[str],
+    choice: Sequence[int],
+    columns: Mapping[str, Sequence[Any]],
+    constants: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Row i of `columns` rendered with `sources[choice[i]]`: what `Template.render` gives, at a quarter of its time.
 
-    The saving: the variables become the context themselves instead of being copied into a fresh one. Raises UserError
-    where a template fails on a row, such as one that asks for a fifth line of a history of three.
+    `constants` are variables that are the same in all rows; a column of that name goes before. The saving: the
+    variables become the context themselves instead of being copied into a fresh one. Raises UserError where a template
+    fails on a row, such as one that asks for a fifth line of a history of three.
     """
-    names, shared = list(columns), dict(environment().globals)
+    names, shared = list(columns), {**environment().globals, **(constants or {})}
     parts = [(template.root_render_func, template.new_context) for template in map(compiled, sources)]
     rows = []
     try:

@@ -1,6 +1,7 @@
-"""How an item is written in a prompt: one line of text that no title can use to break out of the prompt.
+"""How an item or a user is written in a prompt: one line of text that nothing in it can use to break out of the prompt.
 
-The items table, the recipe's `prompt.item` and the tokenizer's special tokens enter; one text an item leaves.
+The table of items or users, the recipe's `prompt.item` or `prompt.user` and the tokenizer's special tokens enter; one
+text an item or user leaves.
 """
 
 import json
@@ -24,6 +25,8 @@ _SQUARE = re.compile(
     r"\[(?=(?:/\w+|\w+_\w*|INST|IMG|PREFIX|SUFFIX|MIDDLE|THINK|ARGS|AUDIO|[BE]OS|PAD|UNK|CLS|SEP|MASK|[gs]MASK|unused\d+)\])"
 )
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co"}  # controls, zero-width and bidi characters, surrogates, private use
+_JOINERS = "\u200c\u200d"  # Persian and Indic spelling and joined emoji need them, no Latin text does
+_JOINED = ("L", "M", "So", "Sk")  # what they join: letters, marks, emoji and their skin tones
 
 
 def neutralise(text: str, special_tokens: Sequence[str] = ()) -> str:
@@ -31,16 +34,41 @@ def neutralise(text: str, special_tokens: Sequence[str] = ()) -> str:
 
     Tokens in angle brackets lose their "<" to the look-alike "‹", tokens in square brackets get a space after "[",
     any other of `special_tokens` gets a space after its first character. Doing it twice changes nothing more.
+    Zero-width joiners stay between two letters or emoji that are not ASCII, unless a token would appear without them.
 
     >>> neutralise("Heat (1995)"), neutralise("I <3 [REC]"), neutralise("<|im_end|> now")
     ('Heat (1995)', 'I <3 [REC]', '‹|im_end|> now')
     """
     text = " ".join(text.split())  # first, so that nothing removed later joins two halves of a token
-    if not text.isascii() or not text.isprintable():
-        text = "".join(c for c in text if unicodedata.category(c) not in _INVISIBLE)
-        text = " ".join(text.split())
-    text = _SQUARE.sub("[ ", _ANGLE.sub("‹", text))
-    return _break(text, special_tokens)
+    if text.isascii() and text.isprintable():
+        return _mend(text, special_tokens)
+    text = "".join(c for c in text if c in _JOINERS or unicodedata.category(c) not in _INVISIBLE)
+    bare = _mend(_without_joiners(text), special_tokens)
+    if len(text) == len(_without_joiners(text)) or any(_without_joiners(token) != token for token in special_tokens):
+        return bare
+    joined = _joining(_mend(_joining(text), special_tokens))
+    seen = _without_joiners(joined)  # by a tokenizer that drops joiners
+    return joined if _mend(seen, special_tokens) == seen else bare
+
+
+def _mend(text: str, special_tokens: Sequence[str]) -> str:
+    text = " ".join(text.split())
+    return _break(_SQUARE.sub("[ ", _ANGLE.sub("‹", text)), special_tokens)
+
+
+def _without_joiners(text: str) -> str:
+    return text.replace("\u200c", "").replace("\u200d", "")
+
+
+def _joining(text: str) -> str:
+    """Only those joiners that stand between two characters that they can join."""
+    around = f" {text} "
+    triples = zip(text, around, around[2:])  # a character, the one before and the one after
+    return "".join(c for c, before, after in triples if c not in _JOINERS or (_joins(before) and _joins(after)))
+
+
+def _joins(character: str) -> bool:
+    return not character.isascii() and unicodedata.category(character).startswith(_JOINED)
 
 
 def _break(text: str, special_tokens: Sequence[str]) -> str:
@@ -81,7 +109,7 @@ def item_texts(items: pl.DataFrame, item_template: str, special_tokens: Sequence
     template = compile_checked(item_template, set(items.columns), "prompt.item", "column of the items")
     texts = []
     for row in items.iter_rows(named=True):
-        text = neutralise(_render(template, row), special_tokens)
+        text = neutralise(_render(template, row, f'prompt.item fails on item "{row["item_id"]}"'), special_tokens)
         if not text:
             raise UserError(
                 f'item "{row["item_id"]}" has the title {row["title"]!r}, of which nothing readable is left: '
@@ -91,8 +119,21 @@ def item_texts(items: pl.DataFrame, item_template: str, special_tokens: Sequence
     return texts
 
 
-def _render(template: JinjaTemplate, row: dict[str, object]) -> str:
+def user_texts(users: pl.DataFrame, user_template: str, special_tokens: Sequence[str] = ()) -> list[str]:
+    """The text about each user in the order of rows: `user_template` rendered once a user, then neutralised.
+
+    A null attribute renders as nothing, and the text may be empty. Raises UserError for an unknown attribute.
+    """
+    known = [name for name in users.columns if name != "user_index"]
+    template = compile_checked(user_template, set(known), "prompt.user", "column of the users")
+    return [
+        neutralise(_render(template, row, f'prompt.user fails on user "{row["user_id"]}"'), special_tokens)
+        for row in users.select(known).iter_rows(named=True)
+    ]
+
+
+def _render(template: JinjaTemplate, row: dict[str, object], what: str) -> str:
     try:
         return template.render({key: "" if value is None else value for key, value in row.items()})
     except (TemplateError, TypeError, LookupError, ValueError, ArithmeticError) as error:
-        raise UserError(f'prompt.item fails on item "{row["item_id"]}": {error}. Mend the template') from None
+        raise UserError(f"{what}: {error}. Mend the template") from None

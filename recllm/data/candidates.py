@@ -1,7 +1,8 @@
 """Frozen candidates: for each example `count` items, the target among them, none of the others from the user's history.
 
-Example keys, targets and histories enter; an (N, count) array leaves that depends on (seed, example key) only, so that
-any partitioning of the examples, in any order, gives the same candidates.
+Example keys, targets and what each user had enter; an (N, count) array leaves that depends on (seed, example key) only,
+so that any partitioning of the examples, in any order, gives the same candidates. A user's history is looked at once,
+however many examples it has.
 """
 
 from typing import Any
@@ -15,13 +16,12 @@ from recllm.recipe import CandidatesSection
 
 _DRAW_LOT, _PLACE_LOT, _REST_LOT = 201, 202, 203
 _CHUNK = 4096  # rows at a time: the draws of a chunk fit into the second-level cache
-_MOST_DRAWS = 16  # times the number wanted + 4: a row that needs more is completed exactly, over the whole catalogue
-_REST_CELLS = 1 << 22
+_MOST_DRAWS = 16  # times the number wanted + 4: a row that needs more is completed exactly, over all free items
+_REST_CELLS = 1 << 18
 
 Items = npt.NDArray[np.int32]
+Taken = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-
-__all__ = ["CandidateSampler", "mix", "uniform"]
 
 
 class CandidateSampler:
@@ -44,64 +44,67 @@ class CandidateSampler:
         self.weights = np.ones(num_items) if section.method == "uniform" else np.asarray(train_counts) + 1.0
         self.cumulative = np.cumsum(self.weights) / self.weights.sum()
 
-    def draw(
-        self,
-        example_keys: npt.NDArray[np.uint64],
-        targets: Items,
-        history_offsets: npt.NDArray[np.int64],
-        history_items: Items,
-    ) -> Items:
-        """Candidates of N examples, (N, count) int32; row i's history is history_items[offsets[i]:offsets[i + 1]].
+    def taken(self, offsets: npt.NDArray[np.int64], items: Items) -> Taken:
+        """What U users had, once a batch for `draw`: user u's items are items[offsets[u]:offsets[u + 1]], in any order.
 
-        The target stands at a seeded place of its row, once. The history should be all of the user's items, later ones
-        included; it may contain the target.
+        Returns the sorted distinct values of user * num_items + item, 8 bytes each.
 
         Raises:
-            UserError: a row whose history leaves fewer than count - 1 other items; an item outside the catalogue.
+            UserError: an item outside the catalogue.
         """
-        targets = np.asarray(targets, dtype=np.int32)
-        self._check(targets, history_offsets, history_items)
+        self._check("history", items)
+        users = np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets))
+        pairs = users * self.num_items + items
+        pairs.sort()
+        return pairs[np.diff(pairs, prepend=-1) > 0]
+
+    def draw(self, example_keys: npt.NDArray[np.uint64], targets: Items, users: npt.ArrayLike, taken: Taken) -> Items:
+        """Candidates of N examples, (N, count) int32.
+
+        The target stands at a seeded place of its row, once; it may be among what its user had. `taken` should hold all
+        of the user's items, later ones included.
+
+        Args:
+            example_keys: (N,) the key of each example's random stream.
+            targets: (N,) item indices.
+            users: (N,) each example's user, 0..U-1 of `taken`.
+            taken: the result of the method `taken`.
+
+        Raises:
+            UserError: a user who had so much that less than count - 1 other items are left; a target outside the
+                catalogue.
+        """
+        targets, users = np.asarray(targets, dtype=np.int32), np.asarray(users, dtype=np.int64)
+        self._check("target", targets)
         result = np.empty((len(targets), self.section.count), dtype=np.int32)
         for start in range(0, len(targets), _CHUNK):
-            rows = slice(start, min(start + _CHUNK, len(targets)))
-            offsets = np.asarray(history_offsets[rows.start : rows.stop + 1])
-            history = np.asarray(history_items[offsets[0] : offsets[-1]])
-            forbidden = _pairs(targets[rows], offsets - offsets[0], history, self.num_items)
-            result[rows] = self._rows(np.asarray(example_keys[rows]), targets[rows], forbidden)
+            rows = slice(start, start + _CHUNK)
+            result[rows] = self._rows(np.asarray(example_keys[rows]), targets[rows], users[rows], taken)
         return result
 
-    def _check(self, targets: Items, offsets: npt.NDArray[np.int64], history: Items) -> None:
-        for name, items in (("target", targets), ("history", history)):
-            if len(items) and (items.min() < 0 or items.max() >= self.num_items):
-                wrong = int(items.min()) if items.min() < 0 else int(items.max())
-                raise UserError(f"{name} item_index {wrong} is outside the catalogue of {self.num_items} items")
-        long = np.flatnonzero(np.diff(offsets) + self.section.count > self.num_items)
-        for row in long:  # only histories that might be too long are counted exactly
-            taken = len(np.unique(np.append(history[offsets[row] : offsets[row + 1]], targets[row])))
-            if taken + self.section.count - 1 > self.num_items:
-                raise UserError(
-                    f"example {row}: the user had {taken} of the {self.num_items} items, which leaves "
-                    f"{self.num_items - taken} for the {self.section.count - 1} other candidates: lower "
-                    "protocol.candidates.count or give more items"
-                )
+    def _check(self, name: str, items: Items) -> None:
+        if len(items) and (items.min() < 0 or items.max() >= self.num_items):
+            wrong = int(items.min()) if items.min() < 0 else int(items.max())
+            raise UserError(f"{name} item_index {wrong} is outside the catalogue of {self.num_items} items")
 
-    def _rows(self, keys: npt.NDArray[np.uint64], targets: Items, forbidden: npt.NDArray[np.int64]) -> Items:
-        """Candidates of one chunk. forbidden: sorted row * num_items + item."""
+    def _rows(self, keys: npt.NDArray[np.uint64], targets: Items, users: Any, taken: Taken) -> Items:
+        """Candidates of one chunk."""
         wanted = self.section.count - 1
         others = np.full((len(keys), wanted), -1, dtype=np.int32)
         open_rows, draws = np.arange(len(keys)), wanted + 4 + wanted // 4
         while len(open_rows) and draws <= _MOST_DRAWS * (wanted + 4):
-            drawn, taken = self._stream(keys[open_rows], open_rows, draws, forbidden)
-            rank = np.cumsum(taken, axis=1, dtype=np.int32)
-            row, column = np.nonzero(taken & (rank <= wanted))
+            drawn, good = self._stream(keys[open_rows], targets[open_rows], users[open_rows], draws, taken)
+            rank = np.cumsum(good, axis=1, dtype=np.int32)
+            row, column = np.nonzero(good & (rank <= wanted))
             others[open_rows[row], rank[row, column] - 1] = drawn[row, column]
             open_rows = open_rows[rank[:, -1] < wanted]
             draws *= 4
-        if len(open_rows):
-            self._complete(keys, open_rows, others, forbidden)
+        for user in np.unique(users[open_rows]):
+            rows = open_rows[users[open_rows] == user]
+            others[rows] = self._complete(keys[rows], targets[rows], others[rows], self._free(user, taken))
         return _with_target(others, targets, uniform(mix(self.section.seed, _PLACE_LOT, keys)))
 
-    def _stream(self, keys: Any, rows: Any, draws: int, forbidden: Any) -> tuple[npt.NDArray[np.int64], Mask]:
+    def _stream(self, keys: Any, targets: Any, users: Any, draws: int, taken: Taken) -> tuple[Any, Mask]:
         """The first draws of each row, (rows, draws), and which of them are allowed and new to their row."""
         numbers = np.arange(draws)
         lots = uniform(mix(self.section.seed, _DRAW_LOT, keys[:, None], numbers[None, :]))
@@ -109,37 +112,54 @@ class CandidateSampler:
             drawn = (lots * self.num_items).astype(np.int64)
         else:
             drawn = np.minimum(np.searchsorted(self.cumulative, lots, side="right"), self.num_items - 1)
-        return drawn, ~_repeated(drawn) & ~_contains(forbidden, drawn + rows[:, None] * self.num_items)
+        had = _contains(taken, drawn + users[:, None] * self.num_items) | (drawn == targets[:, None])
+        return drawn, ~_repeated(drawn) & ~had
 
-    def _complete(self, keys: Any, rows: Any, others: Items, forbidden: Any) -> None:
-        """Rows whose stream ran dry: go on drawing without replacement, exactly.
+    def _free(self, user: int, taken: Taken) -> npt.NDArray[np.int64]:
+        """The items that a user never had, in order."""
+        begin, end = np.searchsorted(taken, [user * self.num_items, (user + 1) * self.num_items])
+        free = np.ones(self.num_items, dtype=bool)
+        free[taken[begin:end] - user * self.num_items] = False
+        return np.flatnonzero(free)
+
+    def _complete(self, keys: Any, targets: Any, others: Items, free: npt.NDArray[np.int64]) -> Items:
+        """Rows of one user whose stream ran dry: go on drawing without replacement from the free items, exactly.
 
         Smallest exponential arrival times E / weight are a successive draw without replacement (Efraimidis & Spirakis
         2006), and what is left over after some draws is again one.
         """
-        step = max(1, _REST_CELLS // self.num_items)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            lots = uniform(mix(self.section.seed, _REST_LOT, keys[part][:, None], np.arange(self.num_items)[None, :]))
-            arrival = -np.log1p(-lots) / self.weights  # (part, num_items)
-            for line, row in enumerate(part):
-                begin, end = np.searchsorted(forbidden, [row * self.num_items, (row + 1) * self.num_items])
-                arrival[line, forbidden[begin:end] - row * self.num_items] = np.inf
-                found = others[row] >= 0
-                arrival[line, others[row][found]] = np.inf
-                others[row][~found] = np.argsort(arrival[line], kind="stable")[: int((~found).sum())]
+        step = max(1, _REST_CELLS // max(1, len(free)))
+        for start in range(0, len(keys), step):
+            part = slice(start, start + step)
+            lots = uniform(mix(self.section.seed, _REST_LOT, keys[part][:, None], free[None, :]))
+            arrival = -np.log1p(-lots) / self.weights[free]  # (part, free)
+            for times, target, row in zip(arrival, targets[part], others[part]):
+                found = row >= 0
+                times[_places(free, np.append(row[found], target))] = np.inf
+                row[~found] = free[self._earliest(times, int((~found).sum()))]
+        return others
+
+    def _earliest(self, times: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+        """The places of the `count` smallest finite times, smallest first."""
+        first = np.argpartition(times, count - 1)[:count] if count <= len(times) else np.arange(0)
+        if len(first) < count or np.isinf(times[first]).any():
+            raise UserError(
+                f"a user had all but fewer than {self.section.count - 1} of the {self.num_items} items, which leaves "
+                "too few other candidates: lower protocol.candidates.count or give more items"
+            )
+        return first[np.argsort(times[first], kind="stable")]
 
 
-def _pairs(targets: Items, offsets: Any, history: Items, num_items: int) -> npt.NDArray[np.int64]:
-    """Sorted row * num_items + item of everything that a row may not draw."""
-    rows = np.repeat(np.arange(len(targets), dtype=np.int64), np.diff(offsets))
-    pairs = np.concatenate([rows * num_items + history, np.arange(len(targets), dtype=np.int64) * num_items + targets])
-    pairs.sort()
-    return pairs
+def _places(ordered: npt.NDArray[np.int64], values: Any) -> npt.NDArray[np.int64]:
+    """Where those of the values stand that the sorted array holds."""
+    place = np.searchsorted(ordered, values)
+    return place[_contains(ordered, values)]
 
 
 def _contains(ordered: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> Mask:
-    """Which values stand in the sorted, non-empty array."""
+    """Which values stand in the sorted array."""
+    if not len(ordered):
+        return np.zeros(values.shape, dtype=bool)
     place = np.searchsorted(ordered, values)
     return ordered[np.minimum(place, len(ordered) - 1)] == values
 

@@ -4,7 +4,8 @@ A folder enters; a `Dataset` leaves whose sequences are flat NumPy arrays and wh
 Imports without torch.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -95,8 +96,8 @@ class Dataset:
         table = _read(path, ["user_index", "user_id", "user_key", "items", "timestamps", "splits"])
         if not np.array_equal(table["user_index"].to_numpy(), np.arange(table.num_rows)):
             raise UserError(f"{path}: user_index is not 0..{table.num_rows - 1} in row order: convert again")
-        offsets, items = _flat(table["items"])
-        (time_offsets, times), (split_offsets, splits) = _flat(table["timestamps"]), _flat(table["splits"])
+        offsets, items = flat(table["items"])
+        (time_offsets, times), (split_offsets, splits) = flat(table["timestamps"]), flat(table["splits"])
         if not (np.array_equal(offsets, time_offsets) and np.array_equal(offsets, split_offsets)):
             raise UserError(f"{path}: items, timestamps and splits of a user differ in length: convert again")
         self._check_items(path, items, "items")
@@ -117,28 +118,47 @@ class Dataset:
         return sequences.items[max(start, start + history_end - max_items) : start + history_end]
 
     def examples(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Examples of a split in the order of its files, columns of schema.EXAMPLES (memory-mapped).
+        """All examples of a split in memory, in the order of its files, columns of schema.EXAMPLES.
+
+        Ask for few columns, or use `example_batches`: prompts are far larger than everything else.
 
         Raises:
             UserError: unknown split, missing or corrupt file, user or item outside the vocabulary.
         """
-        if split not in schema.SPLITS:
-            raise UserError(f'no split is called "{split}": {", ".join(schema.SPLITS)}')
-        parts = sorted((self.folder / split).glob("*.parquet"))
-        if not parts:
-            raise UserError(f"{self.folder}/{split} holds no parquet file: run `recllm convert` again")
+        parts = self._parts(split)
         wanted = None if columns is None else list(columns)
         tables = [_read(part, wanted) for part in parts]
         for part, table in zip(parts, tables):
             self._check_examples(part, table)
         return pa.concat_tables(tables)
 
-    def _check_examples(self, path: Path, table: pa.Table) -> None:
-        if "target" in table.column_names:
+    def example_batches(
+        self, split: str, columns: Sequence[str] | None = None, rows: int = 1024
+    ) -> Iterator[pa.RecordBatch]:
+        """The same examples in the same order, at most `rows` at a time; a row group is in memory, never a split.
+
+        Raises:
+            UserError: as `examples`, when the batch is reached.
+        """
+        for part in self._parts(split):
+            for batch in _batches(part, None if columns is None else list(columns), rows):
+                self._check_examples(part, batch)
+                yield batch
+
+    def _parts(self, split: str) -> list[Path]:
+        if split not in schema.SPLITS:
+            raise UserError(f'no split is called "{split}": {", ".join(schema.SPLITS)}')
+        parts = sorted((self.folder / split).glob("*.parquet"))
+        if not parts:
+            raise UserError(f"{self.folder}/{split} holds no parquet file: run `recllm convert` again")
+        return parts
+
+    def _check_examples(self, path: Path, table: pa.Table | pa.RecordBatch) -> None:
+        if "target" in table.schema.names:
             self._check_items(path, table["target"].to_numpy(), "target")
-        if "candidates" in table.column_names and len(flat := pc.list_flatten(table["candidates"])):
+        if "candidates" in table.schema.names and len(flat := pc.list_flatten(table["candidates"])):
             self._check_items(path, flat.to_numpy(), "candidates")
-        if "user_index" in table.column_names and table.num_rows:
+        if "user_index" in table.schema.names and table.num_rows:
             lowest, highest = (pc.min_max(table["user_index"])[side].as_py() for side in ("min", "max"))
             users = self.sequences.num_users
             if lowest < 0 or highest >= users:
@@ -156,11 +176,22 @@ class Dataset:
             )
 
 
-def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    with _opened(path, columns) as file:
+        return file.read(columns=columns)
+
+
+def _batches(path: Path, columns: list[str] | None, rows: int) -> Iterator[pa.RecordBatch]:
+    with _opened(path, columns) as file:
+        yield from file.iter_batches(batch_size=rows, columns=columns)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, columns: list[str] | None) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             _require(path, file.schema_arrow, columns or [])
-            return file.read(columns=None if columns is None else list(columns))
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `recllm convert` first") from None
     except (pa.ArrowException, OSError) as error:
@@ -173,8 +204,25 @@ def _require(path: Path, table: Any, columns: Sequence[str]) -> None:
         raise UserError(f'{path}: no column "{missing[0]}", columns there: {", ".join(names)}: convert again')
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """A list column as (offsets, values), without a Python object a row."""
+def flat(column: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """A list column as (offsets, values), without a Python object a row.
+
+    >>> flat(pa.array([[7, 8], [], [9]]))
+    (array([0, 2, 2, 3]), array([7, 8, 9]))
+    """
     lengths = pc.list_value_length(column).to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     return offsets, pc.list_flatten(column).to_numpy()
+
+
+def pad_left(rows: Sequence[npt.ArrayLike], value: int = -1) -> npt.NDArray[np.int64]:
+    """(B, L) int64 from B rows of different length, `value` to the left of the shorter ones; L is at least 1.
+
+    >>> pad_left([np.array([1, 2]), np.array([3])]).tolist()
+    [[1, 2], [-1, 3]]
+    """
+    arrays = [np.asarray(row, dtype=np.int64) for row in rows]
+    padded = np.full((len(arrays), max([1, *map(len, arrays)])), value, dtype=np.int64)
+    for line, row in zip(padded, arrays, strict=True):
+        line[len(line) - len(row) :] = row
+    return padded

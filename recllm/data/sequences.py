@@ -36,6 +36,7 @@ class Prepared:
 
     sequences: pl.DataFrame  # columns of schema.SEQUENCES, one row a user
     items: pl.DataFrame  # item_index, item_id, title, attributes
+    users: pl.DataFrame | None  # user_index, user_id, attributes as text, one row a user; None without data.users
     train_counts: npt.NDArray[np.int64]  # (num_items,) interactions in TRAIN positions
     split: dict[str, Any]  # method, cutoffs (seconds)
     audit: dict[str, Any]
@@ -52,24 +53,46 @@ def prepare(data: DataSection, filters: FilterSection, split: SplitSection, seed
         UserError: bad input (see readers), unknown items, nothing left after filtering, an empty split.
     """
     items = readers.read_items(data.items)
+    attributes = None if data.users is None else readers.read_users(data.users)
     table, counts = _filtered(data, filters, items)
     items, table = _catalogue(items, table, filters)
-    log, actions = _ordered(table, items, seed)
+    user_ids, table = _keyed(table, items, seed)
+    table = table.sort("user", ORDER, "lot", *_key_names(table)).drop("lot")  # each step lets the table before it go
+    log, actions = _log(user_ids, table)
     del table
-    if split.method == "given":
-        order = splits.settle_ties(log, split, items[ITEM_ID].to_list())
+    item_ids = items[ITEM_ID].to_list()
+    given = splits.read_given(split) if split.method == "given" else None
+    if given:
+        order = splits.settle_ties(log, item_ids, given)
         log, actions = log.reordered(order), None if actions is None else actions.gather(order)
-    result = splits.assign(log, split, seed, items[ITEM_ID].to_list())
+    result = splits.assign(log, split, seed, item_ids, given)
+    users, without = (None, {}) if attributes is None else _with_attributes(log.user_ids, attributes, data)
     found = {name: int((result.codes == code).sum()) for name, code in schema.SPLIT_CODES.items()}
     return Prepared(
         sequences=_sequences(log, result.codes, actions),
         items=items,
+        users=users,
         train_counts=np.bincount(log.items[result.codes == TRAIN], minlength=items.height),
         split={"method": split.method, "cutoffs": result.cutoffs},
         audit=splits.audit(log, result, split),
-        inputs=_inputs(data, split),
-        counts=counts | {"users": len(log.user_ids), "items": items.height, "interactions": len(log.items)} | found,
+        inputs={path: files.sha256_of(offline.resolve(path)) for path in source_paths(data, split)},
+        counts=counts
+        | {"users": len(log.user_ids), "items": items.height, "interactions": len(log.items)}
+        | without
+        | found,
     )
+
+
+def source_paths(data: DataSection, split: SplitSection) -> list[str]:
+    """Every input file that `prepare` reads, as the recipe writes it, each once."""
+    paths = [*readers.paths_of(data.interactions), data.items.path]
+    if data.items.id_map:
+        paths.append(data.items.id_map.path)
+    if data.users:
+        paths.append(data.users.path)
+    if split.method == "given" and split.given:
+        paths += [split.given.valid, split.given.test]
+    return list(dict.fromkeys(paths))
 
 
 def _filtered(data: DataSection, filters: FilterSection, items: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, int]]:
@@ -99,9 +122,9 @@ def _filtered(data: DataSection, filters: FilterSection, items: pl.DataFrame) ->
 
 def _encoded(data: DataSection, filters: FilterSection, items: pl.DataFrame) -> pl.DataFrame:
     """Read with the streaming engine, ids as integers early: a row is 20 to 30 bytes, not text."""
-    scanned = readers.scan_interactions(data.interactions)
+    scanned = readers.read_interactions(data.interactions, _not_read(filters))
     names = scanned.collect_schema().names()
-    rated = filters.min_rating is not None or filters.like_at is not None
+    rated = RATING not in _not_read(filters)
     if rated and RATING not in names:
         raise UserError(
             "filter.min_rating and filter.like_at need ratings, the source has no rating column: "
@@ -109,18 +132,22 @@ def _encoded(data: DataSection, filters: FilterSection, items: pl.DataFrame) -> 
         )
     catalogue = items.lazy().select(ITEM_ID, pl.int_range(pl.len(), dtype=pl.Int32).alias(_ITEM))
     wanted = [USER_ID, _ITEM, ORDER, *([RATING] if rated else [])]
-    coded = [
-        name for name in (ACTION, SESSION_ID) if name in names and not (name == ACTION and filters.like_at is not None)
-    ]
+    coded = [name for name in (ACTION, SESSION_ID) if name in names]
     frame = scanned.join(catalogue, on=ITEM_ID, how="left").select(*wanted, *coded)
     return readers.collect(
         frame.with_columns(pl.col(name).cast(pl.Categorical) for name in (USER_ID, *coded)),
-        data.interactions.path if isinstance(data.interactions.path, str) else data.interactions.path[0],
+        readers.paths_of(data.interactions),
     )
 
 
+def _not_read(filters: FilterSection) -> set[str]:
+    """Optional columns that nothing looks at, whatever they hold."""
+    rated = filters.min_rating is not None or filters.like_at is not None
+    return (set() if rated else {RATING}) | (set() if filters.like_at is None else {ACTION})
+
+
 def _unknown_items(data: DataSection, filters: FilterSection, items: pl.DataFrame, unknown: int, total: int) -> str:
-    scanned = readers.scan_interactions(data.interactions)
+    scanned = readers.read_interactions(data.interactions, _not_read(filters))
     if filters.min_rating is not None:
         scanned = scanned.filter(pl.col(RATING) >= filters.min_rating)
     missing = scanned.join(items.lazy().select(ITEM_ID), on=ITEM_ID, how="anti").select(ITEM_ID).unique().sort(ITEM_ID)
@@ -155,30 +182,35 @@ def _catalogue(items: pl.DataFrame, table: pl.DataFrame, filters: FilterSection)
     return items.select(*schema.ITEMS.names, *attributes), table.with_columns(renumbered)
 
 
-def _ordered(table: pl.DataFrame, items: pl.DataFrame, seed: int) -> tuple[splits.Log, pl.Series | None]:
-    """Sort by user, time and lot; the log, and the actions in its order."""
+def _keyed(table: pl.DataFrame, items: pl.DataFrame, seed: int) -> tuple[list[str], pl.DataFrame]:
+    """User ids in order; the table with `user` (place of the id), `lot` and a hash of session and action to sort by."""
     user_ids, users = _codes(table[USER_ID])
-    user_keys = text_keys(user_ids)
-    item_keys = text_keys(items[ITEM_ID])
-    columns = {"user": users, "order": table[ORDER], "item": table[_ITEM].to_numpy()}
-    columns["lot"] = _lots(columns["user"], columns["item"], user_keys, item_keys, seed)
+    lots = _lots(users, table[_ITEM].to_numpy(), text_keys(user_ids), text_keys(items[ITEM_ID]), seed)
     coded = [name for name in (SESSION_ID, ACTION) if name in table.columns]
-    for name in coded:
-        columns[name] = table[name]
-        columns[f"{name}_key"] = _keys(table[name])
-    frame = pl.DataFrame(columns).sort("user", "order", "lot", *(f"{name}_key" for name in coded))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(frame["user"].to_numpy(), minlength=len(user_ids)))])
-    session_keys = frame[f"{SESSION_ID}_key"].to_numpy() if SESSION_ID in coded else None
+    keys = [pl.Series(f"{name}_key", _keys(table[name])) for name in coded]
+    kept = table.select(ORDER, _ITEM, *([ACTION] if ACTION in coded else []))
+    return user_ids, kept.with_columns(pl.Series("user", users), pl.Series("lot", lots), *keys)
+
+
+def _key_names(table: pl.DataFrame) -> list[str]:
+    return [f"{name}_key" for name in (SESSION_ID, ACTION) if f"{name}_key" in table.columns]
+
+
+def _log(user_ids: list[str], table: pl.DataFrame) -> tuple[splits.Log, pl.Series | None]:
+    """The log of a sorted table, and the actions in its order."""
+    users = table["user"].to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(user_ids)))])
+    session_keys = table[f"{SESSION_ID}_key"].to_numpy() if f"{SESSION_ID}_key" in table.columns else None
     log = splits.Log(
         user_ids=user_ids,
-        user_keys=user_keys,
+        user_keys=text_keys(user_ids),
         offsets=offsets.astype(np.int64),
-        items=frame["item"].to_numpy(),
-        order_us=frame["order"].to_numpy(),
-        sessions=None if session_keys is None else _session_numbers(frame["user"].to_numpy(), session_keys, offsets),
+        items=table[_ITEM].to_numpy(),
+        order_us=table[ORDER].to_numpy(),
+        sessions=None if session_keys is None else _session_numbers(users, session_keys, offsets),
         session_keys=session_keys,
     )
-    return log, frame[ACTION] if ACTION in coded else None
+    return log, table[ACTION] if ACTION in table.columns else None
 
 
 def _codes(column: pl.Series) -> tuple[list[str], npt.NDArray[np.int32]]:
@@ -210,7 +242,9 @@ def _session_numbers(users: Any, session_keys: Any, offsets: Any) -> npt.NDArray
     """Sessions numbered within their user by first appearance, also where they interleave."""
     session = mix(0, users, session_keys)
     order = np.argsort(session, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], session[order[1:]] != session[order[:-1]]]))
+    session = session[order]
+    starts = np.flatnonzero(np.concatenate([[True], session[1:] != session[:-1]]))
+    del session
     first = np.empty(len(users), dtype=np.int64)  # position of the first interaction of the row's session
     first[order] = np.repeat(np.minimum.reduceat(order, starts), np.diff(np.append(starts, len(order))))
     started = np.cumsum(first == np.arange(len(first)))
@@ -242,11 +276,17 @@ def _lists(offsets: npt.NDArray[np.int64], values: pa.Array) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(offsets), values)
 
 
-def _inputs(data: DataSection, split: SplitSection) -> dict[str, str]:
-    interactions = data.interactions.path
-    paths = [*([interactions] if isinstance(interactions, str) else interactions), data.items.path]
-    if data.items.id_map:
-        paths.append(data.items.id_map.path)
-    if split.method == "given" and split.given:
-        paths += [split.given.valid, split.given.test]
-    return {path: files.sha256_of(offline.resolve(path)) for path in paths}
+def _with_attributes(
+    user_ids: list[str], attributes: pl.DataFrame, data: DataSection
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """A row a user in user_index order, and how many users the file does not hold; their attributes are ""."""
+    index = np.arange(len(user_ids), dtype=np.int32)
+    users = pl.DataFrame({"user_index": index, USER_ID: user_ids}, schema_overrides={USER_ID: pl.String})
+    missing = users.join(attributes, on=USER_ID, how="anti").height
+    if missing == len(user_ids):
+        raise UserError(
+            f"{data.users.path if data.users else ''}: shares no user id with the interactions (after filtering): "
+            "check data.users.columns.user_id"
+        )
+    joined = users.join(attributes, on=USER_ID, how="left", maintain_order="left")
+    return joined.with_columns(pl.exclude("user_index").fill_null("")), {"users_without_attributes": missing}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from recllm.data import offline
 from recllm.data.randomness import mix, uniform
 from recllm.errors import UserError
 from recllm.recipe import GivenRows, SplitSection
@@ -76,11 +77,13 @@ class Split:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def assign(log: Log, section: SplitSection, seed: int, item_ids: list[str]) -> Split:
-    """Split a log. `item_ids` stand in item_index order (only the given split looks at them).
+def assign(log: Log, section: SplitSection, seed: int, item_ids: list[str], given: "Given | None" = None) -> Split:
+    """Split a log. `item_ids` stand in item_index order; only the given split looks at them and at `given`.
 
     valid and test: of a user's positions that have at least `min_history` earlier interactions, the first, the last or
-    all (`targets`) are scored, the others are UNUSED. TRAIN keeps every position.
+    all (`targets`) are scored, the others are UNUSED. TRAIN keeps every position, except that with session_holdout the
+    positions of a user after the beginning of their first valid or test session are UNUSED: no history of a training
+    example holds a target of valid or test.
 
     Raises:
         UserError: a split that comes out empty, session_holdout without sessions, given rows that do not fit.
@@ -94,7 +97,7 @@ def assign(log: Log, section: SplitSection, seed: int, item_ids: list[str]) -> S
     elif section.method == "session_holdout":
         result = _by_lot(log, section, _session_lots(log, seed))
     else:
-        result = _given(log, section, item_ids)
+        result = _given(log, item_ids, given or read_given(section))
     _refuse_empty(result, log, section)
     return result
 
@@ -133,9 +136,18 @@ def _cutoff(seconds: npt.NDArray[np.int64], newest: float) -> int:
 def _by_lot(log: Log, section: SplitSection, lots: npt.NDArray[np.float64]) -> Split:
     """lots: (P,) in [0, 1), equal for all positions that must stay together."""
     codes = np.full(len(lots), TRAIN, dtype=np.int8)
-    codes[lots < section.test_fraction + section.valid_fraction] = VALID
+    held_out = lots < section.test_fraction + section.valid_fraction
+    codes[_after_first(log, held_out)] = UNUSED
+    codes[held_out] = VALID
     codes[lots < section.test_fraction] = TEST
     return Split(_scored(log, codes, section))
+
+
+def _after_first(log: Log, mask: Mask) -> Mask:
+    """Which positions come after the first of their user's in `mask`, (P,)."""
+    place = np.arange(len(mask))
+    first = np.minimum.reduceat(np.where(mask, place, len(mask)), log.offsets[:-1])  # no sequence is empty
+    return place > np.repeat(first, log.lengths)
 
 
 def _session_lots(log: Log, seed: int) -> npt.NDArray[np.float64]:
@@ -151,7 +163,7 @@ def _scored(log: Log, codes: Codes, section: SplitSection) -> Codes:
     """VALID and TEST positions that are not scored become UNUSED."""
     enough = log.positions >= section.min_history
     users = log.users
-    result = np.where(codes == TRAIN, codes, UNUSED).astype(np.int8)
+    result = np.where(codes == TRAIN, TRAIN, UNUSED).astype(np.int8)
     for code in (VALID, TEST):
         places = np.flatnonzero((codes == code) & enough)
         owners = users[places]
@@ -178,7 +190,26 @@ def _refuse_empty(result: Split, log: Log, section: SplitSection) -> None:
     )
 
 
-def settle_ties(log: Log, section: SplitSection, item_ids: list[str]) -> npt.NDArray[np.int64]:
+@dataclass(frozen=True)
+class Given:
+    """The rows of a published protocol, as read: (line, row) by split, and how their keys are called."""
+
+    section: GivenRows
+    rows: dict[str, list[tuple[int, dict[str, Any]]]]  # "valid" and "test"
+
+
+def read_given(section: SplitSection) -> Given:
+    """Read the rows of split.given.
+
+    Raises:
+        UserError: no split.given, a missing file, a line that is no JSON object.
+    """
+    if section.given is None:
+        raise UserError("split.method given needs split.given with valid and test: paths of JSONL rows")
+    return Given(section.given, {"valid": _rows(section.given.valid), "test": _rows(section.given.test)})
+
+
+def settle_ties(log: Log, item_ids: list[str], given: Given) -> npt.NDArray[np.int64]:
     """Order of positions, (P,), in which ties stand as the given rows have them; only ever moves within one time.
 
     Published rows often come from a log whose ties were ordered by something that was not published. Where the rows
@@ -186,9 +217,11 @@ def settle_ties(log: Log, section: SplitSection, item_ids: list[str]) -> npt.NDA
     and its target comes last; everything else at the time of the oldest goes before, at the time of the target after.
     """
     order = np.arange(len(log.items))
-    index = _GivenIndex(log, item_ids, _given_rows(section))
+    index = _GivenIndex(log, item_ids, given.section)
     found = [
-        index.place(path, number, row) for path in (index.given.valid, index.given.test) for number, row in _rows(path)
+        index.place(getattr(given.section, name), number, row)
+        for name, rows in given.rows.items()
+        for number, row in rows
     ]
     for row in sorted(found, key=lambda row: int(log.order_us[row.position])):
         start, end = log.offsets[log.users[row.position]], log.offsets[log.users[row.position] + 1]
@@ -206,17 +239,18 @@ def _ranks(log: Log, part: npt.NDArray[np.int64], row: "_GivenRow") -> npt.NDArr
     return np.array([places.get(int(item), other) for item, other in zip(items, others)], dtype=np.int64)
 
 
-def _given(log: Log, section: SplitSection, item_ids: list[str]) -> Split:
+def _given(log: Log, item_ids: list[str], given: Given) -> Split:
     """Roles from explicit rows: each row's target is VALID or TEST, later positions of its user UNUSED, the rest TRAIN.
 
     How many rows' histories stand directly before their target in the log is noted (`history_equal`).
     """
-    index = _GivenIndex(log, item_ids, _given_rows(section))
+    index = _GivenIndex(log, item_ids, given.section)
     codes = np.full(len(log.items), TRAIN, dtype=np.int8)
     notes: dict[str, Any] = {}
     targets: dict[int, int] = {}  # position → code
-    for name, path in (("valid", index.given.valid), ("test", index.given.test)):
-        found = [index.place(path, number, row) for number, row in _rows(path)]
+    for name, rows in given.rows.items():
+        path = getattr(given.section, name)
+        found = [index.place(path, number, row) for number, row in rows]
         for row in found:
             if targets.setdefault(row.position, SPLIT_CODES[name]) != SPLIT_CODES[name]:
                 raise UserError(
@@ -231,24 +265,19 @@ def _given(log: Log, section: SplitSection, item_ids: list[str]) -> Split:
     return Split(codes, notes={"given": notes})
 
 
-def _given_rows(section: SplitSection) -> GivenRows:
-    if section.given is None:
-        raise UserError("split.method given needs split.given with valid and test: paths of JSONL rows")
-    return section.given
-
-
 def _rows(path: str) -> list[tuple[int, dict[str, Any]]]:
-    from recllm.data import offline
-
     file = Path(offline.resolve(path))
     if not file.is_file():
         raise UserError(f"{path} does not exist: split.given names JSONL files of rows with a user, history and target")
     rows = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
             continue
         try:
+            text = line.decode("utf-8")
             row = json.loads(text)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number}: is not UTF-8 text: save the file as UTF-8") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}): mend or drop the line") from None
         if not isinstance(row, dict):
@@ -323,12 +352,14 @@ def audit(log: Log, split: Split, section: SplitSection) -> dict[str, Any]:
 
     test_older_than_last_train: test targets with a time before the newest TRAIN interaction of anybody.
     test_older_than_own_last_train: the same against the user's own TRAIN interactions.
+    train_histories_with_test_targets: TRAIN positions that come after a TEST position of their own user.
     shared_sessions: sessions with positions in more than one of train, valid and test; null without sessions.
     users_with_tied_last_timestamps: of users with two interactions or more, those whose last two have one time.
     """
     codes = split.codes
     found = {f"{name}_targets": int((codes == code).sum()) for name, code in SPLIT_CODES.items()}
     result: dict[str, Any] = found | _older(log, codes) | split.notes
+    result["train_histories_with_test_targets"] = int((_after_first(log, codes == TEST) & (codes == TRAIN)).sum())
     result["shared_sessions"] = _shared_sessions(log, codes)
     result["users_with_tied_last_timestamps"] = _tied_at_the_end(log)
     return result | {"warnings": _warnings(result, section)}
@@ -373,6 +404,11 @@ def _warnings(result: dict[str, Any], section: SplitSection) -> list[str]:
         )
     elif older > 0 and section.method != "user_holdout":
         warnings.append(f"{older:.1%} of the test targets are older than the newest training interaction.")
+    if count := result["train_histories_with_test_targets"]:
+        warnings.append(
+            f"train_histories_with_test_targets: {count} training positions come after a test target of their own "
+            "user, so training prompts show test answers."
+        )
     if result["shared_sessions"]:
         warnings.append(f"{result['shared_sessions']} sessions have positions in more than one split.")
     if tied > 0.05:

@@ -1,11 +1,12 @@
 """Cost of scoring 20 titles against the cost of reading the prompt alone.
 
-    python scripts/bench/score.py [--model offline://smollm2-135m-instruct] [--prompt-tokens 300] [--candidates 20]
+    python scripts/bench/score.py [--model offline://smollm2-135m-instruct] [--candidates 20]
 
-Prints one JSON line: seconds of prefilling one batch of prompts (logits of the last token only), of scoring all
-titles of each prompt with the prompt shared, and of scoring every (prompt, title) by itself; and the two ratios to
-prefilling. Titles are MovieLens-100K's; `--years` writes their year behind, as the quick start does, which doubles
-their tokens. Each figure is the median of several rounds, taken in turn.
+Each case prints a line; the last line is one JSON object with all of them: seconds of prefilling one batch of prompts
+as the engine does it (`prefill_s`), of scoring all titles of each prompt with the prompt shared (`score_s`), of scoring
+every (prompt, title) by itself (`separate_s`, left out with --quick), and the ratios to prefilling. Cases: prompts of
+about 300 tokens and of about 84, as in the quick start; titles plain and with their years, which doubles their tokens.
+Titles are MovieLens-100K's. Each figure is the median of several rounds, taken in turn.
 """
 
 import argparse
@@ -22,40 +23,59 @@ from recllm.model.base_model import load_base_model
 from recllm.model.chat import prompt_ids
 from recllm.recipe import ModelSection
 
+PROMPT_TOKENS = (300, 84)
+
 
 def main() -> None:
-    """Measure and print."""
+    """Measure every case and print."""
     arguments = _arguments()
     section = ModelSection(name_or_path=arguments.model, dtype=arguments.dtype)
     model, tokenizer = load_base_model(section)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     engine = TransformersEngine(model, tokenizer, batch_size=arguments.batch_size)
-    rng = np.random.default_rng(0)
-    titles = movielens_titles(arguments.years)
-    prompts = [make_prompt(tokenizer, titles, arguments.prompt_tokens, rng) for _ in range(arguments.batch_size)]
-    answers = [[f"{title}\n" for title in rng.choice(titles, arguments.candidates, False)] for _ in prompts]
-    separate = TransformersEngine(model, tokenizer, arguments.batch_size, share_prompts=False)
-    tasks = {
-        "prefill_s": lambda: prefill(engine, prompts),
-        "score_s": lambda: engine.score(prompts, answers),
-        "separate_s": lambda: separate.score(prompts, answers),
-    }
-    seconds = measure(tasks, arguments.rounds)
-    lengths = engine.num_tokens(answers)
+    cases = {}
+    for tokens in PROMPT_TOKENS:
+        for years in (False, True):
+            name = f"{tokens}_tokens_{'years' if years else 'plain'}"
+            cases[name] = measure_case(engine, tokens, years, arguments)
+            print(f"{name}: score / prefill {cases[name]['score_to_prefill']}", flush=True)
     line = {
         "bench": "score",
         "model": arguments.model,
         "dtype": arguments.dtype,
         "batch_size": arguments.batch_size,
-        "prompt_tokens": float(np.mean([len(prompt_ids(tokenizer, prompt)) for prompt in prompts])),
         "candidates": arguments.candidates,
-        "years": arguments.years,
-        "answer_tokens": float(lengths.sum() / len(lengths)),
-        **{name: round(value, 4) for name, value in seconds.items()},
-        "score_to_prefill": round(seconds["score_s"] / seconds["prefill_s"], 3),
-        "separate_to_prefill": round(seconds["separate_s"] / seconds["prefill_s"], 3),
         "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "cases": cases,
     }
     print(json.dumps(line))
+
+
+def measure_case(
+    engine: TransformersEngine, prompt_tokens: int, years: bool, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """One sort of prompts and titles: seconds and ratios."""
+    rng, titles = np.random.default_rng(0), movielens_titles(years)
+    prompts = [make_prompt(engine.tokenizer, titles, prompt_tokens, rng) for _ in range(arguments.batch_size)]
+    answers = [[f"{title}\n" for title in rng.choice(titles, arguments.candidates, False)] for _ in prompts]
+    rows = [prompt_ids(engine.tokenizer, prompt) for prompt in prompts]
+    tasks = {"prefill_s": lambda: prefill(engine, rows), "score_s": lambda: engine.score(prompts, answers)}
+    if not arguments.quick:
+        separate = TransformersEngine(engine.model, engine.tokenizer, arguments.batch_size, share_prompts=False)
+        tasks["separate_s"] = lambda: separate.score(prompts, answers)
+    seconds = measure(tasks, arguments.rounds)
+    ratios = {
+        f"{name.removesuffix('_s')}_to_prefill": round(value / seconds["prefill_s"], 3)
+        for name, value in seconds.items()
+        if name != "prefill_s"
+    }
+    return {
+        "prompt_tokens": float(np.mean([len(row) for row in rows])),
+        "answer_tokens": float(engine.num_tokens(answers).sum() / len(prompts)),
+        **{name: round(value, 4) for name, value in seconds.items()},
+        **ratios,
+    }
 
 
 def movielens_titles(years: bool) -> list[str]:
@@ -77,20 +97,9 @@ def make_prompt(tokenizer, titles: list[str], tokens: int, rng: np.random.Genera
 
 
 @torch.inference_mode()
-def prefill(engine: TransformersEngine, prompts: list[list[dict[str, str]]]) -> None:
-    """One forward over the prompts, logits of the last token only: what any answer costs at the least."""
-    rows = [prompt_ids(engine.tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, rows))
-    input_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-    mask = torch.zeros_like(input_ids)
-    for line, seen, row in zip(input_ids, mask, rows, strict=True):
-        line[longest - len(row) :], seen[longest - len(row) :] = torch.tensor(row), 1
-    engine.model(
-        input_ids=input_ids.to(engine.device),
-        attention_mask=mask.to(engine.device),
-        logits_to_keep=1,
-        use_cache=False,
-    )
+def prefill(engine: TransformersEngine, rows: list[list[int]]) -> None:
+    """One forward over the prompts exactly as the engine reads them: what any answer costs at the least."""
+    engine._prefill(rows, max(map(len, rows)) - 1, {})
 
 
 def measure(tasks: dict, rounds: int) -> dict[str, float]:
@@ -114,10 +123,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--model", default="offline://smollm2-135m-instruct")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--prompt-tokens", type=int, default=300)
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--years", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="leave out scoring every pair by itself")
     parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
 

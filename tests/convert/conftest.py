@@ -47,7 +47,7 @@ def make_converter() -> Callable[..., Converter]:
     def make(task: str = "next_item", template: str = "next_item/films", **changes: object) -> Converter:
         shape = {key: changes.pop(key) for key in ("dense_window", "max_train_targets") if key in changes}
         loaded = load_template(template, task, dense=bool(shape.get("dense_window")))
-        settings: dict = {"candidates_seed": 0, "prompt_max_items": 3, "seed": 0, **changes}
+        settings: dict = {"prompt_max_items": 3, "seed": 0, **changes}
         return Converter(
             tasks=(Task(task, task, loaded, **shape),),
             texts=pa.array([f"Item {number}" for number in range(NUM_ITEMS)]),

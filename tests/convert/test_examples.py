@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recllm import schema
+from recllm.convert import examples as examples_module
 from recllm.convert.examples import OUTPUT, convert_batch
 from recllm.schema import TEST, TRAIN, VALID
 
@@ -126,6 +128,30 @@ def test_every_phrasing_is_used(many_users, make_converter):
     assert len(begins) == 3
 
 
+@pytest.mark.parametrize("task", [TASKS[0], TASKS[2]])
+def test_what_users_had_is_gathered_once_a_batch(many_users, make_converter, monkeypatch, task):
+    """A history is not looked at for every example: one user of 100,000 interactions would take hours."""
+    converter, seen = make_converter(**task), []
+    taken = type(converter.sampler).taken
+    monkeypatch.setattr(examples_module, "PIECE", 20)
+    monkeypatch.setattr(type(converter.sampler), "taken", lambda *a: seen.append(len(a[2])) or taken(*a))
+    convert_batch(many_users, converter)
+    assert seen == [pc.sum(pc.list_value_length(many_users.column("items"))).as_py()]
+
+
+def test_text_about_the_user_stands_in_every_task(many_users, make_converter):
+    told = many_users.append_column("user", pa.array([f"person {number}" for number in range(37)]))
+    for task in TASKS:
+        converter = make_converter(**task)
+        with_user, without = (convert_batch(batch, converter).to_pylist() for batch in (told, many_users))
+        for one, other in zip(with_user, without, strict=True):
+            about, rest = one["prompt"][0]["content"].split("\n\n", 1)
+            assert about.endswith(f": person {one['user_index']}")
+            assert rest == other["prompt"][0]["content"]
+            one["prompt"][0]["content"] = rest
+            assert one == other
+
+
 @pytest.mark.parametrize("parts", [3, 16])
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task['task']}-{task.get('dense_window', 0)}")
 def test_any_partition_of_the_users_gives_the_same_examples(many_users, make_converter, task, parts):
@@ -154,23 +180,29 @@ def test_no_gate_and_no_prompt_sees_a_target(make_batch, make_converter, users, 
         made[f"u{number}"] = [(position, times[position], code, "like") for position, (_, code) in enumerate(events)]
     for example in convert_batch(make_batch(made), make_converter(**task, prompt_max_items=shown)).to_pylist():
         events = made[f"u{example['user_index']}"]
-        listed = example["completion"][0]["content"].splitlines()
-        count = len(listed) if task.get("dense_window") else 1
-        start = example["history_end"]
-        targets = range(start, start + count)
-        assert not set(range(start)) & set(targets)
-        assert events[targets[-1]][0] == example["target"]
-        assert all(events[position][2] == schema.SPLIT_CODES[example["split"]] for position in targets)
-        assert all(events[position][1] <= example["timestamp"] for position in range(start))
-        assert example["timestamp"] == events[start][1]
-        text = "\n".join(message["content"] for message in example["prompt"])
-        visible = {line.split(": ")[0] for line in text.splitlines()}
-        if task["task"] in ("next_item",):
-            assert not visible & {f"Item {events[position][0]}" for position in range(start, len(events))}
-            expected = [f"Item {events[p][0]}" for p in range(max(0, start - shown), start)]
-            if task.get("dense_window") and example["split"] == "train":
-                expected = []
-            assert [line for line in text.splitlines() if line.startswith("Item ")] == expected
+        check_example(example, events, task, shown)
+        for moved in (example["history_end"] - 1, example["history_end"] + 1):  # what the check is for, it catches
+            if 0 <= moved <= len(events):
+                with pytest.raises((AssertionError, IndexError)):
+                    check_example({**example, "history_end": moved}, events, task, shown)
+
+
+def check_example(example: dict, events: list[tuple], task: dict, shown: int) -> None:
+    """One example against its user's raw sequence: all that the gate and the prompt read lies before the target."""
+    begin, dense = example["history_end"], bool(task.get("dense_window"))
+    titles = [f"Item {event[0]}" for event in events]
+    completion = example["completion"][0]["content"].splitlines()
+    targets = events[begin : begin + (len(completion) if dense else 1)]
+    if task["task"] != "like":
+        assert completion == titles[begin : begin + len(completion)]
+    assert targets[-1][0] == example["target"]
+    assert targets[0][1] == example["timestamp"]
+    assert {code for _, _, code, _ in targets} == {schema.SPLIT_CODES[example["split"]]}
+    assert all(time <= example["timestamp"] for _, time, *_ in events[:begin])
+    text = "\n".join(message["content"] for message in example["prompt"])
+    if task["task"] == "next_item":
+        expected = [] if dense and example["split"] == "train" else titles[max(0, begin - shown) : begin]
+        assert [line for line in text.splitlines() if line.startswith("Item ")] == expected
 
 
 def test_converter_travels_to_another_process(many_users, make_converter):

@@ -44,6 +44,18 @@ def test_every_task_is_shown(make_recipe):
     assert "[label] " in text
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_less_than_one_example_is_refused(make_recipe, count):
+    with pytest.raises(UserError, match=f"preview of {count} examples: ask for 1 or more"):
+        preview(make_recipe(), count)
+
+
+def test_what_convert_refuses_preview_refuses(make_recipe):
+    protocol = {"name": "p", "split": {"method": "leave_one_out"}, "candidates": {"count": 25}}
+    with pytest.raises(UserError, match=r"other candidates"):
+        preview(make_recipe(protocol=protocol), 1)
+
+
 def test_bad_template_is_found_before_the_data(make_recipe, monkeypatch):
     monkeypatch.setattr(pipeline, "prepare", None)
     with pytest.raises(UserError, match="next_item/films"):

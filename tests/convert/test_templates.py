@@ -95,6 +95,36 @@ def test_like_needs_answers(tmp_path):
         load_template(write(tmp_path, "{{ target }}", task="like"), "like")
 
 
+@pytest.mark.parametrize("answers", ['{like: "Yes", dislike: "Yes"}', '{like: "Yes", dislike: " Yes "}', "{like: a}"])
+def test_answers_that_are_all_the_same_are_refused(tmp_path, answers):
+    path = write(tmp_path, "{{ target }}", task="like", more=f"answers: {answers}\n")
+    with pytest.raises(UserError, match=r"mine.yaml.*at least two different ones are needed"):
+        load_template(path, "like")
+
+
+def test_the_user_may_stand_everywhere(tmp_path):
+    path = write(tmp_path, "{{ user }}", more="    window: '{{ user }}'\n    system: '{{ user }}'\n")
+    load_template(path, "next_item", dense=True)
+    with pytest.raises(UserError, match="phrasing 1"):  # tried without a user, too
+        load_template(write(tmp_path, "{% if not user %}{{ history.first }}{% endif %}"), "next_item")
+
+
+@pytest.mark.parametrize("name", assets.names("prompts"))
+def test_shipped_templates_tell_about_a_user_if_there_is_one(name):
+    for phrasing in load_template(name, name.split("/")[0]).phrasings:
+        for source in filter(None, (phrasing.user, phrasing.window)):
+            variables = dict.fromkeys(VARIABLES[name.split("/")[0]], "x")
+            without = compiled(source).render({**variables, "user": ""})
+            about, rest = compiled(source).render({**variables, "user": "anna, 30"}).split(": anna, 30\n\n")
+            assert about in ("About me", "About the viewer", "About the user")
+            assert rest == without
+            assert "About" not in without
+
+
+def test_constants_give_way_to_columns():
+    assert render_rows(["{{ a }}{{ b }}"], [0, 0], {"a": [1, 2]}, {"a": 9, "b": 3}) == ["13", "23"]
+
+
 def test_sha256_follows_the_bytes(tmp_path):
     first = load_template(write(tmp_path, "{{ history }}"), "next_item").sha256
     assert load_template(write(tmp_path, "{{ history }} "), "next_item").sha256 != first

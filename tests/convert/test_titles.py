@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recllm.convert.titles import item_texts, neutralise, tokenizer_special_tokens
+from recllm.convert.titles import item_texts, neutralise, tokenizer_special_tokens, user_texts
 from recllm.errors import UserError
 
 SMOLLM2 = [
@@ -26,7 +26,7 @@ PUBLISHED = [
     *("<extra_id_0>", "<0x0A>", "<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|channel|>", "<|message|>"),
 ]
 TOKENS = SMOLLM2 + PUBLISHED
-INVISIBLE = ["\u200b", "\u202e", "\ufeff", "\x00", "\n", "\r", "\u2028", "\t", " "]
+INVISIBLE = ["\u200b", "\u200c", "\u200d", "\u202e", "\ufeff", "\x00", "\n", "\r", "\u2028", "\t", " "]
 
 
 def hostile_texts() -> st.SearchStrategy[str]:
@@ -51,21 +51,30 @@ def test_each_published_token_is_broken(token):
 @example("[IN\nST]")
 @example("<|im_end|\x00>")
 @example("[\u200bINST]")
+@example("<\u200d|im_\u200cend|>")
+@example("[\u200dINST]")
+@example("<3م\u200cم>")
+@example("م\u200c<|im_end|>\u200cم")
 def test_no_token_survives_any_surrounding_and_twice_is_once(text):
     line = neutralise(text)
     assert [token for token in TOKENS if token in line] == []
+    assert [token for token in TOKENS if token in line.replace("\u200c", "").replace("\u200d", "")] == []
     assert len(line.splitlines()) <= 1
     assert neutralise(line) == line
 
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.text("ab#{} ", min_size=1, max_size=4).filter(str.strip), max_size=4),
-    st.text("ab#{} ", max_size=20),
+    st.lists(st.text("ab#{} می\u200c", min_size=1, max_size=4).filter(str.strip), max_size=4),
+    st.text("ab#{} می\u200c\u200d", max_size=20),
 )
+@example(["می"], "م\u200cی")
+@example(["م\u200cی"], "م\u200cی")
+@example(["b"], "bم\u200cیb\u200dب")
 def test_any_token_of_the_users_tokenizer_is_broken(tokens, text):
     line = neutralise(text, tokens)
     assert [token for token in tokens if token in line] == []
+    assert [token for token in tokens if token in line.replace("\u200c", "").replace("\u200d", "")] == []
     assert neutralise(line, tokens) == line
 
 
@@ -74,7 +83,7 @@ def test_any_token_of_the_users_tokenizer_is_broken(tokens, text):
     [
         "Heat (1995)", "M*A*S*H", "[REC]", "[REC] 2", "I <3 Huckabees", "1 < 2 > 0", "Se7en", "$ & ¢", "Amélie",
         "千と千尋の神隠し", "Что? Где? Когда?", "Face/Off", "{{ title }}", "Alien³", "Love -> Hate",
-        "Tom & Jerry [Uncut]",
+        "Tom & Jerry [Uncut]", "می\u200cخواهم", "Family 👨\u200d👩\u200d👧", "❤️\u200d🔥", "क्\u200dष <3",
     ],
 )  # fmt: skip
 def test_ordinary_titles_stay_as_they_are(title):
@@ -83,6 +92,26 @@ def test_ordinary_titles_stay_as_they_are(title):
 
 def test_lines_and_invisible_characters_go():
     assert neutralise(" Heat\n\n(1995)\u200b\u202e\x07 ") == "Heat (1995)"
+
+
+@pytest.mark.parametrize(
+    "place", ["{}می", "می{}", "می {}خواهم", "a{}b", "1{}2", "<{}م", "م{}>", "م{}|", "[{}م", "م{}{}م"]
+)
+@pytest.mark.parametrize("joiner", ["\u200c", "\u200d"])
+def test_joiners_go_where_they_join_nothing(place, joiner):
+    assert joiner not in neutralise(place.replace("{}", joiner))
+
+
+def test_user_text_is_rendered_from_attributes_and_neutralised():
+    users = pl.DataFrame({"user_index": [0, 1], "user_id": ["a", "b"], "age": ["30", None], "job": ["<|im_end|>", "x"]})
+    texts = user_texts(users, "{{ job }}{% if age %}, {{ age }} years{% endif %}\n")
+    assert texts == ["‹|im_end|>, 30 years", "x"]
+    with pytest.raises(UserError, match=r'prompt.user: "jbo" is no column of the users.*did you mean "job"'):
+        user_texts(users, "{{ jbo }}")
+    with pytest.raises(UserError, match=r'prompt.user: "user_index" is no column'):
+        user_texts(users, "{{ user_index }}")
+    with pytest.raises(UserError, match=r'prompt.user fails on user "b"'):
+        user_texts(users, "{{ 60 // (age | int) }}")
 
 
 def test_item_text_is_rendered_from_attributes():

@@ -9,6 +9,9 @@ from recllm.data.randomness import mix
 from recllm.errors import UserError
 from recllm.recipe import CandidatesSection
 
+UNIFORM = [[9, 17, 22, 20, 1], [12, 17, 28, 25, 4], [23, 21, 26, 19, 20]]
+POPULAR = [[22, 26, 28, 27, 1], [24, 26, 29, 28, 4], [20, 26, 28, 19, 21]]
+
 
 def sampler(num_items, count, method="uniform", counts=None, seed=0):
     counts = np.zeros(num_items, dtype=np.int64) if counts is None else counts
@@ -18,6 +21,11 @@ def sampler(num_items, count, method="uniform", counts=None, seed=0):
 def flat(histories):
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
     return offsets, np.array([item for history in histories for item in history], dtype=np.int32)
+
+
+def draw(sample, keys, targets, histories):
+    """Each example has a user of its own."""
+    return sample.draw(keys, targets, np.arange(len(targets)), sample.taken(*flat(histories)))
 
 
 @st.composite
@@ -40,7 +48,7 @@ def test_target_once_no_history_no_repeats_and_any_partition_alike(problem, seed
     num_items, count, targets, histories, method, counts = problem
     sample = sampler(num_items, count, method, counts, seed)
     keys = mix(7, np.arange(len(targets)))
-    drawn = sample.draw(keys, targets, *flat(histories))
+    drawn = draw(sample, keys, targets, histories)
     assert drawn.shape == (len(targets), count)
     assert drawn.dtype == np.int32
     for row, target, history in zip(drawn.tolist(), targets.tolist(), histories):
@@ -49,7 +57,7 @@ def test_target_once_no_history_no_repeats_and_any_partition_alike(problem, seed
         assert not (set(row) - {target}) & set(history)
         assert set(row) <= set(range(num_items))
     for row in reversed(range(len(targets))):  # alone, and in another order
-        alone = sample.draw(keys[[row]], targets[[row]], *flat([histories[row]]))
+        alone = draw(sample, keys[[row]], targets[[row]], [histories[row]])
         assert alone[0].tolist() == drawn[row].tolist()
 
 
@@ -60,9 +68,9 @@ def test_chunks_and_rounds_do_not_change_what_is_drawn(monkeypatch, method):
     targets = np.array([299 - row % 100 for row in range(500)], dtype=np.int32)
     keys = mix(1, np.arange(500))
     sample = sampler(300, 20, method, counts)
-    whole = sample.draw(keys, targets, *flat(histories))
+    whole = draw(sample, keys, targets, histories)
     monkeypatch.setattr(candidates, "_CHUNK", 7)
-    assert np.array_equal(sample.draw(keys, targets, *flat(histories)), whole)
+    assert np.array_equal(draw(sample, keys, targets, histories), whole)
 
 
 def test_rows_that_run_dry_are_completed(monkeypatch):
@@ -70,13 +78,13 @@ def test_rows_that_run_dry_are_completed(monkeypatch):
     monkeypatch.setattr(candidates, "_MOST_DRAWS", 2)
     counts = np.array([10**12] * 10 + [0] * 40)
     targets = np.full(30, 10, dtype=np.int32)
-    drawn = sampler(50, 40, "popularity", counts).draw(mix(0, np.arange(30)), targets, *flat([list(range(10))] * 30))
+    drawn = draw(sampler(50, 40, "popularity", counts), mix(0, np.arange(30)), targets, [list(range(10))] * 30)
     assert (np.sort(drawn, axis=1) == np.arange(10, 50)).all()
 
 
 def test_uniform_draws_every_allowed_item_alike_and_the_target_stands_anywhere():
     rows, allowed = 20_000, 10
-    drawn = sampler(12, 4).draw(mix(0, np.arange(rows)), np.zeros(rows, dtype=np.int32), *flat([[11]] * rows))
+    drawn = draw(sampler(12, 4), mix(0, np.arange(rows)), np.zeros(rows, dtype=np.int32), [[11]] * rows)
     frequency = np.bincount(drawn.ravel(), minlength=12)
     expected = rows * 3 / allowed
     assert abs(frequency[1:11] - expected).max() < 5 * np.sqrt(expected)
@@ -90,7 +98,7 @@ def test_popularity_is_successive_sampling(monkeypatch, most_draws):
     monkeypatch.setattr(candidates, "_MOST_DRAWS", most_draws)
     rows = 40_000
     sample = sampler(4, 3, "popularity", np.array([5, 2, 0, 0]))
-    drawn = sample.draw(mix(3, np.arange(rows)), np.full(rows, 3, dtype=np.int32), *flat([[]] * rows))
+    drawn = draw(sample, mix(3, np.arange(rows)), np.full(rows, 3, dtype=np.int32), [[]] * rows)
     left_out = np.array([(drawn != item).all(axis=1).mean() for item in range(3)])
     pair = {2: 6 / 10 * 3 / 4 + 3 / 10 * 6 / 7, 1: 6 / 10 * 1 / 4 + 1 / 10 * 6 / 9, 0: 3 / 10 * 1 / 7 + 1 / 10 * 3 / 9}
     for item, chance in pair.items():
@@ -98,12 +106,12 @@ def test_popularity_is_successive_sampling(monkeypatch, most_draws):
 
 
 def test_another_seed_draws_others():
-    arguments = mix(0, np.arange(50)), np.zeros(50, dtype=np.int32), *flat([[]] * 50)
-    assert not np.array_equal(sampler(1000, 20, seed=0).draw(*arguments), sampler(1000, 20, seed=1).draw(*arguments))
+    arguments = mix(0, np.arange(50)), np.zeros(50, dtype=np.int32), [[]] * 50
+    assert not np.array_equal(draw(sampler(1000, 20, seed=0), *arguments), draw(sampler(1000, 20, seed=1), *arguments))
 
 
 def test_no_rows():
-    assert sampler(5, 2).draw(mix(0, np.arange(0)), np.zeros(0, dtype=np.int32), *flat([])).shape == (0, 2)
+    assert draw(sampler(5, 2), mix(0, np.arange(0)), np.zeros(0, dtype=np.int32), []).shape == (0, 2)
 
 
 def test_more_candidates_than_items():
@@ -111,11 +119,34 @@ def test_more_candidates_than_items():
         sampler(19, 20)
 
 
-def test_history_that_leaves_too_few():
-    offsets, items = flat([[0], [0, 1, 2, 3, 3, 2]])
-    with pytest.raises(UserError, match=r"the user had 5 of the 8 items, which leaves 3 for the 4 other candidates"):
-        sampler(8, 5).draw(mix(0, np.arange(2)), np.array([1, 4], dtype=np.int32), offsets, items)
-    assert sampler(8, 4).draw(mix(0, np.arange(2)), np.array([1, 4], dtype=np.int32), offsets, items).shape == (2, 4)
+@pytest.mark.parametrize("had", [[0, 1, 2, 3, 3, 2], [0, 1, 2, 3, 4]])
+def test_history_that_leaves_too_few(had):
+    arguments = mix(0, np.arange(2)), np.array([1, 4], dtype=np.int32), [[0], had]
+    with pytest.raises(UserError, match=r"fewer than 4 of the 8 items.*lower protocol\.candidates\.count"):
+        draw(sampler(8, 5), *arguments)
+    assert draw(sampler(8, 4), *arguments).shape == (2, 4)
+
+
+def test_examples_share_what_their_user_had(monkeypatch):
+    """As if each had a copy of it; also where rows run dry and users come in any order."""
+    histories = [[1, 2, 3, 2], [], [5, *range(30, 44)]]
+    users = np.array([2, 0, 0, 2, 1, 2] * 20)
+    targets, keys = np.tile(np.array([5, 2, 3, 40, 7, 30], dtype=np.int32), 20), mix(4, np.arange(120))
+    for most_draws in (16, 1, 0):
+        monkeypatch.setattr(candidates, "_MOST_DRAWS", most_draws)
+        for method in ("uniform", "popularity"):
+            sample = sampler(45, 25, method, np.arange(45) % 7)
+            shared = sample.draw(keys, targets, users, sample.taken(*flat(histories)))
+            assert np.array_equal(shared, draw(sample, keys, targets, [histories[user] for user in users]))
+
+
+def test_frozen_candidates():
+    """Written once: another version of the sampler must draw the same, or the candidates of papers change."""
+    keys, histories = mix(9, np.arange(3)), [[1, 2], [3], list(range(20))]
+    targets = np.array([1, 4, 19], dtype=np.int32)
+    uniform = draw(sampler(30, 5), keys, targets, histories).tolist()
+    popular = draw(sampler(30, 5, "popularity", np.arange(30) ** 3), keys, targets, histories).tolist()
+    assert (uniform, popular) == (UNIFORM, POPULAR)
 
 
 @pytest.mark.parametrize(
@@ -123,4 +154,4 @@ def test_history_that_leaves_too_few():
 )
 def test_items_outside_the_catalogue(target, history, name):
     with pytest.raises(UserError, match=f"{name} is outside the catalogue of 8 items"):
-        sampler(8, 2).draw(mix(0, np.arange(1)), np.array([target], dtype=np.int32), *flat([[history]]))
+        draw(sampler(8, 2), mix(0, np.arange(1)), np.array([target], dtype=np.int32), [[history]])

@@ -114,6 +114,34 @@ def test_examples_of_all_parts_in_order_and_by_column(folder):
         dataset.examples("dev")
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_batches_are_the_examples_in_pieces(folder, rows):
+    table = examples_table(*(example(user % 3, user % 4) for user in range(5)))
+    pq.write_table(table, folder / "train" / "part-00000.parquet", row_group_size=3)
+    dataset = Dataset.open(folder)
+    batches = list(dataset.example_batches("train", rows=rows))
+    assert max(batch.num_rows for batch in batches) <= rows
+    assert pa.Table.from_batches(batches).equals(dataset.examples("train"))
+    light = list(dataset.example_batches("train", ["target", "prompt"], rows=rows))
+    assert pa.Table.from_batches(light).equals(dataset.examples("train", ["target", "prompt"]))
+    assert list(dataset.example_batches("valid")) == []
+
+
+def test_batches_are_read_when_they_are_asked_for(folder):
+    pq.write_table(examples_table(example(3, 1)), folder / "train" / "part-00001.parquet")
+    batches = Dataset.open(folder).example_batches("train")
+    assert next(batches)["user_index"].to_pylist() == [0]
+    with pytest.raises(UserError, match=r"part-00001.parquet: user_index 3 is outside the 3 users"):
+        next(batches)
+    (folder / "train" / "part-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"part-00000.parquet: is no readable parquet file"):
+        next(Dataset.open(folder).example_batches("train"))
+    with pytest.raises(UserError, match=r'no column "score", columns there'):
+        next(Dataset.open(folder).example_batches("test", ["score"]))
+    with pytest.raises(UserError, match=r'no split is called "dev"'):
+        next(Dataset.open(folder).example_batches("dev"))
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "items.parquet", "sequences.parquet", "test/part-00000.parquet"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_missing_and_corrupt_files_are_named(folder, name, damage):

@@ -110,11 +110,11 @@ def test_another_process_that_is_first_wins(fake, monkeypatch):
     assert offline.resolve("offline://some/log.inter").read_bytes() == b"first"
 
 
-def test_a_fetch_that_dies_leaves_no_folder(fake, monkeypatch):
+def test_a_fetch_that_dies_leaves_no_folder(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(offline.shutil, "copyfileobj", lambda *_: (_ for _ in ()).throw(OSError("No space left")))
     with pytest.raises(OSError, match="No space left"):
         offline.resolve("offline://some")
-    monkeypatch.undo()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_fetch_all_fetches_each_once(fake, monkeypatch):

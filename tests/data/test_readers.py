@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from recllm.data import readers
 from recllm.errors import UserError
-from recllm.recipe import IdMap, InteractionsSource, ItemsSource
+from recllm.recipe import IdMap, InteractionsSource, ItemsSource, UsersSource
 
 LOG = [
     {"user_id": "7", "item_id": "a", "timestamp": 10, "rating": 4.0},
@@ -17,13 +17,19 @@ LOG = [
 
 
 def interactions(path, **source):
-    return readers.read_interactions(
-        InteractionsSource(path=path if isinstance(path, list) else str(path), **source)
-    ).collect()
+    return (
+        readers.read_interactions(InteractionsSource(path=path if isinstance(path, list) else str(path), **source))
+        .drop(readers.ORDER)
+        .collect()
+    )
 
 
 def items(path, **source):
     return readers.read_items(ItemsSource(path=str(path), **source))
+
+
+def users(path, **source):
+    return readers.read_users(UsersSource(path=str(path), **source))
 
 
 IDS = st.text(alphabet="abcXYZ0189_-éß ", min_size=1, max_size=6).map(str.strip).filter(bool)
@@ -120,6 +126,80 @@ def test_unparsable_timestamp_names_file_line_and_value(write, tmp_path, name, v
     assert "data.interactions.timestamp_unit" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl", "log.parquet"])
+@pytest.mark.parametrize(
+    ("value", "unit", "step"),
+    [
+        (880_606_923_000, "s", "set data.interactions.timestamp_unit=ms"),
+        (880_606_923_000_000, "s", "set data.interactions.timestamp_unit=us"),
+        (1_659_304_800_025_123, "s", "set data.interactions.timestamp_unit=us"),
+        (-1_659_304_800_025_123, "ms", "set data.interactions.timestamp_unit=us"),
+        (1_659_304_800_025_123_456, "s", "divide by 1000 and set data.interactions.timestamp_unit=us"),
+        (1_659_304_800_025_123_456, "us", "divide by 1000 and set data.interactions.timestamp_unit=us"),
+        (9_007_199_255, "s", "set data.interactions.timestamp_unit=ms"),
+        (2**63 - 1, "s", "mend the line"),
+        (2**63 + 2**62, "us", "mend the line"),
+        (880_606_923, "iso8601", "set data.interactions.timestamp_unit=s"),
+    ],
+)
+def test_time_in_another_unit_names_the_one_that_fits(tmp_path, name, value, unit, step):
+    dtype = pl.UInt64 if value > 2**63 else pl.Int64
+    frame = pl.DataFrame({"user_id": ["7", "7"], "item_id": ["a", "b"]})
+    good = 1 if unit != "iso8601" else value
+    frame = frame.with_columns(pl.Series("timestamp", [good, value], dtype=dtype))
+    path = tmp_path / name
+    {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[name[4:]](path)
+    row = 1 if unit == "iso8601" else 2
+    place = {"csv": f"line {row + 1}", "jsonl": f"line {row}", "parquet": f"row {row}"}[name[4:]]
+    with pytest.raises(UserError, match=rf"{name}, {place}: the timestamp .* is '{value}'.*no later than 2255: {step}"):
+        interactions(path, timestamp_unit=unit)
+
+
+def test_the_last_time_that_is_read(write, tmp_path):
+    for name in ("log.csv", "log.parquet"):
+        path = write(tmp_path / name, [{"user_id": "7", "item_id": "a", "timestamp": 9_007_199_254}])
+        assert interactions(path)["timestamp"].to_list() == [9_007_199_254]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "seconds"),
+    [
+        (pl.Datetime("ns"), 60_999_999_999, 60), (pl.Datetime("ms"), -1, -1), (pl.Date, 1, 86_400),
+        (pl.Datetime("us", "Europe/Berlin"), 60_000_000, 60),
+    ],
+)  # fmt: skip
+def test_times_of_parquet_types(tmp_path, dtype, value, seconds):
+    physical = pl.Int32 if dtype == pl.Date else pl.Int64
+    frame = pl.DataFrame({"user_id": ["7"], "item_id": ["a"], "timestamp": pl.Series([value], dtype=physical)})
+    frame.with_columns(pl.col("timestamp").cast(dtype)).write_parquet(tmp_path / "log.parquet")
+    assert interactions(tmp_path / "log.parquet")["timestamp"].to_list() == [seconds]
+
+
+@pytest.mark.parametrize("dtype", [pl.Datetime("ms"), pl.Datetime("us"), pl.Datetime("ms", "UTC"), pl.Date])
+@pytest.mark.parametrize("value", [10**9, None])
+def test_dates_that_lie_too_far_off(tmp_path, dtype, value):
+    stored = value if value is None or dtype == pl.Date else value * 10**8
+    physical = pl.Series([0, stored], dtype=pl.Int32 if dtype == pl.Date else pl.Int64)
+    frame = pl.DataFrame({"user_id": ["7", "7"], "item_id": ["a", "b"], "timestamp": physical})
+    frame.with_columns(pl.col("timestamp").cast(dtype)).write_parquet(tmp_path / "log.parquet")
+    found = "blank" if value is None else f"stored as {stored}"
+    with pytest.raises(UserError, match=rf"row 2: the timestamp .* is {found}, expected a date no later than 2255"):
+        interactions(tmp_path / "log.parquet")
+
+
+def test_types_that_are_no_time(tmp_path):
+    for values in ([[1]], [True]):
+        pl.DataFrame({"user_id": ["7"], "item_id": ["a"], "timestamp": values}).write_parquet(tmp_path / "log.parquet")
+        with pytest.raises(UserError, match=r"holds (List\(Int64\)|Boolean), a timestamp is a date and time"):
+            interactions(tmp_path / "log.parquet")
+
+
+def test_a_date_read_as_a_number_names_the_unit(write, tmp_path):
+    path = write(tmp_path / "log.csv", [{"user_id": "7", "item_id": "a", "timestamp": "1998-01-13"}])
+    with pytest.raises(UserError, match=r"timestamp_unit=iso8601"):
+        interactions(path)
+
+
 def test_unparsable_date(write, tmp_path):
     path = write(tmp_path / "log.csv", [{"user_id": "7", "item_id": "a", "timestamp": "1998-13-01"}])
     with pytest.raises(UserError, match=r"line 2: .* '1998-13-01', expected an ISO 8601 date"):
@@ -174,9 +254,48 @@ def test_misspelt_name_in_the_mapping(write, tmp_path):
         interactions(write(tmp_path / "log.csv", LOG), columns={"session_id": "session"})
 
 
+def test_columns_that_nobody_needs_are_not_read(write, tmp_path):
+    rows = [{**LOG[0], "rating": "PG", "session_id": 1.0}, {**LOG[1], "rating": "R", "session_id": float("nan")}]
+    path = write(tmp_path / "log.parquet", rows)
+    with pytest.raises(UserError, match=r"is 'PG', expected a number: .*data.interactions.columns.rating=null"):
+        interactions(path, columns={"session_id": None})
+    with pytest.raises(UserError, match=r"holds Float64, .*data.interactions.columns.session_id=null"):
+        interactions(path, columns={"rating": None})
+    left = ["user_id", "item_id", "timestamp"]
+    assert interactions(path, columns={"rating": None, "session_id": None}).columns == left
+    skipped = readers.read_interactions(InteractionsSource(path=str(path)), ["rating", "session_id"])
+    assert skipped.collect_schema().names() == [*left, readers.ORDER]
+    with pytest.raises(UserError, match=r"item_id is mapped to null, but it is needed"):
+        interactions(path, columns={"item_id": None})
+
+
 def test_ids_that_are_floats(write, tmp_path):
     with pytest.raises(UserError, match=r'column "user_id" holds Float64, an id is text or a whole number'):
         interactions(write(tmp_path / "log.parquet", [{**LOG[0], "user_id": 7.0}]))
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.inter", "log.csv.gz", "log.jsonl"])
+@pytest.mark.parametrize("column", ["user_id", "action"])
+def test_text_that_is_not_utf8_names_file_and_line(write, tmp_path, name, column):
+    """The second of two files, also where only a column is wrong that no check looks at."""
+    row = {"user_id": "7", "item_id": "a", "timestamp": 5, "action": "x"}
+    ending = name.removesuffix(".gz")
+    good = write(tmp_path / f"good-{ending}", [row])
+    raw = write(tmp_path / ending, [row, {**row, column: "Amélie"}]).read_text(encoding="utf-8").encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    line = 2 if ending == "log.jsonl" else 3
+    source = InteractionsSource(path=[str(good), str(tmp_path / name)])
+    with pytest.raises(
+        UserError, match=rf"/{name}, line {line}: is not UTF-8 text \(byte 0xe9 .*: save the file as UTF-8"
+    ):
+        readers.collect(readers.read_interactions(source), readers.paths_of(source))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_header_that_is_not_utf8(tmp_path, encoding):
+    (tmp_path / "items.csv").write_bytes("item_id,title,année\n1,Heat,1995\n".encode(encoding))
+    with pytest.raises(UserError, match=r"items.csv, line 1: is not UTF-8 text"):
+        items(tmp_path / "items.csv")
 
 
 def test_files_that_do_not_fit_together(write, tmp_path):
@@ -195,7 +314,7 @@ def test_missing_file_wrong_kind_and_broken_content(write, tmp_path):
         interactions(tmp_path)
     with pytest.raises(UserError, match=r"names no type, a RecBole file has"):
         interactions(write(tmp_path / "log.csv", LOG), format="recbole")
-    with pytest.raises(UserError, match=r"separator '::' has 2 characters"):
+    with pytest.raises(UserError, match=r"separator '::' has 2 characters, one is expected: replace it in the file by"):
         interactions(write(tmp_path / "log.csv", LOG), separator="::")
     for name in ("empty.csv", "empty.parquet"):
         (tmp_path / name).touch()
@@ -280,6 +399,69 @@ def test_blank_item_id_no_items_and_reserved_names(write, tmp_path):
         items(write(tmp_path / "items.csv", [{"item_id": "a", "title": "t", "text": "x"}]))
     with pytest.raises(UserError, match=r'no column "titel" for title, did you mean "title"'):
         items(write(tmp_path / "items.csv", [{"item_id": "a", "title": "t"}]), columns={"title": "titel"})
+
+
+@pytest.mark.parametrize("dtype", [pl.Categorical, pl.Int64])
+def test_titles_of_any_plain_type_under_another_name(tmp_path, dtype):
+    title = pl.Series("name", ["12", "7"]).cast(dtype)
+    pl.DataFrame({"item_id": [1, 2]}).with_columns(title).write_parquet(tmp_path / "items.parquet")
+    frame = items(tmp_path / "items.parquet", columns={"title": "name"})
+    assert (frame["title"].to_list(), frame["title"].dtype) == (["12", "7"], pl.String)
+    pl.DataFrame({"item_id": [1, 2]}).with_columns(
+        title.extend_constant(None, 0)[:1].append(pl.Series("name", [None], dtype=title.dtype))
+    ).write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(UserError, match=r"1 of 2 items have no title \(item ids 2"):
+        items(tmp_path / "items.parquet", columns={"title": "name"})
+
+
+def test_title_that_is_a_list(write, tmp_path):
+    path = write(tmp_path / "items.parquet", [{"item_id": 1, "names": ["Heat"], "genres": ["crime"]}])
+    with pytest.raises(UserError, match=r'column "names" holds List\(String\), title is text'):
+        items(path, columns={"title": "names"})
+    path = write(tmp_path / "items.parquet", [{"item_id": 1, "title": "Heat", "genres": ["crime"]}])
+    assert items(path)["genres"].to_list() == [["crime"]]
+
+
+def test_attributes_that_are_not_wanted(write, tmp_path):
+    path = write(tmp_path / "items.csv", [{"item_id": 1, "title": "Heat", "text": "x", "timestamp": 5}])
+    assert items(path, columns={"text": None, "timestamp": None}).columns == ["item_id", "title"]
+    with pytest.raises(UserError, match=r"title is mapped to null, but it is needed"):
+        items(path, columns={"text": None, "title": None})
+
+
+def test_users_have_text_attributes(write, tmp_path):
+    rows = [{"uid": 10, "age": 24, "job": " film\ncritic "}, {"uid": 9, "age": None, "job": "other"}]
+    for name in ("users.jsonl", "users.parquet"):
+        frame = users(write(tmp_path / name, rows), columns={"user_id": "uid"})
+        assert frame.columns == ["user_id", "age", "job"]
+        assert frame.rows() == [("9", "", "other"), ("10", "24", "film critic")], name
+    assert users(tmp_path / "users.jsonl", columns={"user_id": "uid", "age": None}).columns == ["user_id", "job"]
+
+
+def test_users_that_cannot_be_read(write, tmp_path):
+    def fails(message, *rows):
+        with pytest.raises(UserError, match=message):
+            users(write(tmp_path / "users.parquet", list(rows)))
+
+    fails(r'user id "a" stands in row 1, row 3', *({"user_id": u, "age": 1} for u in ("a", "b", " a")))
+    fails(r"row 2: the user id is blank", {"user_id": "a"}, {"user_id": ""})
+    fails(r'no column "user_id" for user_id, did you mean "userid"', {"userid": "a"})
+    fails(r'"tags" holds List\(String\), tags is text', {"user_id": "a", "tags": ["x"]})
+    fails(r"rename it, e.g. data.users.columns.my_user_index=user_index", {"user_id": "a", "user_index": 3})
+    (tmp_path / "none.csv").write_text("user_id,age\n")
+    with pytest.raises(UserError, match=r"holds no users: check the path, data.users.header"):
+        users(tmp_path / "none.csv")
+
+
+@pytest.mark.shared
+def test_users_of_movielens(shared_data):
+    frame = users(shared_data / "ml-100k" / "ml-100k.user")
+    assert frame.height == 943
+    assert frame.row(0, named=True) == {
+        "user_id": "1", "age": "24", "gender": "M", "occupation": "technician", "zip_code": "85711",
+    }  # fmt: skip
+    frame = users(shared_data / "ml-1m-dbpedia" / "users.txt", separator="\t", columns={"user_id": "uid"})
+    assert frame.rows()[:2] == [("1", "F", "Under 18"), ("2", "M", "56+")]
 
 
 def id_map(write, tmp_path, pairs, **names):

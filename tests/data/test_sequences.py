@@ -1,14 +1,25 @@
 import random
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recllm import schema
 from recllm.data.randomness import text_keys
+from recllm.data.sequences import prepare, source_paths
 from recllm.errors import UserError
-from recllm.recipe import FilterSection, SplitSection
+from recllm.recipe import (
+    DataSection,
+    FilterSection,
+    GivenRows,
+    IdMap,
+    InteractionsSource,
+    ItemsSource,
+    SplitSection,
+    UsersSource,
+)
 
 ANY = SplitSection(method="leave_one_out")
 ITEMS = [{"item_id": item, "title": f"Film {item}"} for item in "abcdef"]
@@ -213,3 +224,61 @@ def test_large_shuffled_log_equals_a_plain_sort(prepare_rows):
         expected.setdefault(str(row["user_id"]), []).append(row["item_id"])
     found = {row["user_id"]: row["items"] for row in prepared.sequences.iter_rows(named=True)}
     assert found == expected  # ids 0..29 are their own item_index
+
+
+USERS = [{"user_id": "2", "job": "other"}, {"user_id": "1", "job": None}, {"user_id": "9", "job": "none"}]
+
+
+def with_users(write, tmp_path, log, users, filters=None):
+    return prepare(
+        DataSection(
+            interactions=InteractionsSource(path=str(write(tmp_path / "log.csv", log))),
+            items=ItemsSource(path=str(write(tmp_path / "items.csv", ITEMS))),
+            users=UsersSource(path=str(write(tmp_path / "users.jsonl", users))),
+        ),
+        filters or FilterSection(),
+        SplitSection(method="leave_one_out"),
+        0,
+    )
+
+
+def test_users_stand_in_the_order_of_the_sequences(write, tmp_path, log_of):
+    """Users 1 to 3 in the log, 2 dropped by the core, 3 not in the file, 9 only there."""
+    prepared = with_users(write, tmp_path, log_of("abcd", "ab", "abcd"), USERS, FilterSection(user_core=3))
+    assert prepared.users.rows() == [(0, "1", ""), (1, "3", "")]
+    assert prepared.users.schema == {"user_index": pl.Int32, "user_id": pl.String, "job": pl.String}
+    assert prepared.counts["users_without_attributes"] == 1
+    assert [path.rsplit("/", 1)[1] for path in prepared.inputs] == ["log.csv", "items.csv", "users.jsonl"]
+    everybody = with_users(write, tmp_path, log_of("abcd", "ab", "abcd"), USERS)
+    assert everybody.users["job"].to_list() == ["", "other", ""]
+    assert everybody.users["user_id"].to_list() == everybody.sequences["user_id"].to_list()
+
+
+def test_users_of_another_log(write, tmp_path, log_of):
+    with pytest.raises(UserError, match=r"users.jsonl: shares no user id with the interactions"):
+        with_users(write, tmp_path, log_of("abcd"), USERS[2:])
+
+
+def test_no_users_file(prepare_rows, log_of):
+    prepared = prepare_rows(log_of("abc"))
+    assert prepared.users is None
+    assert "users_without_attributes" not in prepared.counts
+
+
+def test_source_paths_are_what_is_read():
+    data = DataSection(
+        interactions=InteractionsSource(path=["one", "two", "one"]),
+        items=ItemsSource(path="items", id_map=IdMap(path="map", source="a", target="b")),
+        users=UsersSource(path="users"),
+    )
+    given_rows = GivenRows(valid="valid", test="test")
+    read = ["one", "two", "items", "map", "users"]
+    assert source_paths(data, SplitSection(method="temporal", given=given_rows)) == read
+    assert source_paths(data, SplitSection(method="given", given=given_rows)) == [*read, "valid", "test"]
+
+
+def test_ratings_are_read_only_for_a_filter(prepare_rows):
+    rows = [{"user_id": "1", "item_id": i, "timestamp": t, "rating": "PG"} for t, i in enumerate("abc")]
+    assert sequences_of(prepare_rows(rows, ITEMS)) == {"1": "abc"}
+    with pytest.raises(UserError, match=r"the rating .* is 'PG'"):
+        prepare_rows(rows, ITEMS, FilterSection(min_rating=2))

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from recllm.data import splits
 from recllm.data.randomness import mix, text_keys
 from recllm.errors import UserError
-from recllm.recipe import DataSection, FilterSection, GivenRows, InteractionsSource, ItemsSource, SplitSection
+from recllm.recipe import (
+    DataSection,
+    FilterSection,
+    GivenRows,
+    InteractionsSource,
+    ItemsSource,
+    SplitSection,
+    UsersSource,
+)
 from recllm.schema import TEST, TRAIN, UNUSED, VALID
 
 METHODS = ("leave_one_out", "temporal", "user_holdout", "session_holdout")
@@ -85,9 +93,19 @@ def test_holdouts_keep_users_and_sessions_together():
     log = log_from([[1, 2, 3, 4]] * 300, sessions)
     section = SplitSection(method="session_holdout", targets="all")
     codes = codes_of(log, section)
-    assert {code[2:] for code in codes} == {"rr", "vv", "tt"}
-    assert {code[:2] for code in codes} == {"rr", "-v", "-t"}
+    assert set(codes) == {"rrrr", "rrvv", "rrtt", "-v--", "-t--", "-vvv", "-ttt", "-vtt", "-tvv"}
     assert splits.audit(log, splits.assign(log, section, 0, []), section)["shared_sessions"] == 0
+
+
+def test_session_holdout_trains_on_nothing_after_a_held_out_session(monkeypatch):
+    """Sessions a to d, interleaved; c is test and d valid: from c's first interaction on, a and b are unused."""
+    log = log_from([[1, 2, 3, 4, 5, 6, 7, 8]], [[0, 1, 2, 0, 2, 3, 1, 3]])
+    lots = np.array([0.9, 0.8, 0.1, 0.3])[log.sessions]  # test below 0.2, valid below 0.4
+    monkeypatch.setattr(splits, "_session_lots", lambda *_: lots)
+    section = SplitSection(method="session_holdout", targets="all", test_fraction=0.2, valid_fraction=0.2)
+    assert codes_of(log, section) == ["rrt-tv-v"]
+    report = splits.audit(log, splits.assign(log, section, 0, []), section)
+    assert report["train_histories_with_test_targets"] == 0
 
 
 def test_lots_hang_on_seed_and_user_only():
@@ -138,6 +156,10 @@ def test_every_split_keeps_its_promises(users, method, targets, min_history, tes
     assert codes.shape == log.items.shape
     assert set(np.unique(codes)) <= {UNUSED, TRAIN, VALID, TEST}  # one code: at most one role a position
     scored = (codes == VALID) | (codes == TEST)
+    for start, end in zip(log.offsets, log.offsets[1:]):
+        trained = np.flatnonzero(codes[start:end] == TRAIN)
+        assert not scored[start:end][: trained.max(initial=-1) + 1].any()  # no history of training holds a target
+    assert splits.audit(log, result, section)["train_histories_with_test_targets"] == 0
     assert (log.positions[scored] >= min_history).all()
     if method == "temporal":
         assert (log.seconds[codes == TRAIN] < result.cutoffs["valid"]).all()
@@ -168,6 +190,15 @@ def test_audit_counts_what_leaks():
     assert any("33.3% of the users have tied timestamps" in warning for warning in report["warnings"])
 
 
+def test_audit_counts_training_histories_that_hold_a_test_target():
+    """User 1: positions 3 and 4 are trained on after the target at 2; user 2: valid between does not count."""
+    log = log_from([[1, 2, 3, 4, 5], [1, 2, 3], [1, 2]])
+    codes = np.array([TRAIN, TRAIN, TEST, TRAIN, TRAIN, TRAIN, VALID, TRAIN, TRAIN, TEST], dtype=np.int8)
+    report = splits.audit(log, splits.Split(codes), SplitSection(method="session_holdout"))
+    assert report["train_histories_with_test_targets"] == 2
+    assert any("train_histories_with_test_targets: 2 training positions" in text for text in report["warnings"])
+
+
 def test_audit_of_own_training_and_without_sessions():
     log = log_from([[1, 2, 3]])
     report = splits.audit(log, splits.Split(np.array([3, 2, 1], dtype=np.int8)), SplitSection(method="session_holdout"))
@@ -195,6 +226,14 @@ def test_given_targets_leave_later_positions_unused(tmp_path, prepare_rows, log_
         "test": {"rows": 1, "history_equal": 1},
     }
     assert len(prepared.inputs) == 4
+
+
+def test_given_rows_are_read_once(tmp_path, prepare_rows, log_of, monkeypatch):
+    section, read = given_section(tmp_path, [row_of(1, ["a", "b"], "c")], [row_of("2", ["c"], "d")]), []
+    real = splits._rows
+    monkeypatch.setattr(splits, "_rows", lambda path: read.append(path) or real(path))
+    prepare_rows(log_of("abcd", "bcdaf", "ab"), split=section)
+    assert read == [section.given.valid, section.given.test]
 
 
 def test_given_history_that_differs_is_counted_and_warned_about(tmp_path, prepare_rows, log_of):
@@ -250,6 +289,9 @@ def test_given_files_that_are_missing_or_broken(tmp_path, prepare_rows, log_of):
     (tmp_path / "valid.jsonl").write_text('{"user": 1,\n')
     with pytest.raises(UserError, match=r"valid.jsonl, line 1: not valid JSON"):
         prepare_rows(log_of("abcd"), split=section)
+    (tmp_path / "valid.jsonl").write_bytes('{"user": "é"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"valid.jsonl, line 1: is not UTF-8 text"):
+        prepare_rows(log_of("abcd"), split=section)
     (tmp_path / "valid.jsonl").unlink()
     with pytest.raises(UserError, match=r"valid.jsonl does not exist"):
         prepare_rows(log_of("abcd"), split=section)
@@ -270,7 +312,12 @@ def test_movielens_leave_one_out_leaks_as_known(shared_data):
     """99.9% of the targets precede the last training event, 44% of the users have tied timestamps at the end."""
     from recllm.data.sequences import prepare
 
-    prepared = prepare(movielens(shared_data), FilterSection(), SplitSection(method="leave_one_out"), 0)
+    data = movielens(shared_data).model_copy(
+        update={"users": UsersSource(path=str(shared_data / "ml-100k" / "ml-100k.user"))}
+    )
+    prepared = prepare(data, FilterSection(), SplitSection(method="leave_one_out"), 0)
+    assert prepared.users.row(9) == (9, "10", "53", "M", "lawyer", "90703")
+    assert prepared.counts["users_without_attributes"] == 0
     assert (prepared.counts["users"], prepared.counts["items"], prepared.counts["interactions"]) == (943, 1682, 100_000)
     assert prepared.audit["test_older_than_last_train"] == 942 / 943
     assert prepared.audit["users_with_tied_last_timestamps"] == 415 / 943
