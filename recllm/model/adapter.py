@@ -11,6 +11,7 @@ A base model and the recipe's adapter section (or a folder) enter; a PEFT model 
     items.parquet, manifest.json, README.md    as the caller gives them
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ FORMAT_VERSION = 1
 LORA_WEIGHTS, LORA_CONFIG, BASE_MODEL = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
 GATE_WEIGHTS, ILORA_CONFIG, ENCODER = "gate.safetensors", "ilora.json", "sequence_encoder"
 ITEMS, MANIFEST, CARD = "items.parquet", "manifest.json", "README.md"
+WEIGHTS_SHA256, FINGERPRINT_ROWS = "weights_sha256", 64
+EXACT = (torch.float32, torch.bfloat16)  # float16 rounds small bf16 numbers: no fingerprint then
 _GATE_PREFIX, _ENCODER_PREFIX = "base_model.gate.", "base_model.sequence_encoder."
 
 
@@ -86,12 +89,6 @@ def accepts_history(model: Any) -> bool:
     return isinstance(getattr(model, "base_model", None), ILoraModel)
 
 
-def num_experts(model: PeftModel) -> int:
-    """K of the active instance-wise adapter."""
-    tuner = _tuner(model)
-    return int(tuner.gate[tuner.active_adapters[0]].num_experts)
-
-
 def gate_weights(model: PeftModel, history_items: torch.Tensor) -> torch.Tensor:
     """Expert weights (B, K), float32, rows sum to 1, of histories (B, L), by the active adapter."""
     return _tuner(model).gate_weights(history_items)
@@ -135,23 +132,34 @@ def save_adapter(
     Raises:
         UserError: a tensor is empty (sharded and not gathered) or not finite; nothing is written then.
     """
-    lora, gate, encoder = _split(
-        get_peft_model_state_dict(model, state_dict, adapter_name=adapter_name, save_embedding_layers=False)
-    )
-    _check_tensors({**lora, **gate, **encoder})
     with replacing_folder(Path(folder)) as staging:
-        _save(lora, staging / LORA_WEIGHTS)
-        _write_plain_config(model.peft_config[adapter_name], staging)
-        write_json(staging / BASE_MODEL, _describe_base(model))
-        if accepts_history(model):
-            _save(gate, staging / GATE_WEIGHTS)
-            _write_ilora(_tuner(model), adapter_name, encoder, staging)
+        write_adapter(model, staging, adapter_name=adapter_name, state_dict=state_dict)
         if items is not None:
             shutil.copyfile(items, staging / ITEMS)
         if manifest is not None:
             write_json(staging / MANIFEST, manifest)
         if card is not None:
             write_text(staging / CARD, card)
+
+
+def write_adapter(
+    model: PeftModel,
+    folder: Path,
+    *,
+    adapter_name: str = "default",
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """The files of one adapter, into an existing folder; arguments and errors as `save_adapter`."""
+    lora, gate, encoder = _split(
+        get_peft_model_state_dict(model, state_dict, adapter_name=adapter_name, save_embedding_layers=False)
+    )
+    _check_tensors({**lora, **gate, **encoder})
+    _save(lora, folder / LORA_WEIGHTS)
+    _write_plain_config(model.peft_config[adapter_name], folder)
+    write_json(folder / BASE_MODEL, _describe_base(model))
+    if accepts_history(model):
+        _save(gate, folder / GATE_WEIGHTS)
+        _write_ilora(_tuner(model), adapter_name, encoder, folder)
 
 
 def _split(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
@@ -194,7 +202,30 @@ def _describe_base(model: PeftModel) -> dict[str, Any]:
     base: Any = model.get_base_model()
     config = base.config.get_text_config()
     sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-    return {"name_or_path": base.name_or_path} | {name: getattr(config, name, None) for name in sizes}
+    described = {"name_or_path": base.name_or_path, WEIGHTS_SHA256: weights_sha256(base)}
+    return described | {name: getattr(config, name, None) for name in sizes}
+
+
+@torch.no_grad()
+def weights_sha256(base_model: Any) -> str | None:
+    """Fingerprint of a base model: rows of its input embedding spread over the vocabulary, and its last norm, as bf16.
+
+    The same whether the weights were loaded in float32 or bfloat16. None where it would not be: other types, quantised
+    weights, and weights that are not here (meta device, sharded).
+    """
+    if getattr(base_model, "is_quantized", False) or getattr(base_model, "hf_quantizer", None) is not None:
+        return None
+    embedding = base_model.get_input_embeddings().weight
+    # by name: the LoRA layers of an adapter lie between those of the base model
+    vectors = [p for name, p in base_model.named_parameters() if p.dim() == 1 and "lora_" not in name]
+    digest = hashlib.sha256()
+    for tensor in (embedding, *vectors[-1:]):
+        if tensor.is_meta or hasattr(tensor, "device_mesh") or not tensor.numel() or tensor.dtype not in EXACT:
+            return None
+        rows = torch.linspace(0, len(tensor) - 1, FINGERPRINT_ROWS, dtype=torch.float64).long().to(tensor.device)
+        part = tensor[rows] if tensor.dim() == 2 else tensor
+        digest.update(part.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _write_ilora(tuner: ILoraModel, name: str, encoder_weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -215,7 +246,7 @@ def _write_ilora(tuner: ILoraModel, name: str, encoder_weights: dict[str, torch.
     }
     write_json(folder / ILORA_CONFIG, document)
     if encoder is not None:
-        (folder / ENCODER).mkdir()
+        (folder / ENCODER).mkdir(exist_ok=True)
         write_encoder(encoder_weights, describe(encoder, encoder.vocabulary_sha256), folder / ENCODER)
 
 
@@ -325,7 +356,11 @@ def _check_ilora(ilora: dict[str, Any], lora: dict[str, Any], folder: Path) -> N
 
 
 def check_base_model(base_model: Any, folder: Path) -> None:
-    """Sizes decide, not the name: a folder may have been moved."""
+    """Sizes and a sample of the weights decide, not the name: a folder may have been moved.
+
+    Raises:
+        UserError: the adapter in `folder` was trained on another base model.
+    """
     if not (folder / BASE_MODEL).is_file():
         return  # written by stock PEFT: the shapes of its tensors are checked on loading
     wanted = read_json(folder / BASE_MODEL, "the base model of an adapter")
@@ -334,13 +369,20 @@ def check_base_model(base_model: Any, folder: Path) -> None:
     differing = {
         name: (value, getattr(config, name, None))
         for name, value in wanted.items()
-        if name != "name_or_path" and value != getattr(config, name, None)
+        if name not in ("name_or_path", WEIGHTS_SHA256) and value != getattr(config, name, None)
     }
     if differing:
         text = ", ".join(f"{name} {own} (given: {given})" for name, (own, given) in differing.items())
         raise UserError(
             f"{folder} is an adapter for {wanted.get('name_or_path')} with {text}: load that base model "
             "(model.name_or_path)"
+        )
+    own, given = wanted.get(WEIGHTS_SHA256), weights_sha256(base)
+    if own and given and own != given:
+        raise UserError(
+            f"{folder} is an adapter for {wanted.get('name_or_path')} (weights {own[:12]}…), the base model given is "
+            f"{base.name_or_path} (weights {given[:12]}…): of the same sizes, but with other weights. Load the base "
+            "model that it was trained on (model.name_or_path)"
         )
 
 

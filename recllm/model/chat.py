@@ -17,6 +17,7 @@ Terminator: an answer that ends in a newline belongs to a list and that newline 
 the tokenizer's eos token.
 """
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from recllm.errors import UserError
 from recllm.model.base_model import load_tokenizer
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
+REMEMBERED_LINES, REMEMBERED_PROMPTS = 1 << 18, 1 << 12  # a few hundred bytes each; when full, it begins anew
 
 
 def encode(
@@ -62,13 +64,16 @@ def completion_ids(
     Raises:
         UserError: the completion is not one assistant message, or continues a list without ending in a newline.
     """
+    return answer_ids(tokenizer, _completion_text(_split(prompt)[1], completion))
+
+
+def _completion_text(unfinished: str, completion: Sequence[Message]) -> str:
     if len(completion) != 1 or completion[0].get("role") != "assistant":
         raise UserError(f"completion {list(completion)!r}: exactly one assistant message is expected")
     text = completion[0]["content"]
-    _, unfinished = _split(prompt)
     if unfinished.endswith("\n") and not text.endswith("\n"):
         raise UserError(f'completion "{text}" continues a list of lines but has no newline at its end: add it')
-    return answer_ids(tokenizer, text)
+    return text
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -77,22 +82,74 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises:
         UserError: the answer has no newline and the tokenizer no eos token.
     """
-    ids = line_ids(tokenizer, text)
+    return line_ids(tokenizer, text) + _terminator(tokenizer, text)
+
+
+def _terminator(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What follows an answer: nothing where a newline ends it, otherwise [eos]."""
     if text.endswith("\n"):
-        return ids
+        return []
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no eos token to end an answer with: set one")
-    return [*ids, tokenizer.eos_token_id]
+    return [tokenizer.eos_token_id]
 
 
 def line_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text, each line tokenised by itself and without a terminator; "" gives []."""
+    return [token for piece in _encode_lines(tokenizer, _lines(text)) for token in piece]
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their newlines; not str.splitlines, which cuts at other characters too."""
     lines = text.split("\n")
-    pieces = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-    if not pieces:
+    return [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+
+
+def _encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> list[list[int]]:
+    if not lines:
         return []
-    encoded: list[list[int]] = tokenizer(pieces, add_special_tokens=False)["input_ids"]
-    return [token for piece in encoded for token in piece]
+    encoded: list[list[int]] = tokenizer(list(lines), add_special_tokens=False)["input_ids"]
+    return encoded
+
+
+class RememberingEncoder:
+    """`encode` for many examples: remembers the ids of each answer line and of each prompt's finished turns.
+
+    A catalogue has far fewer titles, and a dense task far fewer prompts, than there are examples.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._known_lines: dict[str, array[int]] = {}
+        self._known_turns: dict[tuple[tuple[str, str], ...], array[int]] = {}
+
+    def __call__(self, prompt: Sequence[Message], completion: Sequence[Message]) -> tuple["array[int]", "array[int]"]:
+        """As `encode`, but as arrays of int32; same ids, same errors."""
+        turns, unfinished = _split(prompt)
+        text = _completion_text(unfinished, completion)
+        prompt_ids = self._turns(turns) + self._lines(unfinished)
+        return prompt_ids, self._lines(text) + array("i", _terminator(self.tokenizer, text))
+
+    def _turns(self, turns: Sequence[Message]) -> "array[int]":
+        key = tuple((turn["role"], turn["content"]) for turn in turns)
+        ids = self._known_turns.get(key)
+        if ids is None:
+            if len(self._known_turns) >= REMEMBERED_PROMPTS:
+                self._known_turns.clear()
+            ids = self._known_turns[key] = array("i", _turn_ids(self.tokenizer, turns))
+        return ids
+
+    def _lines(self, text: str) -> "array[int]":
+        lines, known = _lines(text), self._known_lines
+        if new := [line for line in dict.fromkeys(lines) if line not in known]:
+            if len(known) + len(new) > REMEMBERED_LINES:
+                known.clear()
+                new = list(dict.fromkeys(lines))
+            known.update((line, array("i", ids)) for line, ids in zip(new, _encode_lines(self.tokenizer, new)))
+        ids = array("i")
+        for line in lines:
+            ids.extend(known[line])
+        return ids
 
 
 def _split(prompt: Sequence[Message]) -> tuple[Sequence[Message], str]:

@@ -373,9 +373,17 @@ def _checkpoint_contexts(state: GateRows) -> tuple[UsingRows, UsingRows]:
 
 
 def _copies_of_each_prompt(model: Any, kwargs: dict[str, Any]) -> int:
-    """How often generate() repeats each prompt: transformers expands to max(num_beams, num_return_sequences)."""
-    config = kwargs.get("generation_config") or model.generation_config
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+    """How often generate() repeats each prompt: transformers expands to max(num_beams, num_return_sequences).
+
+    An argument counts first, then the config that was passed, and what that leaves open the model's own config fills.
+    """
+    configs = [config for config in (kwargs.get("generation_config"), model.generation_config) if config is not None]
+
+    def asked(name: str) -> int:
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if value is not None), 1)
+
+    return max(asked("num_beams"), asked("num_return_sequences"))
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[ILORA] = ILoraConfig

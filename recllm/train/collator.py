@@ -1,30 +1,33 @@
 """Examples → batches.
 
-An Arrow table of examples (schema.EXAMPLES) and a tokenizer enter; left-padded tensors leave, with the loss on the
+Arrow batches of examples (schema.EXAMPLES) and a tokenizer enter; left-padded tensors leave, with the loss on the
 completion only and, for an instance-wise adapter, the histories that its gate reads.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from recllm.data.dataset import Dataset
+from recllm.data.dataset import Dataset, pad_left
 from recllm.errors import UserError
-from recllm.model.chat import encode
+from recllm.model.chat import RememberingEncoder
 
 IGNORE = -100  # label of a position without loss
 COLUMNS = ["example_id", "user_index", "history_end", "prompt", "completion"]  # what training reads of an example
+Array = npt.NDArray[Any]
 
 
 class Row(NamedTuple):
     """One tokenised example."""
 
-    input_ids: np.ndarray  # prompt and completion, int32
+    input_ids: Array  # prompt and completion, int32
     completion_tokens: int  # how many of them, at the end, carry the loss
     user_index: int
     history_end: int  # the gate reads positions [0, history_end) of this user
@@ -33,13 +36,14 @@ class Row(NamedTuple):
 class TokenizedExamples(torch.utils.data.Dataset):
     """Examples tokenised once; token ids lie in one flat array, so that a million examples stay a few hundred MB."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
-        self.completion_tokens = np.array([row.completion_tokens for row in rows], dtype=np.int64)
-        self.user_indices = np.array([row.user_index for row in rows], dtype=np.int64)
-        self.history_ends = np.array([row.history_end for row in rows], dtype=np.int64)
-        self._offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._tokens = np.concatenate([row.input_ids for row in rows]) if len(rows) else np.empty(0, np.int32)
+    def __init__(
+        self, tokens: Array, lengths: Array, completion_tokens: Array, user_indices: Array, history_ends: Array
+    ) -> None:
+        """`tokens` holds the ids of all N examples, one after the other; the others are (N,), as in `Row`."""
+        self.lengths, self.completion_tokens = lengths, completion_tokens
+        self.user_indices, self.history_ends = user_indices, history_ends
+        self._tokens = tokens
+        self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -53,46 +57,91 @@ class TokenizedExamples(torch.utils.data.Dataset):
         )
 
 
-def tokenize(examples: pa.Table, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TokenizedExamples:
+def tokenize(
+    batches: Iterable[pa.RecordBatch],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    split: str = "train",
+    total: int | None = None,
+) -> TokenizedExamples:
     """Tokenise every example; none is cut or dropped.
 
+    Args:
+        batches: columns COLUMNS.
+        tokenizer: of the base model.
+        max_tokens: the base model's context.
+        split: named in errors.
+        total: number of examples, for the progress bar.
+
     Raises:
-        UserError: no example, or examples longer than `max_tokens` (the base model's context).
+        UserError: no example, or examples longer than `max_tokens`.
     """
-    if not examples.num_rows:
-        raise UserError("the dataset has 0 training examples, at least 1 is needed: check split and filters, convert")
-    rows: list[Row] = []
-    too_long: list[tuple[int, str]] = []
-    with tqdm(total=examples.num_rows, desc="tokenise", unit="example", unit_scale=True) as progress:
-        for batch in examples.to_batches(max_chunksize=1000):
-            for example in batch.to_pylist():
-                row = _row(example, tokenizer)
-                rows.append(row)
-                if len(row.input_ids) > max_tokens:
-                    too_long.append((len(row.input_ids), example["example_id"]))
+    encode = RememberingEncoder(tokenizer)
+    tokens = array("i")
+    columns = [array("q") for _ in range(4)]  # length, completion tokens, user_index, history_end
+    too_long = _TooLong(max_tokens, split)
+    with tqdm(total=total, desc=f"tokenise {split}", unit="example", unit_scale=True) as progress:
+        for batch in batches:
+            for example_id, user_index, history_end, prompt, completion in _rows(batch):
+                prompt_ids, completion_ids = encode(prompt, completion)
+                _check_ids(split, example_id, len(prompt_ids), len(completion_ids))
+                tokens.extend(prompt_ids)
+                tokens.extend(completion_ids)
+                length = len(prompt_ids) + len(completion_ids)
+                too_long.see(length, example_id)
+                for column, value in zip(columns, (length, len(completion_ids), user_index, history_end)):
+                    column.append(value)
             progress.update(batch.num_rows)
-    _check_lengths(too_long, len(rows), max_tokens)
-    return TokenizedExamples(rows)
+    if not columns[0]:
+        raise UserError(f'the dataset has 0 "{split}" examples, at least 1 is needed: check split and filters, convert')
+    too_long.check(len(columns[0]))
+    return TokenizedExamples(
+        np.frombuffer(tokens, dtype=np.int32), *(np.frombuffer(column, dtype=np.int64) for column in columns)
+    )
 
 
-def _row(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Row:
-    prompt, completion = encode(tokenizer, example["prompt"], example["completion"])
+def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, int, int, list[dict[str, str]], list[dict[str, str]]]]:
+    """Values of COLUMNS row by row; messages are taken apart as flat columns, which is faster than row by row."""
+    plain = [batch.column(name).to_pylist() for name in COLUMNS[:3]]
+    return zip(*plain, _messages(batch.column("prompt")), _messages(batch.column("completion")), strict=True)
+
+
+def _messages(column: pa.ListArray) -> Iterator[list[dict[str, str]]]:
+    flat = column.flatten()
+    fields = (flat.field(flat.type.get_field_index(name)).to_pylist() for name in ("role", "content"))
+    messages = iter([{"role": role, "content": content} for role, content in zip(*fields)])
+    for count in column.value_lengths().to_pylist():
+        yield [next(messages) for _ in range(count)]
+
+
+def _check_ids(split: str, example_id: str, prompt: int, completion: int) -> None:
     if not prompt or not completion:
         raise UserError(
-            f"example {example['example_id']}: {len(prompt)} prompt and {len(completion)} completion tokens, "
+            f'"{split}" example {example_id}: {prompt} prompt and {completion} completion tokens, '
             "at least 1 of each is needed: check the template and the item texts"
         )
-    tokens = np.array(prompt + completion, dtype=np.int32)
-    return Row(tokens, len(completion), example["user_index"], example["history_end"])
 
 
-def _check_lengths(too_long: list[tuple[int, str]], count: int, max_tokens: int) -> None:
-    if too_long:
-        tokens, example_id = max(too_long)
-        raise UserError(
-            f"{len(too_long)} of {count} examples are longer than the base model's context of {max_tokens} tokens "
-            f"(the longest, {example_id}, has {tokens}): lower prompt.max_items or tasks.dense_window and convert again"
-        )
+class _TooLong:
+    """Counts examples beyond the context and keeps the longest one's name."""
+
+    def __init__(self, max_tokens: int, split: str) -> None:
+        self.max_tokens, self.split = max_tokens, split
+        self.count, self.longest, self.example_id = 0, 0, ""
+
+    def see(self, length: int, example_id: str) -> None:
+        if length > self.max_tokens:
+            self.count += 1
+            if length > self.longest:
+                self.longest, self.example_id = length, example_id
+
+    def check(self, examples: int) -> None:
+        if self.count:
+            raise UserError(
+                f'{self.count} of {examples} "{self.split}" examples are longer than the base model\'s context of '
+                f"{self.max_tokens} tokens (the longest, {self.example_id}, has {self.longest}): "
+                "lower prompt.max_items or tasks.dense_window and convert again"
+            )
 
 
 class Collator:
@@ -110,7 +159,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Pad and stack."""
-        input_ids = pad_left([row.input_ids for row in rows], self.pad_token_id)
+        input_ids = torch.from_numpy(pad_left([row.input_ids for row in rows], self.pad_token_id))
         lengths = torch.tensor([len(row.input_ids) for row in rows])
         completions = torch.tensor([row.completion_tokens for row in rows])
         from_the_end = torch.arange(input_ids.shape[1], 0, -1)  # (T,): T, T-1, …, 1
@@ -123,21 +172,6 @@ class Collator:
             "logits_to_keep": int(completions.max()) + 1,
         }
         if self.histories is not None:
-            batch["history_items"] = pad_left(
-                [self.histories.history(row.user_index, row.history_end, self.max_items) for row in rows]
-            )
+            histories = [self.histories.history(row.user_index, row.history_end, self.max_items) for row in rows]
+            batch["history_items"] = torch.from_numpy(pad_left(histories))
         return batch
-
-
-def pad_left(rows: Sequence[np.ndarray], value: int = -1) -> torch.Tensor:
-    """(B, L) int64 from B rows of different length, `value` to the left of the shorter ones; L is at least 1.
-
-    >>> pad_left([np.array([1, 2]), np.array([3])]).tolist()
-    [[1, 2], [-1, 3]]
-    """
-    longest = max((len(row) for row in rows), default=0)
-    padded = np.full((len(rows), max(1, longest)), value, dtype=np.int64)
-    for line, row in zip(padded, rows):
-        if len(row):
-            line[-len(row) :] = row
-    return torch.from_numpy(padded)

@@ -4,7 +4,8 @@ A dataset and the encoder section enter; a folder with the fitted SASRec (safete
 metrics of its best epoch) leaves. Targets are the TRAIN positions only; the VALID positions stop the training.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,16 +14,17 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from recllm.data.dataset import Dataset
+from recllm.data.dataset import Dataset, pad_left
 from recllm.errors import UserError
 from recllm.model.sequence_encoder import SASRec, save_encoder
 from recllm.recipe import EncoderSection
 from recllm.schema import TRAIN, VALID
-from recllm.train.collator import pad_left
 
 FULL_SOFTMAX_ITEMS = 50_000  # up to here the loss runs over the whole catalogue, above over a sample of it
 SAMPLED_NEGATIVES = 8_192  # shared by a batch
-K = 10
+CUTOFF = 10  # of the metrics, as their names say
+VALIDATION_TARGETS = 10_000  # so many, by seeded choice, decide when to stop
+SCORES_AT_ONCE = 1 << 26  # numbers in one block of scores: 256 MiB in float32
 
 
 class Window(NamedTuple):
@@ -33,26 +35,34 @@ class Window(NamedTuple):
 
 
 class Held(NamedTuple):
-    """The validation targets and all that came before each."""
+    """Validation targets and what came before each."""
 
     histories: list[np.ndarray]
     targets: np.ndarray  # (N,)
     exclude_history: bool
 
 
-def fit_encoder(dataset: Dataset, section: EncoderSection, max_items: int, seed: int, output: Path) -> dict[str, Any]:
+def fit_encoder(
+    dataset: Dataset,
+    section: EncoderSection,
+    max_items: int,
+    seed: int,
+    output: Path,
+    exclude_history: bool = True,
+) -> dict[str, Any]:
     """Train SASRec on the training positions and save the epoch with the best validation ndcg@10.
 
     SASRec (Kang & McAuley 2018) with the full softmax cross-entropy in place of one sampled negative, which is what
     makes it a strong baseline (Klenitskiy & Vasilev 2023, arXiv:2309.07602).
 
     Returns:
-        The metrics of the saved epoch: ndcg@10, hit_rate@10 and, for comparison, the most popular items' ndcg@10.
+        The metrics of the saved epoch on at most VALIDATION_TARGETS targets: ndcg@10, hit_rate@10 and, for comparison,
+        the most popular items' ndcg@10.
 
     Raises:
         UserError: no training or no validation target, or a loss that is not finite.
     """
-    windows, held = training_windows(dataset, max_items), validation(dataset, max_items)
+    windows, held = training_windows(dataset, max_items), validation(dataset, max_items, exclude_history, seed)
     _check(dataset, windows, held)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -66,7 +76,8 @@ def fit_encoder(dataset: Dataset, section: EncoderSection, max_items: int, seed:
             dropout=section.dropout,
         ).to(device)
         metrics = _fit(encoder, section, windows, held, seed)
-    metrics["popularity_ndcg@10"] = _metrics(_popularity(dataset), held)["ndcg@10"]
+    popularity = _popularity(dataset).to(device)
+    metrics["popularity_ndcg@10"] = _metrics(lambda items: popularity.expand(len(items), -1), held, device)["ndcg@10"]
     save_encoder(encoder.cpu().eval(), Path(output), dataset.vocabulary_sha256, {"metrics": metrics, "seed": seed})
     return metrics
 
@@ -77,23 +88,28 @@ def training_windows(dataset: Dataset, max_items: int) -> list[Window]:
     Positions of other roles are never read: neither as targets nor as history.
     """
     sequences, windows = dataset.sequences, []
-    for begin, end in zip(sequences.offsets[:-1], sequences.offsets[1:]):
-        items = sequences.items[begin:end][sequences.splits[begin:end] == TRAIN].astype(np.int64)
+    positions = np.flatnonzero(sequences.splits == TRAIN)
+    trained = sequences.items[positions].astype(np.int64)  # all users', in their order
+    bounds = np.searchsorted(positions, sequences.offsets)
+    for begin, end in itertools.pairwise(bounds):
+        items = trained[begin:end]
         for stop in range(len(items) - 1, 0, -max_items):
             start = max(0, stop - max_items)
             windows.append(Window(items[start:stop], items[start + 1 : stop + 1]))
     return windows
 
 
-def validation(dataset: Dataset, max_items: int) -> Held:
-    """The validation targets with the last `max_items` items before each."""
+def validation(dataset: Dataset, max_items: int, exclude_history: bool, seed: int = 0) -> Held:
+    """Validation targets, at most VALIDATION_TARGETS by seeded choice, with the last `max_items` items before each."""
     sequences = dataset.sequences
     positions = np.flatnonzero(sequences.splits == VALID)
+    if len(positions) > VALIDATION_TARGETS:
+        generator = np.random.default_rng([seed, VALID])
+        positions = np.sort(generator.choice(positions, VALIDATION_TARGETS, replace=False))
     users = np.searchsorted(sequences.offsets, positions, side="right") - 1
     inside = positions - sequences.offsets[users]
     histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, inside)]
-    ranking = dataset.manifest.get("recipe", {}).get("protocol", {}).get("ranking", {})
-    return Held(histories, sequences.items[positions].astype(np.int64), bool(ranking.get("exclude_history", True)))
+    return Held(histories, sequences.items[positions].astype(np.int64), exclude_history)
 
 
 def _check(dataset: Dataset, windows: list[Window], held: Held) -> None:
@@ -157,7 +173,7 @@ def _batches(
     for start in generator.permutation(starts):
         rows = [windows[i] for i in order[start : start + batch_size]]
         items, targets = pad_left([row.items for row in rows]), pad_left([row.targets for row in rows])
-        yield items.to(device), targets.to(device)
+        yield torch.from_numpy(items).to(device), torch.from_numpy(targets).to(device)
 
 
 def _cross_entropy(
@@ -184,44 +200,48 @@ def sampled_cross_entropy(
 
 
 @torch.no_grad()
-def evaluate_encoder(encoder: SASRec, held: Held, batch_size: int = 256) -> dict[str, float]:
+def evaluate_encoder(encoder: SASRec, held: Held) -> dict[str, float]:
     """ndcg@10 and hit_rate@10 of the held targets over the whole catalogue; ties rank the target last."""
     encoder.eval()
     device = next(encoder.parameters()).device
-    ranks = []
-    for start in range(0, len(held.targets), batch_size):
-        histories = held.histories[start : start + batch_size]
-        scores = encoder.scores(encoder(pad_left(histories).to(device))).float().cpu().numpy()
-        ranks.append(_ranks(scores, histories, held.targets[start : start + batch_size], held.exclude_history))
-    return _summary(np.concatenate(ranks))
+    return _metrics(lambda items: encoder.scores(encoder(items)), held, device)
 
 
-def _ranks(scores: np.ndarray, histories: list[np.ndarray], targets: np.ndarray, exclude: bool) -> np.ndarray:
-    """1-based ranks of the targets in (B, num_items) scores: every equal score stands before the target."""
-    rows = np.arange(len(targets))
-    target_scores = scores[rows, targets].copy()
-    if exclude:
-        for row, history in zip(scores, histories):
-            row[history] = -np.inf
-    scores[rows, targets] = -np.inf
-    return 1 + (scores >= target_scores[:, None]).sum(axis=1)
+def _metrics(
+    score: Callable[[torch.Tensor], torch.Tensor], held: Held, device: torch.device, batch_size: int = 256
+) -> dict[str, float]:
+    """Metrics of a scorer: histories (B, L) → (B, num_items)."""
+    ranks: list[torch.Tensor] = []
+    start, rows = 0, 1  # the first block tells how many items there are
+    while start < len(held.targets):
+        items = torch.from_numpy(pad_left(held.histories[start : start + rows])).to(device)
+        targets = torch.from_numpy(held.targets[start : start + rows]).to(device)
+        scores = score(items).to(torch.float32, copy=True)
+        ranks.append(_ranks(scores, items if held.exclude_history else None, targets).cpu())
+        start, rows = start + rows, max(1, min(batch_size, SCORES_AT_ONCE // scores.shape[1]))
+    return _summary(torch.cat(ranks).numpy())
+
+
+def _ranks(scores: torch.Tensor, excluded: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """1-based ranks (B,) of the targets (B,) in (B, num_items) scores, which are overwritten.
+
+    Every equal score stands before the target, and so does one that is not a number. `excluded` (B, L), padded with
+    -1, are not ranked, but the target always is.
+    """
+    wanted = scores.gather(1, targets[:, None])  # (B, 1), a copy
+    if excluded is not None:
+        rows, columns = (excluded >= 0).nonzero(as_tuple=True)
+        scores[rows, excluded[rows, columns]] = float("-inf")
+    scores.scatter_(1, targets[:, None], float("-inf"))
+    return 1 + (~(scores < wanted)).sum(dim=1)
 
 
 def _summary(ranks: np.ndarray) -> dict[str, float]:
     # one relevant item: ndcg@k = 1 / log2(1 + rank) up to k, otherwise 0 (Järvelin & Kekäläinen 2002)
-    gains = np.where(ranks <= K, 1 / np.log2(1 + ranks), 0.0)
-    return {"ndcg@10": float(gains.mean()), "hit_rate@10": float((ranks <= K).mean())}
+    gains = np.where(ranks <= CUTOFF, 1 / np.log2(1 + ranks), 0.0)
+    return {"ndcg@10": float(gains.mean()), "hit_rate@10": float((ranks <= CUTOFF).mean())}
 
 
-def _popularity(dataset: Dataset) -> np.ndarray:
+def _popularity(dataset: Dataset) -> torch.Tensor:
     trained = dataset.sequences.items[dataset.sequences.splits == TRAIN]
-    return np.bincount(trained, minlength=dataset.num_items).astype(np.float32)
-
-
-def _metrics(scores: np.ndarray, held: Held) -> dict[str, float]:
-    """The same metrics for one score an item, equal for all users."""
-    ranks = [
-        _ranks(scores[None].copy(), [history], held.targets[i : i + 1], held.exclude_history)
-        for i, history in enumerate(held.histories)
-    ]
-    return _summary(np.concatenate(ranks))
+    return torch.from_numpy(np.bincount(trained, minlength=dataset.num_items).astype(np.float32))

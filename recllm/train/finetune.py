@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
@@ -22,14 +23,14 @@ from transformers.integrations import TensorBoardCallback
 
 from recllm import files
 from recllm.convert.templates import load_template
-from recllm.data.dataset import Dataset
+from recllm.data.dataset import Dataset, pad_left
 from recllm.errors import UserError
 from recllm.model.adapter import build_adapter, fit_gate_statistics, load_adapter, save_adapter
 from recllm.model.base_model import load_base_model
 from recllm.model.sequence_encoder import SASRec, load_encoder
 from recllm.recipe import Recipe
 from recllm.train.card import model_card
-from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, pad_left, tokenize
+from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, tokenize
 from recllm.train.trainer import AdapterTrainer, last_checkpoint
 
 OURS = {  # keys of TrainingArguments that a recipe may not set, and why
@@ -40,6 +41,8 @@ OURS = {  # keys of TrainingArguments that a recipe may not set, and why
     "prediction_loss_only": "evaluation during training gives the loss only",
     "length_column_name": "lengths are known from tokenising",
     "resume_from_checkpoint": "a run resumes from its own last checkpoint by itself",
+    "save_only_model": "a run that was killed could not be resumed",
+    "ignore_data_skip": "a resumed run must go on with the examples that the killed one had not reached",
     "push_to_hub": "the adapter folder can be uploaded after training",
 }
 DEFAULTS: dict[str, Any] = {  # where they differ from transformers'
@@ -49,6 +52,19 @@ DEFAULTS: dict[str, Any] = {  # where they differ from transformers'
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # it hides a diverged run: ours stops
 }
+NO_WEIGHT = (  # beginnings of keys of `train:` that do not touch the weights: they may change before a run is resumed
+    "logging_",
+    "log_",
+    "report_to",
+    "run_name",
+    "save_",
+    "disable_tqdm",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+)
+STATISTICS_HISTORIES = 50_000  # mean and deviation of so many are as good as those of all
 PROBE_ROWS = 2
 RELOADED = "reloaded"
 TOLERANCE = 1e-5  # of the reloaded adapter's logits, relative to their largest: the same weights give the same numbers
@@ -76,13 +92,19 @@ def train(
     encoder = check_inputs(recipe, dataset, Path(encoder_folder), allow_template_mismatch)
     set_seed(recipe.seed)
     base_model, tokenizer = load_base_model(recipe.model)
-    examples = tokenize(dataset.examples("train", COLUMNS), tokenizer, context_tokens(base_model.config))
     model = build_adapter(base_model, recipe.adapter, encoder)
-    if encoder is not None:
-        fit_gate_statistics(model, representations(encoder, dataset, examples, recipe.history.max_items))
+    examples = tokenize_split(dataset, "train", tokenizer, model)
+    evaluated = tokenize_split(dataset, "valid", tokenizer, model) if arguments.eval_strategy != "no" else None
     fingerprint = fingerprint_of(recipe, dataset, Path(encoder_folder))
-    trainer = make_trainer(recipe, model, tokenizer, dataset, examples, arguments, fingerprint, output.parent / "logs")
-    trainer.train(resume_from_checkpoint=_resume_from(checkpoints, fingerprint, resume))
+    checkpoint = _resume_from(checkpoints, fingerprint, resume)
+    if encoder is not None and checkpoint is None:  # a checkpoint brings its own
+        max_items = recipe.history.max_items
+        states = representations(encoder, dataset, examples, max_items, recipe.seed, arguments.device)
+        fit_gate_statistics(model, states)
+    trainer = make_trainer(
+        recipe, model, tokenizer, dataset, examples, evaluated, arguments, fingerprint, output.parent / "logs"
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         save_and_check(recipe, trainer, dataset, examples, output)
         if "save_total_limit" not in recipe.train:
@@ -189,10 +211,23 @@ def context_tokens(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
+def tokenize_split(
+    dataset: Dataset, split: str, tokenizer: PreTrainedTokenizerBase, model: PeftModel
+) -> TokenizedExamples:
+    """All examples of a split; the errors of `tokenize`."""
+    counts = dataset.manifest["counts"]["examples"]  # "split/task" → examples
+    total = sum(count for name, count in counts.items() if name.startswith(f"{split}/"))
+    batches = dataset.example_batches(split, COLUMNS)
+    return tokenize(batches, tokenizer, context_tokens(model.config), split, total)
+
+
 def fingerprint_of(recipe: Recipe, dataset: Dataset, encoder_folder: Path) -> str:
     """sha256 over all that decides the weights of a run: only its own checkpoints may be resumed."""
     document = recipe.model_dump(mode="json")
+    if not recipe.train.get("load_best_model_at_end"):  # with it, when is saved decides what is loaded
+        document["train"] = {k: v for k, v in document["train"].items() if not k.startswith(NO_WEIGHT)}
     read: dict[str, Any] = {key: document[key] for key in ("seed", "model", "adapter", "train", "history", "prompt")}
+    read["num_processes"] = PartialState().num_processes
     read["dataset"] = files.sha256_of(dataset.folder / "manifest.json")
     if recipe.adapter.method != "lora":
         read["encoder"] = files.sha256_of(encoder_folder)
@@ -204,18 +239,32 @@ def fingerprint_of(recipe: Recipe, dataset: Dataset, encoder_folder: Path) -> st
 
 @torch.no_grad()
 def representations(
-    encoder: SASRec, dataset: Dataset, examples: TokenizedExamples, max_items: int, rows: int = 256
+    encoder: SASRec,
+    dataset: Dataset,
+    examples: TokenizedExamples,
+    max_items: int,
+    seed: int,
+    device: torch.device,
+    rows: int = 256,
 ) -> torch.Tensor:
-    """(N, D): what the encoder says of the history of every training example; the gate standardises by these.
+    """(N, D): what the encoder says of the histories of training examples; the gate standardises by these.
 
-    On raw SASRec states, which share a large common component, a softmax gate collapses onto one expert.
+    On raw SASRec states, which share a large common component, a softmax gate collapses onto one expert. Of more than
+    STATISTICS_HISTORIES histories that are not empty a seeded choice is taken.
     """
-    states = []
-    for begin in tqdm(range(0, len(examples), rows), desc="gate statistics", unit="batch"):
-        ends = examples.history_ends[begin : begin + rows]
-        users = examples.user_indices[begin : begin + rows]
+    chosen = np.flatnonzero(examples.history_ends)  # an empty history has a uniform gate, whatever the statistics
+    if len(chosen) > STATISTICS_HISTORIES:
+        chosen = np.random.default_rng([seed, 0]).choice(chosen, STATISTICS_HISTORIES, replace=False)
+    chosen = chosen[np.argsort(examples.history_ends[chosen], kind="stable")]  # like lengths together: less padding
+    at_home = encoder.item_embedding.weight.device
+    encoder.to(device)
+    states = [torch.empty(0, encoder.hidden_size)]
+    for begin in tqdm(range(0, len(chosen), rows), desc="gate statistics", unit="batch"):
+        part = chosen[begin : begin + rows]
+        ends, users = examples.history_ends[part], examples.user_indices[part]
         histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, ends)]
-        states.append(encoder(pad_left(histories).to(encoder.item_embedding.weight.device)).cpu())
+        states.append(encoder(torch.from_numpy(pad_left(histories)).to(device)).cpu())
+    encoder.to(at_home)
     return torch.cat(states)
 
 
@@ -225,16 +274,14 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     examples: TokenizedExamples,
+    evaluated: TokenizedExamples | None,
     arguments: TrainingArguments,
     fingerprint: str,
     logs: Path,
 ) -> AdapterTrainer:
-    """The trainer of this run; valid examples are read only where the recipe asks for evaluation during training."""
+    """The trainer of this run; `evaluated` only where the recipe asks for evaluation during training."""
     histories = dataset if recipe.adapter.method == "ilora" else None
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    evaluated = None
-    if arguments.eval_strategy != "no":
-        evaluated = tokenize(dataset.examples("valid", COLUMNS), tokenizer, context_tokens(model.config))
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
@@ -251,17 +298,25 @@ def make_trainer(
 
 
 def _resume_from(folder: Path, fingerprint: str, resume: bool) -> str | None:
-    """The checkpoint to go on from; None begins afresh, without what other runs have left there."""
-    found = last_checkpoint(folder, fingerprint) if resume else None
+    """The checkpoint to go on from; None begins afresh: the checkpoints of other runs are moved out of the way."""
     state = PartialState()
+    found = last_checkpoint(folder, fingerprint, state.num_processes) if resume else None
     state.wait_for_everyone()  # all ranks have looked before the first one tidies up
     if state.is_main_process:
-        if found is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
+        if found is not None:
             print(f"recllm: going on from {found}", file=sys.stderr)
+        elif folder.exists():
+            _set_aside(folder)
     state.wait_for_everyone()
     return str(found) if found else None
+
+
+def _set_aside(folder: Path) -> None:
+    """In place they would count as ours, and save_total_limit would delete ours before them. One set is kept."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    print(f"recllm: beginning afresh; what was in {folder} is kept in {old} until the next time", file=sys.stderr)
 
 
 # ---- after training ----
@@ -277,7 +332,9 @@ def save_and_check(
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     history = trainer.state.log_history
-    rows: list[Any] = [examples[i] for i in range(min(PROBE_ROWS, len(examples)))]
+    # those whose gate has most to say: an empty history has a uniform one, whatever was saved
+    longest = np.argsort(-examples.history_ends, kind="stable")[:PROBE_ROWS]
+    rows: list[Any] = [examples[int(i)] for i in longest]
     with files.replacing_folder(output) as staging:
         card = model_card(recipe, dataset.manifest, history)
         save_adapter(model, staging, items=dataset.folder / "items.parquet", manifest=dataset.manifest, card=card)

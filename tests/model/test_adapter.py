@@ -18,8 +18,8 @@ from recllm.model.adapter import (
     gate_weights,
     load_adapter,
     load_weights,
-    num_experts,
     save_adapter,
+    weights_sha256,
 )
 from recllm.recipe import AdapterSection, GateSection
 
@@ -180,7 +180,6 @@ def test_one_users_weights_are_one_row(adapter: Any, tmp_path: Path) -> None:
 def test_accepts_history(adapter: Any, tiny_llama: Any) -> None:
     model = adapter(num_experts=2)
     assert accepts_history(model)
-    assert num_experts(model) == 2
     assert not accepts_history(adapter(method="lora"))
     assert not accepts_history(tiny_llama())
     with pytest.raises(ValueError, match="no gate"):
@@ -247,6 +246,38 @@ def test_a_failing_write_leaves_the_old_folder(saved: Path, adapter: Any) -> Non
 def test_another_base_model_is_refused(saved: Path, tiny_llama: Any, change: dict[str, int], words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_adapter(tiny_llama(**change), saved)
+
+
+def test_a_base_model_of_the_same_sizes_with_other_weights_is_refused(saved: Path, tiny_llama: Any) -> None:
+    other = tiny_llama(seed=1)
+    other.name_or_path = "the-other"
+    _edit(saved / "base_model.json", name_or_path="its-own")
+    with pytest.raises(UserError, match=r"adapter for its-own .*, the base model given is the-other .*other weights"):
+        load_adapter(other, saved)
+    _edit(saved / "base_model.json", weights_sha256=None)  # saved where no fingerprint could be taken
+    load_adapter(other, saved)
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_their_type(tiny_llama: Any, adapter: Any) -> None:
+    base = tiny_llama().to(torch.bfloat16)
+    expected = weights_sha256(base)
+    assert expected == weights_sha256(tiny_llama()) == weights_sha256(base.to(torch.float32))
+    assert expected == weights_sha256(
+        adapter(method="lora", target_modules=["embed_tokens", "q_proj"]).get_base_model()
+    )
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.norm.weight[3] += 0.5
+    assert weights_sha256(changed) != expected
+    assert weights_sha256(tiny_llama(seed=1)) != expected
+
+
+def test_no_fingerprint_of_weights_that_are_not_here_or_not_exact(saved: Path, tiny_llama: Any) -> None:
+    quantised = tiny_llama(seed=1)
+    quantised.is_quantized = True
+    for base_model in (tiny_llama().to("meta"), tiny_llama(seed=1).half(), quantised):
+        assert weights_sha256(base_model) is None
+    load_adapter(quantised, saved)  # sizes decide
 
 
 def test_another_base_model_is_refused_by_shapes_alone(saved: Path, tiny_llama: Any) -> None:

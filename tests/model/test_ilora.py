@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from transformers import GenerationConfig
 
 from recllm.errors import UserError
 from recllm.model.adapter import build_adapter, gate_weights, load_adapter, save_adapter
@@ -274,6 +275,22 @@ def test_sampled_copies_repeat_the_gate(adapter: Any, tokens: torch.Tensor, hist
     config = copy.deepcopy(model.generation_config)
     config.update(**options)
     assert model.generate(input_ids=tokens, history_items=histories, generation_config=config).shape[0] == 3 * 2
+
+
+def test_what_a_passed_config_leaves_open_the_models_own_fills(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter()
+    expected = model.generate(
+        input_ids=tokens, history_items=histories, num_beams=3, max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
+    model.generation_config.num_beams = 3
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert config.num_beams is None
+    found = model.generate(input_ids=tokens, history_items=histories, generation_config=config)
+    assert torch.equal(found, expected)
+    config.num_beams = 1  # said, so not filled
+    assert model.generate(input_ids=tokens, history_items=histories, generation_config=config).shape[0] == 3
 
 
 # ---- several adapters, none ----

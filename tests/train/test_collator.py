@@ -1,11 +1,11 @@
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from recllm import schema
 from recllm.errors import UserError
-from recllm.train.collator import COLUMNS, IGNORE, Collator, Row, pad_left, tokenize
+from recllm.model import chat
+from recllm.model.chat import encode
+from recllm.train.collator import COLUMNS, IGNORE, Collator, Row, tokenize
 
 
 def rows() -> list[Row]:
@@ -46,30 +46,47 @@ def test_no_gate_of_a_dense_window_sees_a_target(dataset):
         assert [dataset.titles[i] for i in window] == titles
 
 
-def test_padding_of_nothing_is_one_column():
-    assert pad_left([np.array([]), np.array([])]).tolist() == [[-1], [-1]]
+def batches(dataset, split="train"):
+    return dataset.example_batches(split, COLUMNS, rows=7)
 
 
-def test_tokenizing_keeps_order_and_every_token(dataset, tiny_tokenizer):
-    examples = dataset.examples("train", COLUMNS)
-    tokenized = tokenize(examples, tiny_tokenizer, 10_000)
-    assert len(tokenized) == examples.num_rows
-    for number in (0, examples.num_rows - 1):
-        example, row = examples.slice(number, 1).to_pylist()[0], tokenized[number]
-        assert (row.user_index, row.history_end) == (example["user_index"], example["history_end"])
-        completion = row.input_ids[-row.completion_tokens :]
-        assert tiny_tokenizer.decode(completion) == example["completion"][0]["content"]
-        assert tokenized.lengths[number] == len(row.input_ids)
+@pytest.mark.parametrize("split", ["train", "valid"])  # valid: prompts that end in an unfinished answer
+def test_tokenizing_gives_the_ids_of_encode_in_order(dataset, tiny_tokenizer, split, monkeypatch):
+    for limit in (1 << 18, 5):  # 5: what is remembered is forgotten again and again
+        monkeypatch.setattr(chat, "REMEMBERED_LINES", limit)
+        monkeypatch.setattr(chat, "REMEMBERED_PROMPTS", limit)
+        tokenized = tokenize(batches(dataset, split), tiny_tokenizer, 10_000, split)
+        examples = dataset.examples(split, COLUMNS).to_pylist()
+        assert len(tokenized) == len(examples)
+        for number, example in enumerate(examples):
+            row = tokenized[number]
+            prompt, completion = encode(tiny_tokenizer, example["prompt"], example["completion"])
+            assert row.input_ids.tolist() == prompt + completion
+            assert row.completion_tokens == len(completion)
+            assert (row.user_index, row.history_end) == (example["user_index"], example["history_end"])
+            assert tokenized.lengths[number] == len(prompt) + len(completion)
+
+
+def test_a_line_is_tokenised_once(dataset, tiny_tokenizer, monkeypatch):
+    lines, turns = [], []
+    tokenise, template = chat._encode_lines, chat._turn_ids
+    monkeypatch.setattr(chat, "_encode_lines", lambda own, new: lines.extend(new) or tokenise(own, new))
+    monkeypatch.setattr(chat, "_turn_ids", lambda own, new: turns.append(new) or template(own, new))
+    tokenize(batches(dataset), tiny_tokenizer, 10_000)
+    assert len(lines) == len(set(lines)) == dataset.num_items
+    contents = [turn[0]["content"] for turn in turns]
+    assert len(contents) == len(set(contents)) < 10  # a dense task asks everybody in one of a few phrasings
 
 
 def test_examples_longer_than_the_context_are_counted_not_cut(dataset, tiny_tokenizer):
-    lengths = tokenize(dataset.examples("train", COLUMNS), tiny_tokenizer, 10_000).lengths
+    lengths = tokenize(batches(dataset, "valid"), tiny_tokenizer, 10_000).lengths
     limit = int(lengths.max()) - 1
     over = int((lengths > limit).sum())
-    with pytest.raises(UserError, match=rf"{over} of {len(lengths)} examples .* {limit} tokens .*prompt\.max_items"):
-        tokenize(dataset.examples("train", COLUMNS), tiny_tokenizer, limit)
+    with pytest.raises(UserError, match=rf'{over} of {len(lengths)} "valid" .* {limit} tokens .*prompt\.max_items'):
+        tokenize(batches(dataset, "valid"), tiny_tokenizer, limit, "valid")
 
 
-def test_no_examples_is_an_error(tiny_tokenizer):
-    with pytest.raises(UserError, match="0 training examples"):
-        tokenize(pa.Table.from_pylist([], schema=schema.EXAMPLES), tiny_tokenizer, 100)
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_no_examples_is_an_error_that_names_the_split(tiny_tokenizer, split):
+    with pytest.raises(UserError, match=f'0 "{split}" examples'):
+        tokenize([], tiny_tokenizer, 100, split)

@@ -53,22 +53,33 @@ def test_other_positions_are_never_read(dataset: Dataset, code: int):
 
 
 def test_validation_reads_all_positions_before_the_target(dataset: Dataset):
-    held = validation(dataset, 3)
+    held = validation(dataset, 3, exclude_history=False)
     sequences = dataset.sequences
     assert len(held.targets) == sequences.num_users
     end = sequences.offsets[1]  # leave-one-out: valid is the last but one
     assert held.targets[0] == sequences.items[end - 2]
     assert held.histories[0].tolist() == sequences.items[end - 5 : end - 2].tolist()
-    assert not held.exclude_history  # from the protocol that the dataset was converted with
+
+
+def test_a_large_validation_split_is_sampled_by_seed(dataset: Dataset, monkeypatch):
+    whole = validation(dataset, 3, False)
+    monkeypatch.setattr(module, "VALIDATION_TARGETS", 20)
+    held, other = validation(dataset, 3, True, seed=1), validation(dataset, 3, True, seed=2)
+    assert len(held.targets) == len(held.histories) == 20
+    assert held.exclude_history
+    assert np.array_equal(held.targets, validation(dataset, 3, True, seed=1).targets)
+    pairs = [{(*history.tolist(), int(t)) for history, t in zip(h.histories, h.targets)} for h in (whole, held, other)]
+    assert pairs[1] <= pairs[0]
+    assert pairs[1] != pairs[2]
 
 
 def test_it_learns_the_ring_and_beats_popularity(dataset: Dataset, tmp_path):
-    metrics = fit_encoder(dataset, SECTION, 12, 0, tmp_path / "encoder")
+    metrics = fit_encoder(dataset, SECTION, 12, 0, tmp_path / "encoder", exclude_history=False)
     assert metrics["ndcg@10"] > 0.8
     assert metrics["ndcg@10"] > 2 * metrics["popularity_ndcg@10"]
     encoder, info = load_encoder(tmp_path / "encoder")
     assert info["vocabulary_sha256"] == dataset.vocabulary_sha256
-    saved = evaluate_encoder(encoder, validation(dataset, 12))
+    saved = evaluate_encoder(encoder, validation(dataset, 12, exclude_history=False))
     assert saved["ndcg@10"] == pytest.approx(metrics["ndcg@10"])  # the best epoch was kept, not the last
 
 
@@ -114,6 +125,42 @@ def test_ranks_are_pessimistic_and_the_target_is_always_ranked(exclude: bool, ta
     assert metrics == {"ndcg@10": pytest.approx(1 / math.log2(1 + rank)), "hit_rate@10": 1.0}
 
 
+def test_scores_come_in_blocks_of_bounded_size(monkeypatch):
+    sizes = []
+
+    class Watched(FixedScores):
+        def scores(self, representation: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(representation))
+            return super().scores(representation)
+
+    histories = [np.array([1], dtype=np.int32)] * 7
+    held = Held(histories, np.array([0, 2, 4, 4, 0, 3, 2]), True)
+    whole = evaluate_encoder(FixedScores([5.0, 4.0, 3.0, 1.0, 1.0]), held)
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 12)
+    assert evaluate_encoder(Watched([5.0, 4.0, 3.0, 1.0, 1.0]), held) == whole
+    assert max(sizes) == 12 // 5
+
+
+def test_a_score_that_is_no_number_stands_before_the_target():
+    held = Held([np.array([], dtype=np.int32)], np.array([0]), False)
+    metrics = evaluate_encoder(FixedScores([5.0, math.nan, math.nan, 1.0]), held)
+    assert metrics["ndcg@10"] == pytest.approx(1 / math.log2(1 + 3))
+
+
+def test_popularity_counts_training_positions_and_leaves_out_what_the_user_had(dataset: Dataset, tmp_path):
+    sequences = dataset.sequences
+    counts = np.bincount(sequences.items[sequences.splits == TRAIN], minlength=dataset.num_items)
+    section = SECTION.model_copy(update={"max_epochs": 1})
+    for exclude in (False, True):
+        held, gains = validation(dataset, 12, exclude), []
+        for history, target in zip(held.histories, held.targets):
+            others = [i for i in range(dataset.num_items) if i != target and not (exclude and i in history)]
+            rank = 1 + sum(counts[i] >= counts[target] for i in others)
+            gains.append(1 / math.log2(1 + rank) if rank <= 10 else 0.0)
+        metrics = fit_encoder(dataset, section, 12, 0, tmp_path / "encoder", exclude_history=exclude)
+        assert metrics["popularity_ndcg@10"] == pytest.approx(np.mean(gains))
+
+
 def test_sampled_softmax_over_all_items_is_the_full_softmax():
     generator = torch.Generator().manual_seed(0)
     states, table = torch.randn(6, 4, generator=generator), torch.randn(9, 4, generator=generator)
@@ -125,7 +172,7 @@ def test_sampled_softmax_over_all_items_is_the_full_softmax():
 def test_large_catalogues_train_on_a_sample(dataset: Dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FULL_SOFTMAX_ITEMS", 10)
     monkeypatch.setattr(module, "SAMPLED_NEGATIVES", 12)
-    assert fit_encoder(dataset, SECTION, 12, 0, tmp_path / "encoder")["ndcg@10"] > 0.8
+    assert fit_encoder(dataset, SECTION, 12, 0, tmp_path / "encoder", exclude_history=False)["ndcg@10"] > 0.8
 
 
 def test_no_validation_target_is_an_error(dataset: Dataset, tmp_path):

@@ -5,19 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from recllm import files
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.model.adapter import load_adapter
 from recllm.model.base_model import load_base_model
+from recllm.model.sequence_encoder import load_encoder
 from recllm.recipe import Recipe
 from recllm.train import finetune
+from recllm.train.collator import TokenizedExamples
 from recllm.train.encoder import fit_encoder
 from recllm.train.finetune import train, training_arguments
 
@@ -39,7 +42,7 @@ def encoder_folder(dataset: Dataset, log_folder: Path) -> Path:
 def make_recipe(log_folder: Path, tiny_model_folder: Path):
     def make(**changes: Any) -> Recipe:
         train_section = recipe_of(log_folder).train | changes.pop("train", {})
-        model = {"name_or_path": str(tiny_model_folder), "dtype": "float32"}
+        model = {"name_or_path": str(tiny_model_folder), "dtype": changes.pop("dtype", "float32")}
         return recipe_of(log_folder, model=model, train=train_section, **changes)
 
     return make
@@ -79,8 +82,6 @@ def test_a_run_writes_an_adapter_that_learned_and_that_stock_peft_loads(
 
 def test_gate_statistics_are_those_of_the_training_histories(dataset, encoder_folder, make_recipe, tmp_path):
     output = train(make_recipe(train={"max_steps": 1}), dataset.folder, encoder_folder, tmp_path / "adapter")
-    from recllm.model.sequence_encoder import load_encoder
-
     encoder, _ = load_encoder(encoder_folder)
     states = []
     for example in dataset.examples("train").to_pylist():
@@ -88,6 +89,7 @@ def test_gate_statistics_are_those_of_the_training_histories(dataset, encoder_fo
         if len(history):  # an empty history has a uniform gate whatever the statistics are
             states.append(encoder(torch.tensor(history).long()[None]).detach())
     rows = torch.cat(states)
+    assert 0 < len(rows) < dataset.examples("train").num_rows
     gate = load_file(output / "gate.safetensors")
     torch.testing.assert_close(gate["mean"], rows.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gate["deviation"], rows.std(0, correction=0), rtol=1e-3, atol=1e-5)
@@ -101,12 +103,30 @@ def test_plain_lora_needs_no_encoder(dataset, make_recipe, tmp_path):
     assert max(float(p.abs().max()) for name, p in loaded.named_parameters() if "lora_B" in name) > 0
 
 
-def test_evaluation_and_tensorboard_pass_through(dataset, encoder_folder, make_recipe, tmp_path):
-    recipe = make_recipe(train={"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 3})
+def test_evaluation_passes_through_and_tensorboard_is_the_default(dataset, encoder_folder, make_recipe, tmp_path):
+    recipe = make_recipe(train={"eval_strategy": "steps", "eval_steps": 3})
+    del recipe.train["report_to"]
     output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
     log = json.loads((output / "training_log.json").read_text())
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
+
+
+def test_a_bf16_base_model_learns_and_its_adapter_comes_back(dataset, encoder_folder, make_recipe, tmp_path):
+    recipe = make_recipe(train={"max_steps": 30, "bf16": True, "use_cpu": True}, dtype="bfloat16")
+    output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    losses = [entry["loss"] for entry in json.loads((output / "training_log.json").read_text()) if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    assert {value.dtype for value in tensors(output).values()} == {torch.float32}
+    base_model, _ = load_base_model(recipe.model)
+    assert next(base_model.parameters()).dtype == torch.bfloat16
+    loaded = load_adapter(base_model, output)
+    own = {name: value for name, value in loaded.state_dict().items() if "lora_B" in name}
+    saved = load_file(output / "adapter_model.safetensors")
+    assert own
+    assert all(
+        torch.equal(own[name.replace(".weight", ".default.weight")], saved[name]) for name in saved if "lora_B" in name
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_weights(dataset, encoder_folder, make_recipe, tmp_path):
@@ -140,6 +160,41 @@ def test_an_adapter_that_reloads_differently_is_not_moved_into_place(
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["old"]
 
 
+def damage(folder: Path, name: str) -> None:
+    weights = load_file(folder / name)
+    save_file({key: value + 0.05 * torch.randn_like(value) for key, value in weights.items()}, folder / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["gate.safetensors", "sequence_encoder/encoder.safetensors", "adapter_model.safetensors"]
+)
+def test_every_damaged_file_fails_the_check(dataset, encoder_folder, make_recipe, tmp_path, monkeypatch, name):
+    def damaged(model, folder, **kwargs):
+        save(model, folder, **kwargs)
+        damage(folder, name)
+
+    save = finetune.save_adapter
+    monkeypatch.setattr(finetune, "save_adapter", damaged)
+    with pytest.raises(UserError, match="other logits than the trained one"):
+        train(make_recipe(), dataset.folder, encoder_folder, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_gate_statistics_of_many_examples_are_those_of_a_seeded_sample(dataset, encoder_folder, tmp_path, monkeypatch):
+    encoder, _ = load_encoder(encoder_folder)
+    ends = np.array([0, 3, 4, 5, 0, 2])
+    examples = TokenizedExamples(np.empty(0, np.int32), np.zeros(6, int), np.zeros(6, int), np.arange(6), ends)
+
+    def states(seed: int) -> torch.Tensor:
+        return finetune.representations(encoder, dataset, examples, 12, seed, torch.device("cpu"))
+
+    assert len(states(0)) == 4  # those with a history
+    monkeypatch.setattr(finetune, "STATISTICS_HISTORIES", 2)
+    assert states(0).shape == (2, 16)
+    assert torch.equal(states(0), states(0))
+    assert any(not torch.equal(states(0), states(seed)) for seed in range(1, 6))
+
+
 # ---- refused before long work ----
 
 
@@ -157,6 +212,8 @@ def no_long_work(monkeypatch):
         ({"train": {"learning_rat": 1e-3}}, 'no argument "learning_rat", did you mean "learning_rate"'),
         ({"train": {"output_dir": "elsewhere"}}, r"train\.output_dir may not be set: .*set output_dir at the top"),
         ({"train": {"remove_unused_columns": True}}, "remove_unused_columns may not be set"),
+        ({"train": {"save_only_model": True}}, r"save_only_model may not be set: .*resumed"),
+        ({"train": {"ignore_data_skip": True}}, "ignore_data_skip may not be set"),
         ({"train": {"lr_scheduler_type": "cosinus"}}, "cosinus"),
         ({"history": {"max_items": 13}}, r"history\.max_items=12, the recipe has 13: run `recllm convert`"),
         ({"prompt": {"max_items": 5}}, r"prompt\.max_items=4, the recipe has 5"),
@@ -168,6 +225,31 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
 ):
     with pytest.raises(UserError, match=message):
         train(make_recipe(**changes), dataset.folder, encoder_folder, tmp_path / "adapter")
+
+
+def test_unknown_target_modules_are_refused_before_tokenising(
+    dataset, encoder_folder, make_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(finetune, "tokenize", lambda *_: pytest.fail("tokenised"))
+    recipe = make_recipe(adapter={"r": 4, "num_experts": 2, "target_modules": ["no_such_module"]})
+    with pytest.raises(UserError, match="no_such_module"):
+        train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+
+
+def test_valid_examples_are_tokenised_before_gate_statistics(
+    dataset, encoder_folder, make_recipe, tmp_path, monkeypatch
+):
+    longest = max(len(row["prompt"][-1]["content"]) for row in dataset.examples("valid", ["prompt"]).to_pylist())
+    assert longest  # valid prompts continue a list
+    monkeypatch.setattr(finetune, "representations", lambda *_: pytest.fail("gate statistics"))
+
+    def too_long(batches, tokenizer, max_tokens, split, total):
+        return tokenize(batches, tokenizer, 10 if split == "valid" else max_tokens, split, total)
+
+    tokenize = finetune.tokenize
+    monkeypatch.setattr(finetune, "tokenize", too_long)
+    with pytest.raises(UserError, match='"valid" examples are longer'):
+        train(make_recipe(train={"eval_strategy": "steps"}), dataset.folder, encoder_folder, tmp_path / "adapter")
 
 
 def test_another_template_can_be_allowed(dataset, encoder_folder, make_recipe, tmp_path, capsys):
@@ -268,14 +350,60 @@ def logged_steps(run: Path) -> list[int]:
     return [entry["step"] for entry in log if "loss" in entry]
 
 
-def test_another_recipe_does_not_resume_and_tidies_up(tmp_path):
-    checkpoint = tmp_path / "checkpoint-3"
-    checkpoint.mkdir()
-    files.write_json(checkpoint / "checkpoint.json", {"fingerprint": "mine", "files": {}})
-    assert finetune._resume_from(tmp_path, "mine", resume=True) == str(checkpoint)
+def test_another_recipe_does_not_resume_and_the_old_checkpoints_are_kept_once(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+
+    def checkpoint(step: int, fingerprint: str) -> Path:
+        made = folder / f"checkpoint-{step}"
+        made.mkdir(parents=True)
+        names = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
+        for name in names:
+            (made / name).touch()
+        files.write_json(made / "checkpoint.json", {"fingerprint": fingerprint, "files": dict.fromkeys(names, 0)})
+        return made
+
+    mine = checkpoint(3, "mine")
+    assert finetune._resume_from(folder, "mine", resume=True) == str(mine)
     with pytest.warns(UserWarning, match="another recipe"):
-        assert finetune._resume_from(tmp_path, "other", resume=True) is None
-    assert not tmp_path.exists()  # or its checkpoints would count as ours, and the oldest of ours be deleted first
+        assert finetune._resume_from(folder, "other", resume=True) is None
+    # in place its checkpoints would count as ours, and the oldest of ours be deleted first
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints.old"]
+    assert (tmp_path / "checkpoints.old" / "checkpoint-3" / "optimizer.pt").exists()
+    assert f"kept in {folder}.old" in capsys.readouterr().err
+    checkpoint(5, "other")
+    assert finetune._resume_from(folder, "other", resume=False) is None
+    assert [path.name for path in (tmp_path / "checkpoints.old").iterdir()] == ["checkpoint-5"]
+    assert finetune._resume_from(folder, "other", resume=True) is None  # nothing there, nothing moved
+    assert (tmp_path / "checkpoints.old" / "checkpoint-5").exists()
+
+
+def test_what_does_not_touch_the_weights_does_not_bar_resuming(dataset, encoder_folder, make_recipe, monkeypatch):
+    def fingerprint(**section: Any) -> str:
+        return finetune.fingerprint_of(make_recipe(train=section), dataset, encoder_folder)
+
+    harmless = {"logging_steps": 7, "report_to": "tensorboard", "run_name": "x", "save_steps": 3, "disable_tqdm": True}
+    harmless |= {"dataloader_num_workers": 2, "dataloader_pin_memory": False, "save_total_limit": 5}
+    assert fingerprint(**harmless) == fingerprint()
+    for key, value in {"learning_rate": 0.5, "max_steps": 7, "eval_strategy": "steps", "bf16": True}.items():
+        assert fingerprint(**{key: value}) != fingerprint(), key
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps"}
+    assert fingerprint(**best, save_steps=3) != fingerprint(**best, save_steps=4)  # which checkpoint is the best one
+    before = fingerprint()
+    monkeypatch.setitem(finetune.PartialState._shared_state, "num_processes", 2)
+    assert fingerprint() != before
+
+
+def test_a_resumed_run_takes_the_gate_statistics_of_its_checkpoint(
+    dataset, encoder_folder, make_recipe, tmp_path, monkeypatch
+):
+    recipe = make_recipe(train={"save_steps": 4, "save_total_limit": 2})  # the checkpoints stay
+    train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    before = tensors(tmp_path / "adapter")
+    monkeypatch.setattr(finetune, "representations", lambda *_: pytest.fail("computed again"))
+    train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    after = tensors(tmp_path / "adapter")
+    assert before["gate.safetensors:mean"].abs().max() > 0
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_accelerate_launch_is_the_same_run(dataset, encoder_folder, make_recipe, tmp_path):

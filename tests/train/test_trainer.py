@@ -19,7 +19,7 @@ SECTION = AdapterSection(r=4, num_experts=2)
 
 @pytest.fixture(scope="module")
 def examples(dataset, tiny_tokenizer) -> TokenizedExamples:
-    return tokenize(dataset.examples("train", COLUMNS).slice(0, 24), tiny_tokenizer, 512)
+    return tokenize(dataset.examples("train", COLUMNS).slice(0, 24).to_batches(), tiny_tokenizer, 512)
 
 
 def make_trainer(tiny_llama, dataset, examples, folder: Path, method: str = "ilora", **arguments) -> AdapterTrainer:
@@ -142,6 +142,52 @@ def test_grouping_by_length_pads_less():
     assert padding(8) < 0.3 * padding(0)
 
 
+def test_the_length_of_a_batch_says_nothing_of_its_step():
+    """transformers' order: every 50th batch holds the shortest, which in dense data have no history."""
+    lengths = np.random.default_rng(0).integers(5, 100, size=8 * 50 * 12 + 3)
+    correlations, first = [], []
+    for epoch in range(6):
+        order = list(EpochSampler(lengths, 8, 0, lambda epoch=epoch: epoch))
+        assert sorted(order) == list(range(len(lengths)))
+        batches = lengths[order[: len(lengths) // 8 * 8]].reshape(-1, 8).mean(1)
+        steps = np.arange(len(batches))
+        correlations.append([abs(np.corrcoef(batches, place)[0, 1]) for place in (steps, steps % 50)])
+        first.append(lengths[order[:8]].max())
+        assert np.std(lengths[order[8:16]]) < 5  # like lengths together
+    assert np.max(correlations) < 0.15  # sorted in stretches of 50: above 0.9 with the step modulo 50
+    assert first[0] == 99  # the longest first, once
+    assert min(first[1:]) < 90
+
+
+def test_the_remainder_is_not_always_the_shortest():
+    lengths = np.arange(43)
+    last = {tuple(sorted(list(EpochSampler(lengths, 8, 0, lambda e=e: e))[-3:])) for e in range(5)}
+    assert len(last) == 5
+    assert sorted(EpochSampler(np.arange(3), 8, 0, lambda: 0)) == [0, 1, 2]  # less than one batch
+
+
+def test_eval_loss_is_a_mean_over_tokens(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, per_device_eval_batch_size=5)
+    found = trainer.evaluate(examples)["eval_loss"]
+    batch = trainer.data_collator([examples[i] for i in range(len(examples))])
+    model = trainer.model.eval()
+    total, count = completion_loss(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
+    assert found == pytest.approx(float(total) / count, rel=1e-5)
+    means = [trainer.compute_loss(model, trainer.data_collator([examples[i]])).item() for i in range(len(examples))]
+    assert found != pytest.approx(np.mean(means), rel=1e-4)  # completions differ in length
+
+
+def test_saving_a_checkpoint_leaves_the_files_of_other_processes(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "rng_state_1.pth").write_bytes(b"state")
+    (tmp_path / "checkpoint-1" / MARKER).write_text("{}")  # of a run that was there before
+    trainer.save_model(str(tmp_path / "checkpoint-1"))
+    assert (tmp_path / "checkpoint-1" / "rng_state_1.pth").read_bytes() == b"state"
+    assert (tmp_path / "checkpoint-1" / "gate.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-1" / MARKER).exists()
+
+
 def test_every_checkpoint_is_an_adapter(tiny_llama, dataset, examples, tmp_path):
     trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=2, save_steps=1)
     trainer.train()
@@ -159,9 +205,15 @@ def test_every_checkpoint_is_an_adapter(tiny_llama, dataset, examples, tmp_path)
 def complete(folder: Path, step: int, fingerprint: str = "mine") -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
-    (checkpoint / "weights").write_bytes(b"12345")
-    (checkpoint / MARKER).write_text(json.dumps({"fingerprint": fingerprint, "files": {"weights": 5}}))
+    for name in ("weights", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"):
+        (checkpoint / name).write_bytes(b"12345")
+    seal(checkpoint, fingerprint)
     return checkpoint
+
+
+def seal(checkpoint: Path, fingerprint: str = "mine") -> None:
+    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != MARKER}
+    (checkpoint / MARKER).write_text(json.dumps({"fingerprint": fingerprint, "files": sizes}))
 
 
 def test_the_newest_complete_checkpoint_is_taken(tmp_path):
@@ -189,5 +241,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, damage, reason):
 
 def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
     complete(tmp_path, 1, "other")
-    with pytest.warns(UserWarning, match="another recipe, dataset or encoder"):
+    with pytest.warns(UserWarning, match="another recipe, dataset, encoder or number of processes"):
         assert last_checkpoint(tmp_path, "mine") is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"])
+def test_a_checkpoint_that_cannot_be_resumed_exactly_is_passed_over(tmp_path, name):
+    checkpoint = complete(tmp_path, 1)
+    (checkpoint / name).unlink()
+    seal(checkpoint)
+    with pytest.warns(UserWarning, match=f"has no {name}"):
+        assert last_checkpoint(tmp_path, "mine") is None
+
+
+def test_every_process_needs_its_random_state(tmp_path):
+    checkpoint = complete(tmp_path, 1)
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    seal(checkpoint)
+    with pytest.warns(UserWarning, match=r"has no rng_state_1\.pth"):
+        assert last_checkpoint(tmp_path, "mine", processes=2) is None
+    (checkpoint / "rng_state_1.pth").touch()
+    seal(checkpoint)
+    assert last_checkpoint(tmp_path, "mine", processes=2) == checkpoint
