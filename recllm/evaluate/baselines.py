@@ -14,11 +14,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy import sparse
 
-from recllm.data.dataset import Dataset
+from recllm.data.dataset import Dataset, pad_left
 from recllm.data.randomness import mix, text_keys, uniform
 from recllm.errors import UserError
 from recllm.evaluate import metrics
-from recllm.schema import TEST, TRAIN, UNUSED, VALID
+from recllm.schema import TRAIN
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -49,21 +49,11 @@ Scorer = Callable[[Examples], Floats]  # (B examples) → (B, num_items)
 
 
 def training_interactions(dataset: Dataset) -> npt.NDArray[np.bool_]:
-    """Which positions of the sequences (P,) training has read: each user's, up to their last training target.
+    """Which positions of the sequences (P,) are training's: those that the split calls TRAIN, and no others.
 
-    Held-out positions are not among them, nor is an unused position that follows one (the rest of a held-out session).
+    An unused position may belong to a held-out session or follow one: that is not training, whatever the split.
     """
-    sequences = dataset.sequences
-    splits, offsets = np.asarray(sequences.splits), np.asarray(sequences.offsets)
-    user = np.repeat(np.arange(sequences.num_users), np.diff(offsets))
-    held = np.isin(splits, (VALID, TEST))
-    held_before = np.concatenate([[0], np.cumsum(held)])  # (P + 1,): held-out positions before each
-    follows = held_before[:-1] > held_before[offsets[user]]
-    last = np.full(sequences.num_users, -1)
-    targets = np.flatnonzero(splits == TRAIN)
-    last[user[targets]] = targets  # ascending: the last one stays
-    unused = (splits == UNUSED) & ~follows
-    return ((splits == TRAIN) | unused) & (np.arange(len(splits)) <= last[user])
+    return np.asarray(dataset.sequences.splits) == TRAIN
 
 
 def item_counts(dataset: Dataset) -> Integers:
@@ -125,6 +115,8 @@ def sasrec(dataset: Dataset, encoder_folder: Path, batch_size: int = 256) -> Sco
     from recllm.model.sequence_encoder import load_encoder
 
     encoder, info = load_encoder(encoder_folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.to(device).eval()
     if info["vocabulary_sha256"] != dataset.vocabulary_sha256:
         raise UserError(
             f"{encoder_folder} was fitted on the item vocabulary {str(info['vocabulary_sha256'])[:12]}…, "
@@ -137,38 +129,44 @@ def sasrec(dataset: Dataset, encoder_folder: Path, batch_size: int = 256) -> Sco
         for start in range(0, len(examples.example_ids), batch_size):
             part = examples.part(slice(start, start + batch_size))
             histories = [_history(dataset, u, e, encoder.max_items) for u, e in zip(part.user_index, part.history_end)]
-            parts.append(encoder.scores(encoder(torch.from_numpy(pad_left(histories)))).double().numpy())
+            items = torch.from_numpy(pad_left(histories)).to(device)
+            parts.append(encoder.scores(encoder(items)).double().cpu().numpy())
         return np.concatenate(parts)
 
     return score
 
 
-def score_candidates(score: Scorer, examples: Examples, candidates: Integers, num_items: int) -> Floats:
-    """Scores of frozen candidates (N, C) → (N, C), in chunks."""
-    parts = [
-        np.take_along_axis(score(examples.part(rows)), candidates[rows], axis=1)
-        for rows in _chunks(len(examples.example_ids), num_items)
-    ]
-    return np.concatenate(parts) if parts else np.empty(candidates.shape)
+def score_examples(
+    score: Scorer,
+    dataset: Dataset,
+    examples: Examples,
+    candidates: Integers,
+    target: Integers,
+    full_catalogue: bool,
+    exclude_history: bool,
+) -> tuple[Floats, Integers | None]:
+    """Scores of frozen candidates (N, C), and the rank (N,) of each target among all items where `full_catalogue`.
 
-
-def full_ranks(
-    score: Scorer, dataset: Dataset, examples: Examples, target: Integers, exclude_history: bool
-) -> Integers:
-    """Rank of each target (N,) in the whole catalogue, pessimistic; without the items of the history where asked.
-
-    The target is always ranked, also where the user had it before.
+    Chunk by chunk, so that an example's catalogue is scored once for both. Ranks are pessimistic; `exclude_history`
+    leaves the items of the history unranked, but never the target, also where the user had it before.
     """
-    parts = []
+    scores, ranked = [np.empty((0, candidates.shape[1]))], [np.empty(0, np.int64)]
     for rows in _chunks(len(examples.example_ids), dataset.num_items):
         part = examples.part(rows)
-        excluded = None
-        if exclude_history:
-            excluded = np.zeros((len(part.example_ids), dataset.num_items), dtype=bool)
-            for line, user, end in zip(excluded, part.user_index, part.history_end):
-                line[_history(dataset, user, end, int(end))] = True
-        parts.append(metrics.ranks(score(part), target[rows], excluded))
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        table = score(part)  # (B, num_items)
+        scores.append(np.take_along_axis(table, candidates[rows], axis=1))
+        if full_catalogue:
+            excluded = _in_history(dataset, part) if exclude_history else None
+            ranked.append(metrics.ranks(table, target[rows], excluded))
+    return np.concatenate(scores), np.concatenate(ranked) if full_catalogue else None
+
+
+def _in_history(dataset: Dataset, examples: Examples) -> npt.NDArray[np.bool_]:
+    """(B, num_items): items that each user had before the example."""
+    had = np.zeros((len(examples.example_ids), dataset.num_items), dtype=bool)
+    for line, user, end in zip(had, examples.user_index, examples.history_end):
+        line[_history(dataset, user, end, int(end))] = True
+    return had
 
 
 def most_frequent_label(labels: Sequence[str], answers: Sequence[str]) -> str:
@@ -194,14 +192,6 @@ def user_labels(
     np.add.at(counts, (np.asarray(users, dtype=np.int64), np.asarray(places, dtype=np.int64)), 1)
     counts = 2 * counts + (np.asarray(answers) == constant)  # the constant wins among equals, and nowhere else
     return [answers[int(place)] for place in counts[np.asarray(wanted, dtype=np.int64)].argmax(axis=1)]
-
-
-def pad_left(histories: Sequence[npt.NDArray]) -> Integers:
-    """(B, L) item indices, -1 to the left of shorter histories; L is at least 1."""
-    padded = np.full((len(histories), max([1, *map(len, histories)])), -1, dtype=np.int64)
-    for line, history in zip(padded, histories):
-        line[len(line) - len(history) :] = history
-    return padded
 
 
 def _history(dataset: Dataset, user: int, end: int, max_items: int) -> npt.NDArray[np.int32]:

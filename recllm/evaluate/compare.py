@@ -17,15 +17,17 @@ import pyarrow.parquet as pq
 from recllm import files
 from recllm.errors import UserError
 from recllm.evaluate import metrics, statistics
-from recllm.evaluate.figures import compare_pair
+from recllm.evaluate.figures import Pair, compare_pairs
 from recllm.recipe import BootstrapSection
+
+COLUMNS = ["example_id", "user_index", "target", "candidates", "rank", "nats", "valid", "label", "predicted"]
 
 
 class Run(NamedTuple):
     """The main system of one report, for one task."""
 
     name: str
-    rows: dict[str, dict[str, Any]]  # example id → its row of predictions.parquet
+    rows: pa.Table  # COLUMNS of predictions.parquet, one row an example
 
 
 def compare(report_folders: Sequence[Path], metric: str | None = None) -> str:
@@ -61,39 +63,47 @@ def compare_rows(a: Run, b: Run, metric: str, section: BootstrapSection) -> dict
     Raises:
         UserError: no shared example, or one with other candidates or another target.
     """
-    shared = [example_id for example_id in a.rows if example_id in b.rows]
-    if not shared:
+    place = pc.index_in(a.rows["example_id"], value_set=b.rows["example_id"].combine_chunks())
+    shared = pc.is_valid(place)
+    if not pc.any(shared).as_py():
         raise UserError(f"{a.name} and {b.name} share no example: evaluate both on the same split and max_examples")
-    for example_id in shared:
-        for column in ("candidates", "target", "label"):
-            if a.rows[example_id][column] != b.rows[example_id][column]:
-                raise UserError(
-                    f"example {example_id} has other {column} in {a.name} than in {b.name}: evaluate both on the same "
-                    "dataset folder"
-                )
-    users = np.array([a.rows[example_id]["user_index"] for example_id in shared])
-    values = [_values([run.rows[example_id] for example_id in shared], metric, run.name) for run in (a, b)]
-    return compare_pair(a.name, b.name, metric, values[0], values[1], users, section)
+    rows_a, rows_b = a.rows.filter(shared), b.rows.take(place.drop_null())
+    for column in ("candidates", "target", "label"):
+        if rows_a[column].combine_chunks() != rows_b[column].combine_chunks():
+            pairs = zip(rows_a["example_id"].to_pylist(), rows_a[column].to_pylist(), rows_b[column].to_pylist())
+            example_id = next(name for name, one, other in pairs if one != other)
+            raise UserError(
+                f"example {example_id} has other {column} in {a.name} than in {b.name}: evaluate both on the same "
+                "dataset folder"
+            )
+    values_a, values_b = _values(rows_a, metric, a.name), _values(rows_b, metric, b.name)
+    pair = Pair(a.name, b.name, metric, values_a, values_b)
+    return compare_pairs([pair], rows_a["user_index"].to_numpy(), section)[0]
 
 
-def _values(rows: list[dict[str, Any]], metric: str, name: str) -> np.ndarray:
+def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
     """One value an example (N,), read off predictions.parquet."""
     kind, _, cutoff = metric.partition("@")
-    closed = rows[0]["rank"] is None
-    if metric == "nats" and all(row["nats"] is not None for row in rows):
-        return np.array([row["nats"] for row in rows])
+    closed, valid = _is_closed(rows), rows["valid"].to_numpy()
+    if metric == "nats" and not rows["nats"].null_count:
+        return rows["nats"].to_numpy()
     if metric == "valid_ratio":
-        return metrics.valid_ratio(np.array([row["valid"] for row in rows]))
+        return metrics.valid_ratio(valid)
     if metric == "accuracy" and closed:
-        return np.array([float(row["predicted"] == row["label"]) for row in rows])
+        right = pc.fill_null(pc.equal(rows["predicted"], rows["label"]), False)
+        return right.to_numpy().astype(np.float64)
     if kind in ("hit_rate", "ndcg", "mrr") and not closed and (metric == "mrr" or cutoff.strip("0").isdigit()):
-        rank = np.array([row["rank"] if row["valid"] else metrics.NO_RANK for row in rows])
+        rank = np.where(valid, rows["rank"].to_numpy(), metrics.NO_RANK)
         k = int(cutoff) if cutoff else None
         return {"hit_rate": metrics.hit_rate, "ndcg": metrics.ndcg, "mrr": metrics.mrr}[kind](rank, k)  # type: ignore
     raise UserError(
         f'{name} has no metric "{metric}": hit_rate@k, ndcg@k, mrr@k, mrr, valid_ratio, for language models nats; '
         "accuracy of closed tasks"
     )
+
+
+def _is_closed(rows: pa.Table) -> bool:
+    return bool(rows["rank"].null_count)  # a closed task has no ranks
 
 
 def _check_same_ground(folders: list[Path], documents: list[dict[str, Any]]) -> None:
@@ -118,13 +128,12 @@ def _check_same_ground(folders: list[Path], documents: list[dict[str, Any]]) -> 
 def _read(folder: Path, document: dict[str, Any], name: str, task: str) -> Run:
     system = document["main_system"][task]
     path = folder / "predictions.parquet"
+    wanted = [("system", "=", system), ("task", "=", task)]
     try:
-        table = pq.read_table(path)
+        rows = pq.read_table(path, columns=COLUMNS, filters=wanted)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: no readable predictions ({str(error).splitlines()[0]}): evaluate again") from None
-    mine = pc.and_(pc.equal(table["system"], system), pc.equal(table["task"], task))
-    rows = table.filter(mine).drop_columns(["scores", "text"]).to_pylist()
-    return Run(f"{name} ({system})", {row["example_id"]: row for row in rows})
+    return Run(f"{name} ({system})", rows)
 
 
 def _task_lines(task: str, runs: list[Run], document: dict[str, Any], metric: str | None) -> list[str]:
@@ -142,17 +151,16 @@ def _task_lines(task: str, runs: list[Run], document: dict[str, Any], metric: st
 
 
 def _metrics_of(runs: list[Run], document: dict[str, Any]) -> list[str]:
-    rows = [row for run in runs for row in run.rows.values()]
     cutoffs = document["protocol"]["ranking"]["k"]
-    closed = bool(rows) and rows[0]["rank"] is None
+    closed = _is_closed(runs[0].rows)
     names = ["accuracy"] if closed else [f"hit_rate@{min(cutoffs)}", f"ndcg@{max(cutoffs)}"]
-    return [*names, "nats"] if rows and all(row["nats"] is not None for row in rows) else names
+    return names if any(run.rows["nats"].null_count for run in runs) else [*names, "nats"]
 
 
 def _row(test: dict[str, Any], p_holm: float, runs: list[Run]) -> list[str]:
-    counts = {run.name: len(run.rows) for run in runs}
+    counts = {run.name: run.rows.num_rows for run in runs}
     shared = f"{test['num_examples']} of {counts[test['a']]} and {counts[test['b']]}"
-    interval = f"[{_number(test['low'])}, {_number(test['high'])}]"
+    interval = "-" if test["low"] is None else f"[{_number(test['low'])}, {_number(test['high'])}]"
     p_values = [_number(test["p_value"]), _number(p_holm)]
     return [test["a"], test["b"], _number(test["difference"]), interval, *p_values, test["method"], shared]
 

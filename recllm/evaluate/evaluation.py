@@ -4,7 +4,8 @@ A recipe, dataset/, encoder/ and adapter/ enter; report/ leaves, in one step: me
 gates.parquet and what report.py makes of them. Everything that can be wrong is found before the first score.
 
 metrics.json. An ESTIMATE is {"value", "low", "high"}: the figure and its percentile bootstrap interval over users at
-protocol.bootstrap.confidence; null is "undefined". Lower is better for nats, brier and calibration_error only.
+protocol.bootstrap.confidence (of a rate of exactly 0 or 1 its Clopper–Pearson bound); null is "undefined". Lower is
+better for nats, brier and calibration_error only.
 
     format          1
     name, description                of the recipe
@@ -19,8 +20,8 @@ protocol.bootstrap.confidence; null is "undefined". Lower is better for nats, br
                     machine {cpu_count, processor, platform, torch_device}, seconds {system: scoring wall time}
     counts          the manifest's, and evaluated {task: {examples, users, of_examples, chosen_by_seed}}
     audit           the manifest's leakage audit
-    systems         [{name, kind: adapter | control | base_model | baseline, task, description, num_examples, num_users,
-                      metrics {"hit_rate@1": ESTIMATE, … "ndcg@k", "mrr@k", "mrr", "valid_ratio", "nats"},
+    systems         [{name, kind: adapter | control | base_model | baseline, has_gate, task, description, num_examples,
+                      num_users, metrics {"hit_rate@1": ESTIMATE, … "ndcg@k", "mrr@k", "mrr", "valid_ratio", "nats"},
                       full_catalogue: null | {the same without nats},
                       generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit}}]
                     nats, of language models only: negative log-likelihood of the right answer, terminator included.
@@ -31,8 +32,8 @@ protocol.bootstrap.confidence; null is "undefined". Lower is better for nats, br
     segment_notes   {segment: what its values mean}
     examples        [{task, example_id, user_id, history: [texts, oldest first], history_length, target, label,
                       systems {name: {rank, full_rank, top: [{text, score, target}], text, valid}}}]
-    gate            null | {system, num_experts, mean_weights, deviation, strongest_counts, mean_entropy, max_entropy,
-                      file}
+    gate            null | {system, num_experts, mean_weights, deviation, strongest_counts, strongest_none (examples
+                      with the same weight on every expert), mean_entropy, max_entropy, file}
     training_log    [{step, loss, …}] as the trainer logged it; [] where the adapter folder has none
 
 predictions.parquet: figures.PREDICTIONS. gates.parquet: example_id, user_index, weights, x, y, strongest.
@@ -108,6 +109,12 @@ def evaluate(
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
     wants_model = adapters or BASE_MODEL in recipe.evaluate.baselines
     models = LanguageModels(recipe, dataset, adapters) if wants_model else None
+    if models is None and not scorers and (unscored := [task.name for task in tasks if not task.is_closed]):
+        raise UserError(f"no system scores the task {unscored[0]}: name evaluate.baselines or give an adapter")
+    main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
+    log = training_log(main)
+    if models:
+        models.check(tasks)
 
     systems = [run_baseline(name, score, recipe, dataset, tasks) for name, score in _bar(scorers)]
     systems += closed_baselines(dataset, tasks)
@@ -117,8 +124,7 @@ def evaluate(
 
     document = summarise(recipe, dataset, tasks, systems, gates)
     document["provenance"] |= provenance(recipe, dataset, Path(encoder_folder), adapters)
-    main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
-    document["training_log"] = training_log(main)
+    document["training_log"] = log
     with files.replacing_folder(Path(output)) as folder:
         write_predictions(folder / PREDICTIONS, tasks, systems)
         if gates:
@@ -194,10 +200,8 @@ def run_baseline(name: str, score: Scorer, recipe: Recipe, dataset: Dataset, tas
     for task in tasks:
         if task.candidates is None:
             continue
-        scores = baselines.score_candidates(score, task.examples, task.candidates, dataset.num_items)
-        full = None
-        if ranking.full_catalogue:
-            full = baselines.full_ranks(score, dataset, task.examples, task.target, ranking.exclude_history)
+        given = (task.examples, task.candidates, task.target, ranking.full_catalogue, ranking.exclude_history)
+        scores, full = baselines.score_examples(score, dataset, *given)
         predictions[task.name] = Prediction(scores, full_rank=full)
     return System(name, "baseline", BASELINES[name], predictions, time.monotonic() - started)
 
@@ -252,11 +256,9 @@ def summarise(
     }
     for task in tqdm(tasks, desc="metrics and intervals", unit="task"):
         present = [system for system in systems if task.name in system.predictions]
-        if not present:
-            raise UserError(f"no system scores the task {task.name}: name baselines or give an adapter")
         main = present[0].name
         document["main_system"][task.name] = main
-        document["systems"] += [figures.system_entry(system, task, titles, protocol) for system in present]
+        document["systems"] += figures.system_entries(task, present, titles, protocol)
         document["comparisons"] += figures.comparisons(task, present, main, protocol)
         document["segments"][task.name] = figures.segments(task, present, dataset, protocol)
         count = max(1, NUM_EXAMPLES_SHOWN // len(tasks))
@@ -275,12 +277,14 @@ def gate_figures(gates: Gates, tasks: list[Task]) -> dict[str, Any]:
     """Mean, spread and entropy (nats) of the gate weights over all evaluated examples."""
     weights = np.concatenate([gates.weights[task.name] for task in tasks]).astype(np.float64)
     entropy = -(weights * np.log(np.maximum(weights, 1e-12))).sum(axis=1)
+    strongest = language_model.strongest_experts(weights)
     return {
         "system": gates.system,
         "num_experts": weights.shape[1],
         "mean_weights": weights.mean(axis=0).tolist(),
         "deviation": weights.std(axis=0).tolist(),
-        "strongest_counts": np.bincount(weights.argmax(axis=1), minlength=weights.shape[1]).tolist(),
+        "strongest_counts": np.bincount(strongest[strongest >= 0], minlength=weights.shape[1]).tolist(),
+        "strongest_none": int((strongest < 0).sum()),
         "mean_entropy": float(entropy.mean()),
         "max_entropy": float(np.log(weights.shape[1])),
         "file": GATES,

@@ -7,7 +7,7 @@ Every resampling starts from the protocol's seed, so that all systems see the sa
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,41 +55,66 @@ def example_metrics(task: Task, prediction: Prediction, cutoffs: Sequence[int]) 
     return table if prediction.nats is None else table | {"nats": prediction.nats}
 
 
-def system_entry(system: System, task: Task, titles: list[str], protocol: Protocol) -> dict[str, Any]:
-    """One entry of `systems`."""
-    prediction = system.predictions[task.name]
-    figures = estimates(example_metrics(task, prediction, protocol.ranking.k), task.users, protocol.bootstrap)
+def system_entries(
+    task: Task, systems: Sequence[System], titles: list[str], protocol: Protocol
+) -> list[dict[str, Any]]:
+    """The entries of `systems` for one task."""
+    cutoffs, predictions = protocol.ranking.k, [system.predictions[task.name] for system in systems]
+    tables = [example_metrics(task, prediction, cutoffs) for prediction in predictions]
+    full_tables = [_full_metrics(prediction, cutoffs) for prediction in predictions]
+    found = estimates([*tables, *full_tables], task.users, protocol.bootstrap)
+    scored, full = found[: len(systems)], found[len(systems) :]
     if task.is_closed:
-        figures |= closed_figures(task, prediction, protocol.bootstrap)
-    full = None
-    if prediction.full_rank is not None:
-        ranked = metrics.ranking(prediction.full_rank, np.ones(len(task.target), bool), protocol.ranking.k)
-        full = estimates(ranked, task.users, protocol.bootstrap)
-    return {
-        "name": system.name,
-        "kind": system.kind,
-        "task": task.name,
-        "description": system.description,
-        "num_examples": len(task.target),
-        "num_users": len(np.unique(task.users)),
-        "metrics": figures,
-        "full_catalogue": full,
-        "generation": generation_figures(task, prediction, titles, protocol),
-    }
+        closed = closed_figures(task, predictions, protocol.bootstrap)
+        scored = [own | more for own, more in zip(scored, closed, strict=True)]
+    size = {"num_examples": len(task.target), "num_users": len(np.unique(task.users))}
+    return [
+        {
+            "name": system.name,
+            "kind": system.kind,
+            "has_gate": system.has_gate,
+            "task": task.name,
+            "description": system.description,
+            **size,
+            "metrics": figures,
+            "full_catalogue": ranked or None,
+            "generation": generation_figures(task, prediction, titles, protocol),
+        }
+        for system, prediction, figures, ranked in zip(systems, predictions, scored, full, strict=True)
+    ]
 
 
-def estimates(table: dict[str, Floats], users: npt.NDArray, section: BootstrapSection) -> dict[str, Any]:
-    """Mean and interval of each column."""
-    if not table:
+def _full_metrics(prediction: Prediction, cutoffs: Sequence[int]) -> dict[str, Floats]:
+    if prediction.full_rank is None:
         return {}
-    values = np.stack(list(table.values()), axis=1)
+    return metrics.ranking(prediction.full_rank, np.ones(len(prediction.full_rank), bool), cutoffs)
+
+
+def estimates(
+    tables: Sequence[dict[str, Floats]], users: npt.NDArray, section: BootstrapSection
+) -> list[dict[str, Any]]:
+    """Mean and interval of each column of each table; all are about the same examples, whose users are drawn once."""
+    columns = [values for table in tables for values in table.values()]
+    if not columns:
+        return [{} for _ in tables]
     rng = np.random.default_rng(section.seed)
-    found = statistics.bootstrap_means(values, users, rng, section.samples, section.confidence)
-    return {name: as_json(estimate) for name, estimate in zip(table, found, strict=True)}
+    values = np.stack(columns, axis=1)
+    found = iter(statistics.bootstrap_means(values, users, rng, section.samples, section.confidence))
+    return [{name: as_json(next(found)) for name in table} for table in tables]
 
 
-def closed_figures(task: Task, prediction: Prediction, section: BootstrapSection) -> dict[str, Any]:
-    """Balanced accuracy, F1 of each label and, where there are probabilities, AUC, Brier score, calibration."""
+def closed_figures(
+    task: Task, predictions: Sequence[Prediction], section: BootstrapSection
+) -> list[dict[str, dict[str, float | None]]]:
+    """By system: balanced accuracy, F1 of each label and, with probabilities, AUC, Brier score, calibration."""
+    tables = [_closed_statistics(task, prediction) for prediction in predictions]
+    asked = [statistic for table in tables for statistic in table.values()]
+    rng = np.random.default_rng(section.seed)
+    found = iter(statistics.bootstrap_statistics(asked, task.users, rng, section.samples, section.confidence))
+    return [{name: as_json(next(found)) for name in table} for table in tables]
+
+
+def _closed_statistics(task: Task, prediction: Prediction) -> dict[str, Callable[[Floats], Floats]]:
     label, predicted = task.right_column, predicted_labels(prediction)
     found: dict[str, Callable[[Floats], Floats]] = {
         "balanced_accuracy": lambda w: metrics.balanced_accuracy(label, predicted, w)
@@ -101,12 +126,7 @@ def closed_figures(task: Task, prediction: Prediction, section: BootstrapSection
         found["auc"] = lambda w: metrics.auc(probability, positive, w)
         found["brier"] = lambda w: w @ metrics.brier(probability, positive) / w.sum(axis=1)
         found["calibration_error"] = lambda w: metrics.calibration_error(probability, positive, w)
-    result = {}
-    for name, statistic in found.items():
-        rng = np.random.default_rng(section.seed)
-        estimate = statistics.bootstrap_statistic(statistic, task.users, rng, section.samples, section.confidence)
-        result[name] = as_json(estimate)
-    return result
+    return found
 
 
 def positive_probability(scores: Floats) -> Floats:
@@ -131,7 +151,7 @@ def generation_figures(
         "num_examples": count,
         "max_new_tokens": protocol.decoding.max_new_tokens,
         "note": f"the first {count} of {len(task.target)} evaluated examples; a title of several items is no hit",
-        **estimates(table, task.users[:count], protocol.bootstrap),
+        **estimates([table], task.users[:count], protocol.bootstrap)[0],
     }
 
 
@@ -164,16 +184,18 @@ def _normalised(title: str) -> str:
 def comparisons(task: Task, systems: Sequence[System], main: str, protocol: Protocol) -> list[dict[str, Any]]:
     """The main system against every other, on the same examples; Holm within each metric."""
     by_name = {s.name: example_metrics(task, s.predictions[task.name], protocol.ranking.k) for s in systems}
+    names = [name for name in compared_metrics(task, protocol) if name in by_name[main]]
+    pairs = [
+        Pair(main, other, name, by_name[main][name], table[name])
+        for name in names
+        for other, table in by_name.items()
+        if other != main and name in table
+    ]
+    tests = compare_pairs(pairs, task.users, protocol.bootstrap)
     entries = []
-    for metric in compared_metrics(task, protocol):
-        if metric not in by_name[main]:
-            continue
-        tests = [
-            compare_pair(main, other, metric, by_name[main][metric], table[metric], task.users, protocol.bootstrap)
-            for other, table in by_name.items()
-            if other != main and metric in table
-        ]
-        for entry, p_holm in zip(tests, statistics.holm([_nan(entry["p_value"]) for entry in tests])):
+    for name in names:
+        mine = [test for test in tests if test["metric"] == name]
+        for entry, p_holm in zip(mine, statistics.holm([_nan(entry["p_value"]) for entry in mine])):
             entries.append({"task": task.name, **entry, "p_holm": _json_number(p_holm)})
     return entries
 
@@ -185,31 +207,47 @@ def compared_metrics(task: Task, protocol: Protocol) -> list[str]:
     return [f"hit_rate@{min(protocol.ranking.k)}", f"ndcg@{max(protocol.ranking.k)}", "nats"]
 
 
-def compare_pair(
-    a: str, b: str, metric: str, values_a: Floats, values_b: Floats, users: npt.NDArray, section: BootstrapSection
-) -> dict[str, Any]:
-    """a − b with its interval and p-value.
+class Pair(NamedTuple):
+    """Two systems' values of one metric on the same examples."""
+
+    a: str
+    b: str
+    metric: str
+    values_a: Floats  # (N,)
+    values_b: Floats  # (N,)
+
+
+def compare_pairs(pairs: Sequence[Pair], users: npt.NDArray, section: BootstrapSection) -> list[dict[str, Any]]:
+    """a − b of each pair with its interval and p-value; the users (N,) are drawn once for all pairs.
 
     McNemar's exact test for hits where each user has one example; it takes examples as independent, so otherwise, and
-    for all that is not 0 or 1, the paired bootstrap over users. The interval is the bootstrap's in any case.
+    for all that is not 0 or 1, the paired bootstrap over users. The interval is the bootstrap's in any case. With fewer
+    than statistics.FEW_USERS users there is no p-value.
     """
+    if not pairs:
+        return []
     rng = np.random.default_rng(section.seed)
-    found = statistics.paired_difference(values_a, values_b, users, rng, section.samples, section.confidence)
+    gaps = np.stack([pair.values_a - pair.values_b for pair in pairs], axis=1)
+    found = statistics.paired_differences(gaps, users, rng, section.samples, section.confidence)
     num_users = len(np.unique(users))
-    binary = metric.startswith("hit_rate@") or metric == "accuracy"
+    return [_test_entry(pair, difference, len(users), num_users) for pair, difference in zip(pairs, found, strict=True)]
+
+
+def _test_entry(pair: Pair, found: statistics.Difference, num_examples: int, num_users: int) -> dict[str, Any]:
+    binary = pair.metric.startswith("hit_rate@") or pair.metric == "accuracy"
     method, p_value = "paired_bootstrap", found.p_value
-    if binary and num_users == len(users):
-        method, p_value = "mcnemar", statistics.mcnemar(values_a, values_b)
+    if binary and num_users == num_examples and num_users >= statistics.FEW_USERS:
+        method, p_value = "mcnemar", statistics.mcnemar(pair.values_a, pair.values_b)
     return {
-        "a": a,
-        "b": b,
-        "metric": metric,
+        "a": pair.a,
+        "b": pair.b,
+        "metric": pair.metric,
         "difference": _json_number(found.difference),
         "low": _json_number(found.low),
         "high": _json_number(found.high),
         "p_value": _json_number(p_value),
         "method": method,
-        "num_examples": len(users),
+        "num_examples": num_examples,
         "num_users": num_users,
     }
 
@@ -230,10 +268,9 @@ def segments(task: Task, systems: Sequence[System], dataset: Dataset, protocol: 
                 continue
             users = task.users[rows]
             size = {"num_examples": len(rows), "num_users": len(np.unique(users))}
-            result[segment][value] = {
-                name: estimates({c: table[c][rows] for c in columns if c in table}, users, protocol.bootstrap) | size
-                for name, table in tables.items()
-            }
+            parts = [{c: table[c][rows] for c in columns if c in table} for table in tables.values()]
+            found = estimates(parts, users, protocol.bootstrap)
+            result[segment][value] = {name: part | size for name, part in zip(tables, found, strict=True)}
     return result
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recllm.data.dataset import Dataset
+from recllm.data.dataset import Dataset, pad_left
 from recllm.errors import UserError
-from recllm.evaluate.baselines import pad_left
 from recllm.evaluate.tasks import NEXT_ITEM, Prediction, Task
 from recllm.recipe import Recipe
 
@@ -45,6 +44,7 @@ class System(NamedTuple):
     description: str
     predictions: dict[str, Prediction]
     seconds: float
+    has_gate: bool = False
 
 
 class Gates(NamedTuple):
@@ -74,6 +74,23 @@ class LanguageModels:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.base = base.to(self.device)
         self.gates: Gates | None = None
+
+    def check(self, tasks: list[Task]) -> None:
+        """Find now what would stop the scoring later: prompts beyond the context, adapters with damaged weights.
+
+        Raises:
+            UserError: names the prompt or the file.
+        """
+        from recllm.infer.transformers_engine import TransformersEngine
+        from recllm.model.adapter import load_adapter
+
+        engine = TransformersEngine(self.base, self.tokenizer, self.recipe.evaluate.batch_size)
+        limit = self.recipe.protocol.decoding.max_new_tokens
+        for task in tasks:
+            generated = MAX_GENERATIONS if task.kind == NEXT_ITEM else 0
+            engine.check(task.prompts, task.answer_texts(self.dataset.titles), limit, generated)
+        for adapter in self.adapters:
+            self.base = load_adapter(self.base, adapter.folder).unload()
 
     def systems(self, tasks: list[Task]) -> Iterator[System]:
         """Score system by system, the base model first."""
@@ -118,16 +135,18 @@ class LanguageModels:
         engine = TransformersEngine(model, self.tokenizer, self.recipe.evaluate.batch_size)
         started = time.monotonic()
         predictions = {task.name: self._predict(engine, task, name, weights.get(task.name), generate) for task in tasks}
-        return System(name, kind, description, predictions, time.monotonic() - started)
+        return System(name, kind, description, predictions, time.monotonic() - started, bool(weights))
 
     def _predict(
         self, engine: Any, task: Task, name: str, weights: npt.NDArray[np.float32] | None, generate: bool
     ) -> Prediction:
         answers, decoding = task.answer_texts(self.dataset.titles), self.recipe.protocol.decoding
         label = f"{name}: {task.name}"
-        sums = engine.score(task.prompts, answers, gate_weights=weights, progress=label)
-        scores = sums / engine.num_tokens(answers) if decoding.score == "mean" else sums
-        nats = -sums[np.arange(len(sums)), task.right_column]
+        mean = decoding.score == "mean"
+        scores = engine.score(task.prompts, answers, gate_weights=weights, length_normalised=mean, progress=label)
+        nats = -scores[np.arange(len(scores)), task.right_column]
+        if mean:
+            nats = nats * engine.num_tokens([[row[right]] for row, right in zip(answers, task.right_column)])[:, 0]
         prediction = Prediction(scores, nats=nats)
         if not generate or task.kind != NEXT_ITEM:
             return prediction
@@ -210,8 +229,17 @@ def swapped_rows(users: npt.NDArray, rng: np.random.Generator) -> npt.NDArray[np
     return chosen
 
 
+def strongest_experts(weights: npt.NDArray) -> npt.NDArray[np.int64]:
+    """The expert with the largest weight of each row of (N, K); -1, no expert, where all weigh the same.
+
+    >>> strongest_experts(np.array([[0.1, 0.9], [0.5, 0.5]])).tolist()
+    [1, -1]
+    """
+    return np.where(np.ptp(weights, axis=1) > 0, weights.argmax(axis=1), -1)
+
+
 def gates_table(gates: Gates, tasks: list[Task]) -> pa.Table:
-    """gates.parquet: example_id, user_index, weights, strongest expert, and x, y: the representation by PCA."""
+    """gates.parquet: example_id, user_index, weights, strongest expert (-1: none); x, y: the representation by PCA."""
     weights = np.concatenate([gates.weights[task.name] for task in tasks])
     x, y = principal_components(np.concatenate([gates.representations[task.name] for task in tasks]))
     return pa.table(
@@ -221,7 +249,7 @@ def gates_table(gates: Gates, tasks: list[Task]) -> pa.Table:
             "weights": pa.array(list(weights), pa.list_(pa.float32())),
             "x": x,
             "y": y,
-            "strongest": pa.array(weights.argmax(axis=1), pa.int32()),
+            "strongest": pa.array(strongest_experts(weights), pa.int32()),
         }
     )
 

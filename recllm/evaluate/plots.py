@@ -197,7 +197,7 @@ def histogram(name: str, title: str, values: np.ndarray, xlabel: str, reference:
 
 
 def user_map(name: str, title: str, x: np.ndarray, y: np.ndarray, strongest: np.ndarray, num_experts: int) -> str:
-    """Users (N,) at (x, y) in the colour of their strongest expert; at most MAX_POINTS, by a fixed seed."""
+    """Users (N,) at (x, y) in the colour of their strongest expert (-1: none); at most MAX_POINTS, by a fixed seed."""
     kept = np.arange(len(x))
     if len(x) > MAX_POINTS:
         kept = np.sort(np.random.default_rng(0).choice(len(x), MAX_POINTS, replace=False))
@@ -205,9 +205,9 @@ def user_map(name: str, title: str, x: np.ndarray, y: np.ndarray, strongest: np.
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         _finish(axes, title, "first principal component of the representation", grid=None)
-        for expert in range(num_experts):
+        for expert in range(-1, num_experts):
             mine = kept[strongest[kept] == expert]
-            style = expert_style(expert)
+            style = expert_style(expert) if expert >= 0 else Style("muted", "o")
             if len(mine):
                 axes.plot(
                     x[mine],
@@ -218,7 +218,7 @@ def user_map(name: str, title: str, x: np.ndarray, y: np.ndarray, strongest: np.
                     alpha=0.75,
                     color=_light(style.colour),
                     markeredgewidth=0,
-                    label=f"expert {expert}",
+                    label=f"expert {expert}" if expert >= 0 else "none: all weigh the same",
                 )
         axes.set_ylabel("second")
         axes.set_xticks([])

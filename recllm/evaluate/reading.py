@@ -2,10 +2,13 @@
 
 Nothing is claimed in advance: every sentence is chosen by a test. A difference counts only when its Holm-adjusted p is
 below 1 − confidence and its interval leaves out zero; anything else is "no difference shown", never "no difference".
+Fewer than statistics.FEW_USERS users have no p, and so no verdict.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+
+from recllm.evaluate.statistics import FEW_USERS
 
 LOWER_IS_BETTER = frozenset({"nats", "brier", "calibration_error"})
 Verdict = Literal["ahead", "behind", "open"]
@@ -63,9 +66,18 @@ def _separated(
     return high < other_low if metric in LOWER_IS_BETTER else low > other_high
 
 
+def is_closed(task: str) -> bool:
+    """Whether a task is answered by one of a few labels, by its name: "like", and "like.2" where there are several.
+
+    >>> is_closed("like.2"), is_closed("next_item")
+    (True, False)
+    """
+    return task.partition(".")[0] == "like"
+
+
 def ranking_metric(metrics: Metrics, task: str) -> str:
     """The metric that leads a task's pictures and sentences: ndcg at the largest k, accuracy for a closed task."""
-    if task == "like":
+    if is_closed(task):
         return "accuracy"
     return f"ndcg@{max(metrics['protocol']['ranking']['k'])}"
 
@@ -97,9 +109,12 @@ def _against_others(
         kind = ", which needs no language model," if systems[test["b"]]["kind"] == "baseline" else ""
         yield Sentence("bad", f"{test['b']}{kind} is ahead of {main} in {metric}: {_numbers(test, flip=True)}.")
     if by_verdict["ahead"]:
-        names = _list([f"{t['b']} ({_signed(t['difference'])})" for t in by_verdict["ahead"]])
+        names = _list([f"{t['b']} ({signed(t['difference'])})" for t in by_verdict["ahead"]])
         yield Sentence("good", f"{main} is ahead of {names} in {metric}.")
-    if by_verdict["open"]:
+    if by_verdict["open"] and by_verdict["open"][0]["num_users"] < FEW_USERS:
+        count = by_verdict["open"][0]["num_users"]
+        yield Sentence("open", f"{count} users are too few to compare systems: at least {FEW_USERS} are needed.")
+    elif by_verdict["open"]:
         names = _list([t["b"] for t in by_verdict["open"]], "or")
         yield Sentence(
             "open", f"No difference shown between {main} and {names} in {metric}: the test cannot tell them apart."
@@ -119,19 +134,51 @@ def _against_base(tests: Sequence[Metrics], systems: Mapping[str, Metrics], conf
 def _about_gate(
     tests: Sequence[Metrics], systems: Mapping[str, Metrics], metric: str, confidence: float
 ) -> Iterator[Sentence]:
-    """Does the gate help? It does when the adapter is ahead of its uniform AND of its shuffled control."""
+    """Does the gate help?
+
+    The adapter must be ahead of its uniform AND of its shuffled control, which shows that it needs its gate: both are
+    the same weights under gates that they were not trained with. And it must be ahead of every plain LoRA, trained
+    without a gate: only that shows a gain.
+    """
     for name in ("nats", metric):
         controls = {
             test["b"].rsplit("_", 1)[-1]: test
             for test in tests
             if test["metric"] == name and systems.get(test["b"], {}).get("kind") == "control"
         }
+        plain = [t for t in tests if t["metric"] == name and _is_plain_lora(systems.get(t["b"], {}))]
         if controls:
-            yield _gate_sentence({k: verdict(t, confidence) for k, t in controls.items()}, controls, name)
+            verdicts = {k: verdict(t, confidence) for k, t in controls.items()}
+            if set(verdicts) >= {"uniform", "shuffled"} and set(verdicts.values()) == {"ahead"}:
+                yield _needed_gate_sentence(controls, plain, name, confidence)
+            else:
+                yield _gate_sentence(verdicts, controls, name)
+
+
+def _is_plain_lora(system: Metrics) -> bool:
+    return system.get("kind") == "adapter" and system.get("has_gate") is False
+
+
+def _needed_gate_sentence(
+    controls: Mapping[str, Metrics], plain: Sequence[Metrics], metric: str, confidence: float
+) -> Sentence:
+    """The adapter is ahead of both controls: is it ahead of every plain LoRA, too?"""
+    numbers, scored = _gate_numbers(controls), f"Measured in {metric}"
+    needs = f"{scored}, this adapter needs its gate ({numbers})"
+    if not plain:
+        text = "whether it beats a plain LoRA is not tested here: add evaluate.adapters: {lora: FOLDER}"
+        return Sentence("open", f"{needs}; {text}.")
+    against = "; ".join(f"against the plain LoRA {t['b']} {_numbers(t)}" for t in plain)
+    verdicts = {verdict(test, confidence) for test in plain}
+    if verdicts == {"ahead"}:
+        return Sentence("good", f"{scored}, the gate helps on this data: {numbers}; {against}.")
+    if "behind" in verdicts:
+        return Sentence("bad", f"{needs}, but a plain LoRA without one is ahead of it: {against}.")
+    return Sentence("open", f"{needs}, but is not shown to beat a plain LoRA without one: {against}.")
 
 
 def _gate_sentence(verdicts: Mapping[str, Verdict], controls: Mapping[str, Metrics], metric: str) -> Sentence:
-    numbers = "; ".join(f"against {_CONTROLS.get(k, k)} {_numbers(t)}" for k, t in controls.items())
+    numbers = _gate_numbers(controls)
     scored = f"Measured in {metric}"
     if all(test["difference"] == test.get("low") == test.get("high") == 0 for test in controls.values()):
         names = _list([_CONTROLS.get(k, k) for k in controls])
@@ -139,8 +186,6 @@ def _gate_sentence(verdicts: Mapping[str, Verdict], controls: Mapping[str, Metri
     if "behind" in verdicts.values():
         losers = _list([_CONTROLS.get(k, k) for k, v in verdicts.items() if v == "behind"])
         return Sentence("bad", f"{scored}, the gate hurts on this data: it is behind {losers} ({numbers}).")
-    if set(verdicts) >= {"uniform", "shuffled"} and set(verdicts.values()) == {"ahead"}:
-        return Sentence("good", f"{scored}, the gate helps on this data: {numbers}.")
     if verdicts.get("uniform") == "ahead" and "shuffled" in verdicts:
         return Sentence(
             "open", f"{scored}, a gate of another user does as well: not a gain from knowing the user ({numbers})."
@@ -154,6 +199,10 @@ def _gate_sentence(verdicts: Mapping[str, Verdict], controls: Mapping[str, Metri
             f"to: no gain shown ({numbers}).",
         )
     return Sentence("open", f"{scored}, the gate is not shown to help on this data: {numbers}.")
+
+
+def _gate_numbers(controls: Mapping[str, Metrics]) -> str:
+    return "; ".join(f"against {_CONTROLS.get(k, k)} {_numbers(t)}" for k, t in controls.items())
 
 
 def _about_collapse(metrics: Metrics, main: str) -> Iterator[Sentence]:
@@ -188,7 +237,7 @@ def _about_size(tests: Sequence[Metrics], systems: Mapping[str, Metrics], metric
         for test in tests
         if test["metric"] == metric and systems.get(test["b"], {}).get("kind") != "control" and _width(test) > 0
     ]
-    if mine:
+    if mine and mine[0]["num_users"] >= FEW_USERS:
         halves = sorted(_width(test) / 2 for test in mine)
         yield Sentence(
             "note",
@@ -216,14 +265,15 @@ def _numbers(test: Metrics, flip: bool = False, unit: str = "") -> str:
     difference, low, high = test["difference"], test.get("low"), test.get("high")
     if flip:
         difference, low, high = -difference, None if high is None else -high, None if low is None else -low
-    interval = "" if low is None or high is None else f" [{_signed(low)}, {_signed(high)}]"
+    interval = "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
     p_holm = test.get("p_holm")
-    return f"{_signed(difference)}{unit}{interval}" + ("" if p_holm is None else f", Holm p {probability(p_holm)}")
+    return f"{signed(difference)}{unit}{interval}" + ("" if p_holm is None else f", Holm p {probability(p_holm)}")
 
 
-def _signed(value: float) -> str:
-    """
-    >>> _signed(-0.25), _signed(0.0001)
+def signed(value: float) -> str:
+    """A difference for people.
+
+    >>> signed(-0.25), signed(0.0001)
     ('−0.250', '+0.000')
     """
     return f"{value:+.3f}".replace("-", "−")

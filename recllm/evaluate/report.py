@@ -6,25 +6,23 @@ that is missing is named as missing. The same inputs give the same bytes.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from recllm import files
-from recllm.evaluate import plots, reading
+from recllm.evaluate import pictures, plots, reading
+from recllm.evaluate.pictures import Picture
 from recllm.evaluate.reading import LOWER_IS_BETTER, Metrics
+from recllm.evaluate.statistics import FEW_USERS
 
 MISSING = "–"
-FEW_USERS = 5  # a segment with fewer users is shown without intervals
 SEGMENT_ORDER = ("head", "tail", "cold")
 KINDS = {"adapter": "adapter", "control": "control", "base_model": "base model", "baseline": "baseline"}
 
@@ -57,15 +55,6 @@ class Table(NamedTuple):
     note: str = ""
 
 
-class Picture(NamedTuple):
-    """One plot: `name` is its file in plots/, unique in the report."""
-
-    name: str
-    title: str
-    svg: str
-    caption: str = ""
-
-
 def write(folder: Path) -> None:
     """Write report.html, report.md and plots/ beside the metrics.json of `folder`.
 
@@ -74,7 +63,9 @@ def write(folder: Path) -> None:
     """
     folder = Path(folder)
     metrics = files.read_json(folder / "metrics.json", "the figures that recllm evaluate writes")
-    view = _view(metrics, _table(folder / "predictions.parquet"), _table(folder / "gates.parquet"))
+    view = _view(
+        metrics, _table(folder / "predictions.parquet", ["task", "system", "rank"]), _table(folder / "gates.parquet")
+    )
     with files.replacing_folder(folder / "plots") as staging:
         for picture in _pictures(view):
             files.write_text(staging / f"{picture.name}.svg", plots.standalone(picture.svg))
@@ -82,8 +73,8 @@ def write(folder: Path) -> None:
     files.write_text(folder / "report.html", _environment(html=True).get_template("report.html.j2").render(view))
 
 
-def _table(path: Path) -> pa.Table | None:
-    return pq.read_table(path) if path.is_file() else None
+def _table(path: Path, columns: list[str] | None = None) -> pa.Table | None:
+    return pq.read_table(path, columns=columns) if path.is_file() else None
 
 
 def _environment(html: bool) -> SandboxedEnvironment:
@@ -123,10 +114,11 @@ def _view(metrics: Metrics, predictions: pa.Table | None, gates: pa.Table | None
         "light": plots.css_variables(dark=False),
         "dark": plots.css_variables(dark=True),
         "tasks": [_task(metrics, task, predictions, styles) for task in metrics["tasks"]],
-        "training": _training(metrics.get("training_log") or [], gate),
+        "training": pictures.of_training(metrics.get("training_log") or [], gate),
         "gate": _gate(gate),
-        "gate_pictures": _gate_pictures(gate, gates),
+        "gate_pictures": pictures.of_gate(gate, gates),
         "gate_note": _gate_note(gate, gates),
+        "audit_note": _audit_note(metrics),
         "audit": _flatten({k: v for k, v in (metrics.get("audit") or {}).items() if k != "warnings"}),
         "provenance": _provenance(metrics),
     }
@@ -163,6 +155,17 @@ def _warnings(metrics: Metrics) -> list[str]:
     return [found] if isinstance(found, str) else [str(warning) for warning in found]
 
 
+def _audit_note(metrics: Metrics) -> str:
+    """What the audit of the split cannot see: items that a language model cannot tell apart."""
+    colliding = (metrics.get("counts") or {}).get("colliding_texts")
+    if not colliding:
+        return ""
+    return (
+        f"{colliding:,} items share their text with another item: a language model cannot tell them apart, they tie "
+        "among candidates, and a written title of theirs is no hit."
+    )
+
+
 def _confidence(metrics: Metrics) -> str:
     return f"{metrics['protocol']['bootstrap']['confidence']:.0%}"
 
@@ -184,10 +187,11 @@ def _task(
         "tiles": _tiles(metrics, task, systems, lead),
         "tables": _tables(metrics, task, systems, tests, styles),
         "all_metrics": _all_metrics(metrics, systems, tests, styles),
-        "pictures": _metric_pictures(task, systems, styles, lead) + _rank_pictures(task, predictions, styles),
+        "pictures": pictures.of_metrics(task, systems, styles, lead)
+        + pictures.of_ranks(task, predictions, metrics["protocol"]["candidates"]["count"], styles),
         "ranks_note": "" if predictions is not None else "predictions.parquet is missing: no curve of ranks.",
         "tests": _tests(metrics, tests),
-        "test_pictures": _test_pictures(metrics, task, tests, styles),
+        "test_pictures": pictures.of_tests(metrics, task, tests, styles),
         "segments": _segments(metrics, task, styles, lead),
         "examples": _examples(metrics, task, styles),
     }
@@ -202,21 +206,19 @@ def _tiles(metrics: Metrics, task: str, systems: Sequence[Metrics], lead: str) -
         if not main or not estimate or estimate.get("value") is None:
             continue
         sign = -1 if metric in LOWER_IS_BETTER else 1
-        others = [(s["metrics"][metric]["value"], s["name"]) for s in systems if s is not main and _known(s, metric)]
+        others = [
+            (s["metrics"][metric]["value"], s["name"]) for s in systems if s is not main and pictures.known(s, metric)
+        ]
         best = max(others, key=lambda other: sign * other[0], default=None)
         tiles.append(
             {
-                "metric": _heading(metric, task),
+                "metric": pictures.heading(metric, task),
                 "value": _number(estimate["value"]),
                 "interval": _interval(estimate),
                 "other": f"best of the others: {best[1]} {_number(best[0])}" if best else "nothing to compare with",
             }
         )
     return tiles
-
-
-def _known(system: Metrics, metric: str) -> bool:
-    return (system["metrics"].get(metric) or {}).get("value") is not None
 
 
 def _tables(
@@ -226,7 +228,7 @@ def _tables(
     confidence = metrics["protocol"]["bootstrap"]["confidence"]
     scored = {system["name"]: system["metrics"] for system in systems}
     full = {system["name"]: system.get("full_catalogue") for system in systems}
-    if task == "like":
+    if reading.is_closed(task):
         columns = sorted({metric for values in scored.values() for metric in values}, key=_natural)
         return [_system_table("Closed answers", "every example", systems, scored, columns, tests, confidence, styles)]
     count = metrics["protocol"]["candidates"]["count"]
@@ -303,7 +305,9 @@ def _system_table(
     """Rows are systems in their order, columns those metrics that at least one system has."""
     columns = [metric for metric in columns if any((found or {}).get(metric) for found in values.values())]
     best = {
-        metric: reading.supported_best(
+        metric: None  # nothing is tested, so nothing is bold
+        if systems[0]["num_users"] < FEW_USERS
+        else reading.supported_best(
             {name: (v or {}).get(metric) for name, v in values.items()}, metric, tests, confidence
         )
         for metric in columns
@@ -314,18 +318,13 @@ def _system_table(
         cells = [_cell((found or {}).get(metric), best[metric] == name) for metric in columns]
         kind = str(KINDS.get(system["kind"], system["kind"]))
         lines.append(Line(name, kind, styles[name], cells if found else [], "" if found else missing))
-    return Table(title, label, [_heading(metric, systems[0]["task"]) for metric in columns], lines, note)
+    return Table(title, label, [pictures.heading(metric, systems[0]["task"]) for metric in columns], lines, note)
 
 
 def _cell(estimate: Metrics | None, best: bool = False) -> Cell:
     if not estimate or estimate.get("value") is None:
         return Cell(MISSING)
     return Cell(_number(estimate["value"]), _interval(estimate), best)
-
-
-def _heading(metric: str, task: str) -> str:
-    unit = "nats an answer" if task == "like" else "nats a title"
-    return (unit if metric == "nats" else metric) + (" ↓" if metric in LOWER_IS_BETTER else "")
 
 
 def _number(value: float) -> str:
@@ -338,85 +337,8 @@ def _number(value: float) -> str:
 
 def _interval(estimate: Metrics) -> str:
     if estimate.get("low") is None or estimate.get("high") is None:
-        return ""
+        return MISSING
     return f"{_number(estimate['low'])} to {_number(estimate['high'])}"
-
-
-# ---- pictures of a task ----
-
-
-def _metric_pictures(
-    task: str, systems: Sequence[Metrics], styles: Mapping[str, plots.Style], lead: str
-) -> list[Picture]:
-    """One dot plot a metric, best on top."""
-    pictures = []
-    for metric in dict.fromkeys(("hit_rate@1", lead, "nats", "auc")):
-        known = [system for system in systems if _known(system, metric)]
-        if known:
-            rows = [_row(s["name"], s["metrics"][metric], styles) for s in known]
-            svg_name, title = _slug(task, metric), _heading(metric, task)
-            rows = _sorted(rows, metric)
-            pictures.append(Picture(svg_name, title, plots.dots(svg_name, title, rows)))
-    return pictures
-
-
-def _row(name: str, estimate: Metrics, styles: Mapping[str, plots.Style]) -> plots.Row:
-    return plots.Row(name, estimate["value"], estimate.get("low"), estimate.get("high"), styles[name])
-
-
-def _sorted(rows: Iterable[plots.Row], metric: str) -> list[plots.Row]:
-    return sorted(rows, key=lambda row: row.value, reverse=metric not in LOWER_IS_BETTER)
-
-
-def _rank_pictures(task: str, predictions: pa.Table | None, styles: Mapping[str, plots.Style]) -> list[Picture]:
-    """Share of targets within the first k candidates, for every k."""
-    if predictions is None or task == "like":
-        return []
-    mine = predictions.filter(pc.equal(predictions["task"], task))
-    series = {}
-    for name, style in styles.items():
-        ranks = mine.filter(pc.equal(mine["system"], name))["rank"].drop_null().to_numpy()
-        if len(ranks) > 0:
-            ks = np.arange(1, len(mine["candidates"][0]) + 1)
-            series[name] = (ks, np.searchsorted(np.sort(ranks), ks, side="right") / len(ranks), style)
-    if not series:
-        return []
-    name, title = _slug(task, "ranks"), "Targets within the first k candidates"
-    return [Picture(name, title, plots.lines(name, title, series, "k", limits=(0, 1.02)), "hit_rate@k for every k")]
-
-
-def _test_pictures(
-    metrics: Metrics, task: str, tests: Sequence[Metrics], styles: Mapping[str, plots.Style]
-) -> list[Picture]:
-    """One forest plot a metric: the main system's difference to every other; filled where the test decides."""
-    pictures = []
-    for metric in dict.fromkeys(test["metric"] for test in tests):
-        mine = [test for test in tests if test["metric"] == metric]
-        main = mine[0]["a"]
-        rows = [_difference(test, styles, metrics) for test in mine if test.get("difference") is not None]
-        rows, far = _without_far(_sorted(rows, metric))
-        better = "left" if metric in LOWER_IS_BETTER else "right"
-        name, title = _slug(task, f"difference-{metric}"), f"{main} minus the other: {metric}"
-        svg = plots.dots(name, title, rows, f"difference; {better} of the line: {main} is better", 0.0)
-        outside = ", ".join(f"{row.label} ({_signed(row.value)})" for row in far)
-        pictures.append(Picture(name, title, svg, f"too far off for this scale: {outside}" if far else ""))
-    return pictures
-
-
-def _without_far(rows: Sequence[plots.Row]) -> tuple[list[plots.Row], list[plots.Row]]:
-    """(rows that share a readable scale, rows so far off that they would squeeze the others into one point)."""
-    reach = {row.label: max(abs(end) for end in (row.value, row.low, row.high) if end is not None) for row in rows}
-    ordered = sorted(reach.values())
-    limit = next((small for small, large in pairwise(ordered) if small > 0.005 and large > 8 * small), None)
-    if limit is None:
-        return list(rows), []
-    return [row for row in rows if reach[row.label] <= limit], [row for row in rows if reach[row.label] > limit]
-
-
-def _difference(test: Metrics, styles: Mapping[str, plots.Style], metrics: Metrics) -> plots.Row:
-    decided = reading.verdict(test, metrics["protocol"]["bootstrap"]["confidence"]) != "open"
-    style = styles[test["b"]]._replace(filled=decided)
-    return plots.Row(test["b"], test["difference"], test.get("low"), test.get("high"), style)
 
 
 def _tests(metrics: Metrics, tests: Sequence[Metrics]) -> list[dict[str, str]]:
@@ -464,7 +386,7 @@ def _segments(metrics: Metrics, task: str, styles: Mapping[str, plots.Style], le
         {
             "name": name,
             "note": notes.get(name, ""),
-            "pictures": _small_multiples(task, name, values, lead, styles),
+            "pictures": pictures.of_segment(task, name, values, lead, styles),
             "tables": [t for m in (lead, "nats") if (t := _segment_table(task, values, m, kinds, styles)) is not None],
         }
         for name, found in ((metrics.get("segments") or {}).get(task) or {}).items()
@@ -496,32 +418,6 @@ def _natural(text: str) -> tuple[Any, ...]:
     return (0, prefix, int(number[0]) + text.startswith(">") if number else 0)
 
 
-def _small_multiples(
-    task: str, segment: str, values: Mapping[str, Metrics], metric: str, styles: Mapping[str, plots.Style]
-) -> list[Picture]:
-    panels = {
-        value: [_row(name, found[name][metric], styles) for name in styles if (found.get(name) or {}).get(metric)]
-        for value, found in values.items()
-    }
-    ends = [
-        end for rows in panels.values() for row in rows for end in (row.value, row.low, row.high) if end is not None
-    ]
-    if not ends:
-        return []
-    margin = 0.06 * (max(ends) - min(ends)) or 0.05
-    limits = (min(ends) - margin, max(ends) + margin)  # the same in every panel: they are there to be compared
-    pictures = []
-    for number, (value, rows) in enumerate(panels.items()):
-        name, title = _slug(task, segment, str(number)), f"{value}  ({_size(values[value])})"
-        pictures.append(Picture(name, title, plots.dots(name, title, rows, limits=limits, width=3.5)))
-    return pictures
-
-
-def _size(found: Mapping[str, Any]) -> str:
-    examples, users = (max((s.get(key, 0) for s in found.values()), default=0) for key in ("num_examples", "num_users"))
-    return f"n = {examples}" + (", too few for intervals" if users < FEW_USERS else "")
-
-
 def _segment_table(
     task: str, values: Mapping[str, Metrics], metric: str, kinds: Mapping[str, str], styles: Mapping[str, plots.Style]
 ) -> Table | None:
@@ -537,8 +433,8 @@ def _segment_table(
         )
         for name in names
     ]
-    columns = [f"{value} ({_size(found)})" for value, found in values.items()]
-    return Table("", _heading(metric, task), columns, lines)
+    columns = [f"{value} ({pictures.size(found)})" for value, found in values.items()]
+    return Table("", pictures.heading(metric, task), columns, lines)
 
 
 def _examples(metrics: Metrics, task: str, styles: Mapping[str, plots.Style]) -> list[dict[str, Any]]:
@@ -569,84 +465,29 @@ def _example_system(found: Metrics) -> dict[str, Any]:
     }
 
 
-# ---- training and gate ----
-
-
-def _training(log: Sequence[Metrics], gate: Metrics | None) -> list[Picture]:
-    """Loss, gate entropy and mean expert weights over the steps, as far as the log has them."""
-    curves = {}
-    for key, colour in (("loss", "blue"), ("eval_loss", "orange")):
-        steps, values = _series(log, key)
-        if len(steps):
-            curves[key] = (steps, values, plots.Style(colour, "o"))
-    faint = ["loss"] if "loss" in curves and len(curves["loss"][0]) >= 20 else []
-    if faint:
-        steps, values, style = curves["loss"]
-        curves["running mean of 5"] = (steps, _running_mean(values, 5), style)
-    name, title = "training-loss", "Training loss"
-    caption = "nats a token of the completion" + ("; strong: mean of the last five entries" if faint else "")
-    pictures = [Picture(name, title, plots.lines(name, title, curves, "step", faint=faint), caption)] if curves else []
-    return pictures + _gate_training(log, gate)
-
-
-def _gate_training(log: Sequence[Metrics], gate: Metrics | None) -> list[Picture]:
-    pictures = []
-    steps, entropy = _series(log, "gate_entropy")
-    if len(steps):
-        name, title = "training-entropy", "Gate entropy"
-        largest = float(gate["max_entropy"]) if gate else float(np.max(entropy))
-        curve, limits = {"entropy": (steps, entropy, plots.Style("blue", "o"))}, (0, max(largest, 0.01) * 1.12)
-        svg = plots.lines(name, title, curve, "step", (largest, "uniform gate"), limits)
-        pictures.append(Picture(name, title, svg, "nats; zero is one expert for everybody"))
-    experts = sorted(_expert_keys(log).items())
-    weights = {f"expert {number}": (*_series(log, key), plots.expert_style(number)) for number, key in experts}
-    if weights:
-        name, title = "training-experts", "Mean weight of each expert"
-        top = min(1.05, 1.25 * max(float(np.max(ys)) for _, ys, _ in weights.values()))
-        svg = plots.lines(name, title, weights, "step", (1 / len(weights), "uniform"), (0, top))
-        pictures.append(Picture(name, title, svg, "of the training batches"))
-    return pictures
-
-
-def _series(log: Sequence[Metrics], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(entry["step"], entry[key]) for entry in log if entry.get(key) is not None]
-    table = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
-def _expert_keys(log: Sequence[Metrics]) -> dict[int, str]:
-    """Expert number → its key in the log: any that names an expert or the gate and ends in the number."""
-    keys = dict.fromkeys(key for entry in log for key in entry)
-    found = {key: re.fullmatch(r"\w*(?:expert|gate_weight)\w*?[_/]?(\d+)", key) for key in keys}
-    return {int(match[1]): key for key, match in found.items() if match}
-
-
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the last `width` values at each point, of fewer at the beginning."""
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+# ---- gate ----
 
 
 def _gate(gate: Metrics | None) -> dict[str, Any] | None:
     """The gate's table: mean, deviation and how often each expert is the strongest."""
     if not gate:
         return None
-    total = max(1, sum(gate["strongest_counts"]))
-    experts = [
-        {
-            "name": f"expert {number}",
-            "colour": plots.expert_style(number).colour,
-            "mean": _number(mean),
-            "deviation": _number(deviation),
-            "strongest": f"{count:,}",
-            "share": f"{count / total:.0%}",
+    none = gate.get("strongest_none", 0)  # examples with the same weight on every expert
+    total = max(1, sum(gate["strongest_counts"]) + none)
+
+    def row(name: str, colour: str, mean: str, deviation: str, count: int) -> dict[str, str]:
+        strongest, share = f"{count:,}", f"{count / total:.0%}"
+        return {"name": name, "colour": colour, "mean": mean, "deviation": deviation} | {
+            "strongest": strongest,
+            "share": share,
         }
-        for number, (mean, deviation, count) in enumerate(
-            zip(gate["mean_weights"], gate["deviation"], gate["strongest_counts"])
-        )
+
+    figures = zip(gate["mean_weights"], gate["deviation"], gate["strongest_counts"])
+    experts = [
+        row(f"expert {number}", plots.expert_style(number).colour, _number(mean), _number(deviation), count)
+        for number, (mean, deviation, count) in enumerate(figures)
     ]
+    experts += [row("none", "muted", MISSING, MISSING, none)] if none else []
     entropy = f"{_number(gate['mean_entropy'])} of at most {_number(gate['max_entropy'])} nats"
     return {"system": gate["system"], "experts": experts, "entropy": entropy}
 
@@ -655,35 +496,6 @@ def _gate_note(gate: Metrics | None, gates: pa.Table | None) -> str:
     if not gate:
         return "No gate: the adapter of this run is plain LoRA, the same for every user."
     return "" if gates is not None else f"{gate.get('file', 'gates.parquet')} is missing: no pictures of the gate."
-
-
-def _gate_pictures(gate: Metrics | None, gates: pa.Table | None) -> list[Picture]:
-    if not gate or gates is None or not gates.num_rows:
-        return []
-    weights = np.stack(gates["weights"].to_numpy(zero_copy_only=False)).astype(np.float64)  # (N, K)
-    entropy = -np.sum(np.where(weights > 0, weights * np.log(np.maximum(weights, 1e-300)), 0.0), axis=1)
-    number = f"{len(weights):,} examples"
-    title = "Gate weights of the evaluated examples"
-    pictures = [
-        Picture(
-            "gate-weights", title, plots.weight_histograms("gate-weights", title, weights), f"{number}; dashed: uniform"
-        )
-    ]
-    if gate["max_entropy"] > 0:
-        svg = plots.histogram("gate-entropy", "Entropy of the gate", entropy, "nats", (gate["max_entropy"], "uniform"))
-        pictures.append(Picture("gate-entropy", "Entropy of the gate", svg, f"{number}; left: one expert decides"))
-    return [*pictures, _map_picture(gates, weights.shape[1])]
-
-
-def _map_picture(gates: pa.Table, num_experts: int) -> Picture:
-    """Each user once, at their last evaluated example."""
-    users = gates["user_index"].to_numpy()
-    last = np.sort(len(users) - 1 - np.unique(users[::-1], return_index=True)[1])
-    x, y, strongest = (gates[name].to_numpy()[last] for name in ("x", "y", "strongest"))
-    title = "Users by their strongest expert"
-    drawn = "" if len(last) <= plots.MAX_POINTS else f", {plots.MAX_POINTS:,} of them drawn"
-    svg = plots.user_map("gate-users", title, x, y, strongest, num_experts)
-    return Picture("gate-users", title, svg, f"{len(last):,} users{drawn}; principal components of what the gate reads")
 
 
 # ---- provenance ----
@@ -719,12 +531,3 @@ def _plain(value: object) -> str:
     if value is None:
         return "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _slug(*parts: str) -> str:
-    """A file name: letters, digits and dashes.
-
-    >>> _slug("next_item", "hit_rate@1")
-    'next-item-hit-rate-1'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 
 Floats = NDArray[np.float64]
 
+FEW_USERS = 5  # with fewer users nothing is tested
 _CHUNK = 4_000_000  # entries of a resampling matrix held at once: 32 MB
 
 
@@ -26,7 +27,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A − B on the same examples, its interval and the two-sided p-value of "no difference"."""
+    """A − B on the same examples, its interval and the two-sided p-value of "no difference"; NaN where undefined."""
 
     difference: float
     low: float
@@ -39,33 +40,55 @@ def bootstrap_means(
 ) -> list[Estimate]:
     """Mean over examples and percentile interval (Efron 1979) of each column of values (N, M), resampling users.
 
-    One resample's mean is Σ_u c_u Σ_{i of u} v_i / Σ_u c_u n_u, with c_u the times that user u was drawn.
+    One resample's mean is Σ_u c_u Σ_{i of u} v_i / Σ_u c_u n_u, with c_u the times that user u was drawn. Users are
+    drawn once for all columns: stack whatever is about the same examples.
 
-    >>> bootstrap_means(np.array([[1.0], [1.0]]), np.array([7, 8]), np.random.default_rng(0))
-    [Estimate(value=1.0, low=1.0, high=1.0)]
+    A column of zeros or of ones only is a rate that no resample can move. Its interval ends in the exact bound over the
+    U users (Clopper & Pearson 1934): [0, 1 − (α/2)^(1/U)] of zeros, [(α/2)^(1/U), 1] of ones, α = 1 − confidence; it
+    holds for the mean of anything within [0, 1]. Fewer than two users have no interval: NaN.
+
+    >>> bootstrap_means(np.array([[1.0], [1.0]]), np.array([7, 8]), np.random.default_rng(0), confidence=0.5)
+    [Estimate(value=1.0, low=0.5, high=1.0)]
     """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         return [Estimate(np.nan, np.nan, np.nan)] * values.shape[1]
+    num_users = len(np.unique(users))
     means = _resampled_means(values, users, rng, samples)
-    return [_estimate(value, column, confidence) for value, column in zip(values.mean(axis=0), means.T, strict=True)]
+    return [
+        _rate_bound(column[0], num_users, confidence)
+        if num_users > 1 and column[0] in (0, 1) and (column == column[0]).all()
+        else _estimate(value, resampled, confidence)
+        for value, column, resampled in zip(values.mean(axis=0), values.T, means.T, strict=True)
+    ]
 
 
-def bootstrap_statistic(
-    statistic: Callable[[Floats], Floats],
+def bootstrap_statistics(
+    statistics: Sequence[Callable[[Floats], Floats]],
     users: NDArray,
     rng: np.random.Generator,
     samples: int = 2000,
     confidence: float = 0.95,
-) -> Estimate:
-    """Percentile interval of any figure that `statistic` computes from weights of examples (S, N) → (S,).
+) -> list[Estimate]:
+    """Percentile intervals of any figures that `statistics` compute from weights of examples (S, N) → (S,).
 
-    Resamples in which the figure is undefined (NaN: a label that was not drawn) are left out of the interval.
+    Resamples in which a figure is undefined (NaN: a label that was not drawn) are left out of its interval. A figure
+    that is 0 or 1 in every resample has no interval, as none of them says how far it may move; nor have fewer than two
+    users.
     """
     members, sizes = _clusters(users)
-    value = float(statistic(np.ones((1, len(members))))[0])
-    parts = [statistic(counts[:, members]) for counts in _counts(len(sizes), samples, rng, width=len(members))]
-    return _estimate(value, np.concatenate(parts) if parts else np.array([]), confidence)
+    values = [float(statistic(np.ones((1, len(members))))[0]) for statistic in statistics]
+    parts: list[list[Floats]] = [[] for _ in statistics]
+    for counts in _counts(len(sizes) if len(sizes) > 1 else 0, samples, rng, width=len(members)):
+        weights = counts[:, members]
+        for part, statistic in zip(parts, statistics, strict=True):
+            part.append(statistic(weights))
+    found = []
+    for value, part in zip(values, parts, strict=True):
+        estimate = _estimate(value, np.concatenate(part) if part else np.array([]), confidence)
+        stuck = value in (0, 1) and estimate.low == estimate.high
+        found.append(Estimate(value, np.nan, np.nan) if stuck else estimate)
+    return found
 
 
 def paired_difference(
@@ -76,26 +99,37 @@ def paired_difference(
     samples: int = 2000,
     confidence: float = 0.95,
 ) -> Difference:
-    """Mean of a − b over the same examples, percentile interval and p-value of the paired bootstrap over users.
+    """Mean of a − b over the same examples: `paired_differences` of one pair.
 
-    p = (1 + #{s : |d*_s − d| ≥ |d|}) / (1 + samples): the resampled differences, moved to mean 0, show what chance
-    alone gives (Davison & Hinkley 1997, §4.4). No difference anywhere gives p = 1.
-
-    >>> paired_difference(np.ones(4), np.ones(4), np.arange(4), np.random.default_rng(0)).p_value
+    >>> paired_difference(np.ones(5), np.ones(5), np.arange(5), np.random.default_rng(0)).p_value
     1.0
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.shape != np.shape(users):
         raise ValueError(f"a {a.shape}, b {b.shape} and users {np.shape(users)}: the same examples are expected")
-    if not len(a):
-        return Difference(np.nan, np.nan, np.nan, np.nan)
-    gap = a - b
-    resampled = _resampled_means(gap[:, None], users, rng, samples)[:, 0]
-    estimate = _estimate(gap.mean(), resampled, confidence)
-    # A hair of tolerance: |d* − d| that equals |d| in arithmetic must not fail for its last bit.
-    extreme = np.abs(resampled - estimate.value) >= abs(estimate.value) * (1 - 1e-9)
-    p_value = np.nan if np.isnan(estimate.value) else (1 + extreme.sum()) / (1 + samples)
-    return Difference(*estimate, float(p_value))
+    return paired_differences((a - b)[:, None], users, rng, samples, confidence)[0]
+
+
+def paired_differences(
+    gaps: Floats, users: NDArray, rng: np.random.Generator, samples: int = 2000, confidence: float = 0.95
+) -> list[Difference]:
+    """Mean of each column of gaps (N, M), a − b by example, with percentile interval and p-value over users.
+
+    p = (1 + #{s : |d*_s − d| ≥ |d|}) / (1 + samples): the resampled differences, moved to mean 0, show what chance
+    alone gives (Davison & Hinkley 1997, §4.4). No difference anywhere gives p = 1. Fewer than two users have no
+    interval, fewer than FEW_USERS no p-value (NaN): so few resamples differ that the smallest p would mean nothing.
+    """
+    gaps = np.asarray(gaps, dtype=np.float64)
+    if not len(gaps):
+        return [Difference(np.nan, np.nan, np.nan, np.nan)] * gaps.shape[1]
+    few = len(np.unique(users)) < FEW_USERS
+    means, found = _resampled_means(gaps, users, rng, samples), []
+    for value, resampled in zip(gaps.mean(axis=0), means.T, strict=True):
+        # A hair of tolerance: |d* − d| that equals |d| in arithmetic must not fail for its last bit.
+        extreme = np.abs(resampled - value) >= abs(value) * (1 - 1e-9)
+        p_value = np.nan if few or np.isnan(value) else (1 + extreme.sum()) / (1 + samples)
+        found.append(Difference(*_estimate(value, resampled, confidence), float(p_value)))
+    return found
 
 
 def mcnemar(hit_a: NDArray, hit_b: NDArray) -> float:
@@ -148,10 +182,12 @@ def _counts(users: int, samples: int, rng: np.random.Generator, width: int) -> I
 
 
 def _resampled_means(values: Floats, users: NDArray, rng: np.random.Generator, samples: int) -> Floats:
-    """Means of resamples, (samples, M)."""
+    """Means of resamples, (samples, M); none (0, M) of fewer than two users, who are the same in every resample."""
     members, sizes = _clusters(users)
-    sums = np.zeros((len(sizes), values.shape[1]))
-    np.add.at(sums, members, values)
+    if len(sizes) < 2:
+        return np.empty((0, values.shape[1]))
+    starts = np.cumsum(sizes) - sizes
+    sums = np.add.reduceat(values[np.argsort(members, kind="stable")], starts, axis=0)  # (U, M)
     parts = [(counts @ sums) / (counts @ sizes)[:, None] for counts in _counts(len(sizes), samples, rng, len(sizes))]
     return np.concatenate(parts)
 
@@ -163,3 +199,9 @@ def _estimate(value: float, resampled: Floats, confidence: float) -> Estimate:
     tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(defined, [tail, 100 - tail])
     return Estimate(float(value), float(low), float(high))
+
+
+def _rate_bound(rate: float, num_users: int, confidence: float) -> Estimate:
+    """A rate of exactly 0 or 1 with its Clopper–Pearson bound over users."""
+    bound = float(((1 - confidence) / 2) ** (1 / num_users))
+    return Estimate(1.0, bound, 1.0) if rate else Estimate(0.0, 0.0, 1 - bound)

@@ -14,14 +14,17 @@ A 4D attention mask says who sees whom. An answer's last token is predicted and 
 takes no such mask (flash attention, sliding windows, state-space layers).
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from recllm.data.dataset import pad_left
 from recllm.errors import UserError
 from recllm.model.adapter import accepts_history
 from recllm.model.chat import answer_ids, prompt_ids
@@ -131,13 +134,13 @@ class TransformersEngine:
         listed: Sequence[bool] | None = None,
         progress: str | None = None,
     ) -> list[Generation]:
-        """Greedy answers, one a prompt, in the order of the prompts.
+        """Greedy answers, one a prompt, in the order of the prompts; the model's own generation settings do not count.
 
         A `listed` answer (by default that of a prompt that ends in an assistant message) stops at its newline too, any
         other only at eos; neither is part of the text. One that reaches `max_new_tokens` first is not `finished`.
         """
         rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        self._check_lengths([len(row) + max_new_tokens for row in rows])
+        self._check_generation(rows, max_new_tokens)
         gates = self._gates(len(rows), histories, gate_weights)
         if listed is None:
             listed = [prompt[-1]["role"] == "assistant" for prompt in prompts]
@@ -153,6 +156,22 @@ class TransformersEngine:
                     texts[i] = generation
                 bar.update(len(batch))
         return [text for text in texts if text is not None]
+
+    def check(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]],
+        max_new_tokens: int = 0,
+        num_generated: int = 0,
+    ) -> None:
+        """Find now what `score`, and `generate` for the first `num_generated` prompts, would refuse.
+
+        Raises:
+            UserError: a prompt without answers; a prompt that with its longest answer, or with max_new_tokens, exceeds
+                the model's context.
+        """
+        rows, _ = self._tokenize(prompts, answers)
+        self._check_generation(rows[:num_generated], max_new_tokens)
 
     def _tokenize(
         self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]
@@ -174,12 +193,16 @@ class TransformersEngine:
         self._check_lengths([len(row) + max(map(len, texts)) for row, texts in zip(rows, candidates)])
         return rows, candidates
 
-    def _check_lengths(self, lengths: list[int]) -> None:
+    def _check_generation(self, rows: list[list[int]], max_new_tokens: int) -> None:
+        advice = f"lower protocol.decoding.max_new_tokens ({max_new_tokens} of them), or prompt.max_items and convert"
+        self._check_lengths([len(row) + max_new_tokens for row in rows], f"{advice} again")
+
+    def _check_lengths(self, lengths: list[int], advice: str = "lower prompt.max_items and convert again") -> None:
         context = getattr(self.config, "max_position_embeddings", None)
         if context and lengths and max(lengths) > context:
             raise UserError(
                 f"prompt {int(np.argmax(lengths))} with its answer has {max(lengths)} tokens, the model reads at most "
-                f"{context}: lower prompt.max_items and convert again"
+                f"{context}: {advice}"
             )
 
     def _gates(
@@ -200,7 +223,7 @@ class TransformersEngine:
             weights = torch.as_tensor(np.asarray(gates["gate_weights"])[list(rows)], dtype=torch.float32)
             return {"gate_weights": weights.to(self.device)}  # (B, K)
         if "history_items" in gates:
-            items = _pad_left([gates["history_items"][i] for i in rows], -1)
+            items = pad_left([gates["history_items"][i] for i in rows], -1)
             return {"history_items": torch.from_numpy(items).to(self.device)}  # (B, L)
         return {}
 
@@ -273,7 +296,7 @@ class TransformersEngine:
         values: list[list[float]] = [[] for _ in rows]
         for start in range(0, len(pairs), self.batch_size):
             part = pairs[start : start + self.batch_size]
-            input_ids = _pad_left([np.array(tokens) for _, tokens, _ in part], 0)
+            input_ids = pad_left([np.array(tokens) for _, tokens, _ in part], 0)
             mask = _mask([len(tokens) for _, tokens, _ in part], input_ids.shape[1])
             keep = max(length for _, _, length in part) + 1
             logits = self.model(
@@ -294,17 +317,17 @@ class TransformersEngine:
     ) -> list[Generation]:
         eos = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (eos or 0)
-        input_ids = _pad_left([np.array(row) for row in rows], pad)
+        input_ids = pad_left([np.array(row) for row in rows], pad)
         mask = _mask([len(row) for row in rows], input_ids.shape[1])
-        # A whole config of our own: the model's may hold sampling settings that greedy decoding would warn about.
         settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=eos, pad_token_id=pad)
-        output = self.model.generate(
-            input_ids=torch.from_numpy(input_ids).to(self.device),
-            attention_mask=torch.from_numpy(mask).to(self.device),
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([_Newline(self.tokenizer, listed)]),
-            **self._gates_of(gates, batch),
-        )
+        with _blank_generation_config(self.model):
+            output = self.model.generate(
+                input_ids=torch.from_numpy(input_ids).to(self.device),
+                attention_mask=torch.from_numpy(mask).to(self.device),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([_Newline(self.tokenizer, listed)]),
+                **self._gates_of(gates, batch),
+            )
         answers = output[:, input_ids.shape[1] :].tolist()
         return [self._read(tokens, is_listed, eos) for tokens, is_listed in zip(answers, listed, strict=True)]
 
@@ -377,12 +400,19 @@ def _normalisers(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(blocks)
 
 
-def _pad_left(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
-    """(B, L) int64, `value` to the left of the shorter rows; L is at least 1."""
-    padded = np.full((len(rows), max(1, *map(len, rows))), value, dtype=np.int64)
-    for line, row in zip(padded, rows, strict=True):
-        line[len(line) - len(row) :] = row
-    return padded
+@contextlib.contextmanager
+def _blank_generation_config(model: Any) -> Iterator[None]:
+    """The model without generation settings of its own.
+
+    Transformers fills what a config that is given leaves open from the model's: beams, a repetition penalty, banned
+    tokens. Greedy decoding has none of them.
+    """
+    owner = model.get_base_model() if isinstance(model, PeftModel) else model
+    before, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = before
 
 
 def _mask(lengths: Sequence[int], width: int) -> np.ndarray:

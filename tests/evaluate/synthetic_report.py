@@ -176,6 +176,7 @@ def _system(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,
+        "has_gate": name.startswith("ilora"),
         "task": "next_item",
         "description": f"what {name} is",
         "num_examples": EXAMPLES,

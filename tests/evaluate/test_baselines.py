@@ -37,8 +37,8 @@ def small():
     # user 0 trains on 0 1 0 1 2 and is tested on 3; user 1 trains on 0 1 and has the rest held out
     return dataset_of(
         [
-            [(0, UNUSED), (1, TRAIN), (0, TRAIN), (1, TRAIN), (2, TRAIN), (3, TEST)],
-            [(0, UNUSED), (1, TRAIN), (4, VALID), (3, UNUSED), (4, TEST)],
+            [(0, TRAIN), (1, TRAIN), (0, TRAIN), (1, TRAIN), (2, TRAIN), (3, TEST)],
+            [(0, TRAIN), (1, TRAIN), (4, VALID), (3, UNUSED), (4, TEST)],
             [(2, UNUSED), (3, TEST), (2, UNUSED)],
         ],
         num_items=6,
@@ -49,6 +49,12 @@ def test_only_training_is_counted(small):
     read = baselines.training_interactions(small)
     assert read.tolist() == [True] * 5 + [False] + [True] * 2 + [False] * 3 + [False] * 3
     assert baselines.item_counts(small).tolist() == [3, 3, 1, 0, 0, 0]
+
+
+def test_the_rest_of_a_held_out_session_is_no_training_though_training_follows():
+    # a session split of one user: session 0 1, held-out session 2 3 with one target, session 4
+    held = dataset_of([[(0, TRAIN), (1, TRAIN), (2, UNUSED), (3, TEST), (2, UNUSED), (4, TRAIN)]], num_items=5)
+    assert baselines.training_interactions(held).tolist() == [True, True, False, False, False, True]
 
 
 def test_popularity_is_the_training_count_for_everybody(small):
@@ -85,20 +91,27 @@ def test_candidates_and_full_ranks_agree_with_the_matrix(small, monkeypatch):
     score = baselines.random(small, 0)
     matrix, candidates = score(wanted), np.array([[1, 3], [4, 0], [5, 3]])
     monkeypatch.setattr(baselines, "_CHUNK", 7)  # one example a chunk
-    found = baselines.score_candidates(score, wanted, candidates, small.num_items)
+    target, asked = np.array([3, 4, 3]), []
+
+    def counted(part):
+        asked.extend(part.example_ids)
+        return score(part)
+
+    found, ranks = baselines.score_examples(counted, small, wanted, candidates, target, True, False)
     assert (found == np.take_along_axis(matrix, candidates, 1)).all()
-    target = np.array([3, 4, 3])
-    ranks = baselines.full_ranks(score, small, wanted, target, exclude_history=False)
     assert ranks.tolist() == metrics.ranks(matrix, target).tolist()
+    assert asked == wanted.example_ids  # the catalogue is scored once for both
+    assert baselines.score_examples(score, small, wanted, candidates, target, False, False)[1] is None
 
 
 def test_the_history_is_not_ranked_but_a_repeated_target_is(small):
-    popular = baselines.popularity(small)
-    wanted, target = examples((0, 5)), np.array([3])  # history 0 1 0 1 2
-    assert baselines.full_ranks(popular, small, wanted, target, exclude_history=True).tolist() == [3]  # of 3 4 5, tied
-    assert baselines.full_ranks(popular, small, wanted, target, exclude_history=False).tolist() == [6]
-    repeated = baselines.full_ranks(popular, small, wanted, np.array([2]), exclude_history=True)
-    assert repeated.tolist() == [1]  # against 3 4 5, which nobody had
+    def ranks(target, exclude_history):
+        given = (examples((0, 5)), np.array([[3]]), np.array([target]), True, exclude_history)  # history 0 1 0 1 2
+        return baselines.score_examples(baselines.popularity(small), small, *given)[1].tolist()
+
+    assert ranks(3, exclude_history=True) == [3]  # of 3 4 5, tied
+    assert ranks(3, exclude_history=False) == [6]
+    assert ranks(2, exclude_history=True) == [1]  # against 3 4 5, which nobody had
 
 
 def test_constant_and_users_own_answers():

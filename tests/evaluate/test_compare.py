@@ -2,13 +2,17 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from recllm.errors import UserError
-from recllm.evaluate.compare import Run, compare, compare_rows
+from recllm.evaluate.compare import COLUMNS, Run, compare, compare_rows
 from recllm.evaluate.evaluation import evaluate
+from recllm.evaluate.figures import PREDICTIONS
 from recllm.recipe import BootstrapSection
+
+SCHEMA = pa.schema([PREDICTIONS.field(name) for name in COLUMNS])
 
 
 @pytest.fixture(scope="module")
@@ -23,41 +27,52 @@ def reports(made, tmp_path_factory):
     return made_reports
 
 
+def run(name, **rows):
+    """example id → row."""
+    return Run(name, pa.Table.from_pylist([{"example_id": key, **row} for key, row in rows.items()], SCHEMA))
+
+
 def row(hit, user, candidates=(1, 2), **changes):
     values = {"rank": 1 if hit else 2, "valid": True, "nats": None, "user_index": user, "target": 1, "label": None}
     return values | {"candidates": list(candidates)} | changes
 
 
 def test_the_difference_is_on_shared_examples_only():
-    a = Run("a", {f"e{n}": row(hit=n < 6, user=n) for n in range(10)})
-    b = Run("b", {f"e{n}": row(hit=False, user=n) for n in range(2, 12)})
+    a = run("a", **{f"e{n}": row(hit=n < 6, user=n) for n in range(10)})
+    b = run("b", **{f"e{n}": row(hit=False, user=n) for n in reversed(range(2, 12))})
     found = compare_rows(a, b, "hit_rate@1", BootstrapSection())
     assert (found["difference"], found["num_examples"]) == (4 / 8, 8)
     assert (found["method"], found["p_value"]) == ("mcnemar", pytest.approx(2 * (1 / 2) ** 4))
 
 
+def test_examples_are_paired_by_their_id():
+    a = run("a", e0=row(True, 0), e1=row(False, 1), e2=row(True, 2))
+    b = run("b", e2=row(True, 2), e1=row(False, 1), e0=row(True, 0))
+    assert compare_rows(a, b, "hit_rate@1", BootstrapSection())["high"] == 0
+
+
 def test_several_examples_of_a_user_take_the_bootstrap():
-    a = Run("a", {f"e{n}": row(hit=True, user=n // 2) for n in range(10)})
-    b = Run("b", {f"e{n}": row(hit=False, user=n // 2) for n in range(10)})
+    a = run("a", **{f"e{n}": row(hit=True, user=n // 2) for n in range(10)})
+    b = run("b", **{f"e{n}": row(hit=False, user=n // 2) for n in range(10)})
     assert compare_rows(a, b, "hit_rate@1", BootstrapSection())["method"] == "paired_bootstrap"
 
 
 def test_an_invalid_row_is_a_miss():
-    a = Run("a", {"e0": row(hit=True, user=0), "e1": row(hit=True, user=1, valid=False)})
+    a = run("a", e0=row(hit=True, user=0), e1=row(hit=True, user=1, valid=False))
     assert compare_rows(a, a, "hit_rate@1", BootstrapSection())["difference"] == 0
-    b = Run("b", {"e0": row(hit=True, user=0), "e1": row(hit=True, user=1)})
+    b = run("b", e0=row(hit=True, user=0), e1=row(hit=True, user=1))
     assert compare_rows(b, a, "mrr", BootstrapSection())["difference"] == 1 / 2
 
 
 def test_other_candidates_are_refused():
-    a, b = Run("a", {"e": row(True, 0)}), Run("b", {"e": row(True, 0, candidates=(1, 3))})
+    a, b = run("a", f=row(True, 1), e=row(True, 0)), run("b", f=row(True, 1), e=row(True, 0, candidates=(1, 3)))
     with pytest.raises(UserError, match="example e has other candidates in a than in b"):
         compare_rows(a, b, "hit_rate@1", BootstrapSection())
 
 
 def test_no_shared_example_is_refused():
     with pytest.raises(UserError, match="share no example"):
-        compare_rows(Run("a", {"e": row(True, 0)}), Run("b", {"f": row(True, 0)}), "mrr", BootstrapSection())
+        compare_rows(run("a", e=row(True, 0)), run("b", f=row(True, 0)), "mrr", BootstrapSection())
 
 
 def test_reports_are_compared_on_what_they_share(reports):

@@ -6,13 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.evaluate import figures, language_model
+from recllm.evaluate import baselines, figures, language_model
 from recllm.evaluate.evaluation import evaluate, training_log
 from recllm.evaluate.language_model import principal_components, swapped_rows
 from recllm.evaluate.tasks import Prediction, load_tasks
+from recllm.recipe import RankingSection
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,7 @@ def no_scoring(monkeypatch):
         raise AssertionError("scoring began before the input was checked")
 
     monkeypatch.setattr(language_model.LanguageModels, "_ask", refuse)
+    monkeypatch.setattr(baselines, "score_examples", refuse)
 
 
 def refuse(made, tmp_path, message, **changes):
@@ -232,7 +235,98 @@ def test_broken_candidates_are_refused(made, tmp_path, no_scoring):
     refuse(made, tmp_path, "example next_item/.*candidates", recipe=recipe, dataset_folder=tmp_path / "dataset")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "gate.safetensors"])
+def test_a_damaged_adapter_is_refused(made, tmp_path, no_scoring, name):
+    shutil.copytree(made.adapter, tmp_path / "other")
+    (tmp_path / "other" / name).write_bytes((made.adapter / name).read_bytes()[:-40])
+    section = made.recipe.evaluate.model_copy(update={"adapters": {"second": str(tmp_path / "other")}})
+    refuse(made, tmp_path, name, recipe=made.recipe.model_copy(update={"evaluate": section}))
+
+
+def test_an_answer_that_the_model_has_no_room_for_is_refused(made, tmp_path, no_scoring):
+    decoding = made.recipe.protocol.decoding.model_copy(update={"max_new_tokens": 500})
+    protocol = made.recipe.protocol.model_copy(update={"decoding": decoding})
+    refuse(made, tmp_path, "lower protocol.decoding.max_new_tokens", recipe=made.recipe.model_copy(
+        update={"protocol": protocol}))  # fmt: skip
+
+
+def test_a_prompt_that_the_model_has_no_room_for_is_refused(made, tmp_path, no_scoring, monkeypatch):
+    from recllm.infer.transformers_engine import TransformersEngine
+
+    before = TransformersEngine.__init__
+
+    def narrow(self, *args, **kwargs):
+        before(self, *args, **kwargs)
+        self.config.max_position_embeddings = 20
+
+    monkeypatch.setattr(TransformersEngine, "__init__", narrow)
+    refuse(made, tmp_path, "the model reads at most 20: lower prompt.max_items")
+
+
+def test_a_run_without_any_system_is_refused(made, tmp_path, no_scoring):
+    section = made.recipe.evaluate.model_copy(update={"baselines": []})
+    recipe = made.recipe.model_copy(update={"evaluate": section})
+    refuse(made, tmp_path, "no system scores the task next_item", recipe=recipe, adapter_folder=None)
+
+
+def test_a_broken_training_log_is_refused(made, tmp_path, no_scoring):
+    shutil.copytree(made.adapter, tmp_path / "other")
+    (tmp_path / "other/training_log.json").write_text("[{")
+    refuse(made, tmp_path, "training_log.json", adapter_folder=tmp_path / "other")
+
+
+@pytest.mark.parametrize("k", [[], [0], [5, -1]])
+def test_cutoffs_below_one_are_refused_with_the_recipe(k):
+    with pytest.raises(ValidationError, match="k"):
+        RankingSection(k=k)
+
+
 # ---- parts ----
+
+
+def test_each_example_is_scored_with_the_gate_of_its_own_history(made, report):
+    from recllm.infer.transformers_engine import TransformersEngine
+    from recllm.model.adapter import load_adapter
+    from recllm.model.base_model import load_base_model
+
+    folder, _ = report
+    base, tokenizer = load_base_model(made.recipe.model)
+    engine = TransformersEngine(load_adapter(base, made.adapter), tokenizer, 1)
+    dataset = Dataset.open(made.dataset)
+    task = load_tasks(dataset, "test", 10, 0)[0]
+    pairs = list(zip(task.users, task.examples.history_end, strict=True))
+    histories = [dataset.history(int(user), int(end), 200) for user, end in pairs]
+    answers = task.answer_texts(dataset.titles)
+    rows = pq.read_table(folder / "predictions.parquet").to_pylist()
+    found = {
+        row["example_id"]: row["scores"] for row in rows if row["system"] == "ilora" and row["task"] == "next_item"
+    }
+    for n in (2, 7):
+        (scores,) = engine.score([task.prompts[n]], [answers[n]], histories=[histories[n]])
+        assert found[task.examples.example_ids[n]] == pytest.approx(scores, abs=1e-4)
+        (others,) = engine.score([task.prompts[n]], [answers[n]], histories=[histories[n - 1]])
+        assert np.abs(others - scores).max() > 1e-3  # the gate of another example would be seen
+
+
+def test_mean_scores_are_the_sums_over_their_tokens(made, report, tmp_path):
+    folder, document = report
+    decoding = made.recipe.protocol.decoding.model_copy(update={"score": "mean"})
+    protocol = made.recipe.protocol.model_copy(update={"decoding": decoding})
+    section = made.recipe.evaluate.model_copy(update={"baselines": [], "controls": []})
+    recipe = made.recipe.model_copy(update={"protocol": protocol, "evaluate": section})
+    found = evaluate(recipe, made.dataset, made.encoder, made.adapter, tmp_path / "report")
+    assert entry(found, "ilora")["metrics"]["nats"]["value"] == pytest.approx(
+        entry(document, "ilora")["metrics"]["nats"]["value"], abs=1e-6
+    )
+    rows = [pq.read_table(f / "predictions.parquet").to_pylist()[0] for f in (folder, tmp_path / "report")]
+    titles = Dataset.open(made.dataset).titles
+    lengths = [len(titles[item]) + 1 for item in rows[0]["candidates"]]  # one token a byte, and the newline
+    assert rows[1]["scores"] == pytest.approx([score / n for score, n in zip(rows[0]["scores"], lengths)], abs=1e-6)
+
+
+def test_equal_weights_have_no_strongest_expert():
+    weights = np.array([[0.25] * 4, [0.1, 0.1, 0.7, 0.1]], dtype=np.float32)
+    assert language_model.strongest_experts(weights).tolist() == [-1, 2]
 
 
 def test_swapped_rows_never_give_a_user_their_own_gate():
@@ -275,7 +369,7 @@ def test_nan_scores_are_misses_in_the_denominator(made):
 def test_closed_figures_by_hand(made):
     (like,) = [task for task in load_tasks(Dataset.open(made.dataset), "test", 10, 0) if task.is_closed]
     scores = np.log(np.where(np.eye(2)[like.right_column] == 1, 0.8, 0.2))
-    entry = figures.closed_figures(like, Prediction(scores), made.recipe.protocol.bootstrap)
+    entry = figures.closed_figures(like, [Prediction(scores)], made.recipe.protocol.bootstrap)[0]
     assert entry["auc"]["value"] == 1
     assert entry["brier"]["value"] == pytest.approx(0.2**2)
     assert entry["calibration_error"]["value"] == pytest.approx(0.2)

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recllm.errors import UserError
-from recllm.evaluate import plots, reading, report
+from recllm.evaluate import pictures, plots, reading, report
 
 
 def _load(name: str) -> ModuleType:
@@ -186,7 +188,82 @@ def test_a_closed_task_has_its_own_table(tmp_path: Path) -> None:
     assert "ilora is ahead of constant" in page
 
 
+def test_a_second_closed_task_is_read_as_the_first(tmp_path: Path) -> None:
+    document = synthetic.closed_task()
+    document["tasks"][-1] = "like.2"
+    document["main_system"]["like.2"] = document["main_system"].pop("like")
+    for entry in document["systems"] + document["comparisons"]:
+        entry["task"] = entry["task"].replace("like", "like.2")
+    page = written(tmp_path, document)
+    assert "Closed answers" in page
+    assert "ilora is ahead of constant" in page
+
+
+def test_items_that_share_their_text_are_told(tmp_path: Path) -> None:
+    said = "30 items share their text with another item"
+    document = synthetic.metrics()
+    assert said not in written(tmp_path, document)
+    document["counts"]["colliding_texts"] = 30
+    assert said in written(tmp_path, document)
+    assert said in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 # ---- missing pieces ----
+
+
+def test_few_users_have_no_interval_no_test_and_nothing_bold(tmp_path: Path) -> None:
+    document = synthetic.metrics() | {"examples": []}
+    undefined = {"low": None, "high": None}
+    for test in document["comparisons"]:
+        test |= {**undefined, "p_value": None, "p_holm": None, "num_users": 1, "num_examples": 1}
+    for system in document["systems"]:
+        system |= {"num_users": 1, "full_catalogue": None, "generation": None}
+        system["metrics"] = {name: value | undefined for name, value in system["metrics"].items()}
+    page = written(tmp_path, document)
+    assert "1 users are too few to compare systems: at least 5 are needed." in page
+    assert "is ahead of" not in page
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| +0.010 | – | – | – | not decided |" in text
+    assert "| **" not in text
+
+
+def test_disjoint_intervals_of_four_users_make_nothing_bold(tmp_path: Path) -> None:
+    document = synthetic.metrics() | {"comparisons": [], "examples": []}
+    (best,) = [system for system in document["systems"] if system["name"] == "item_to_item"]
+    best["metrics"]["hit_rate@1"] = synthetic.estimate(0.9)
+    written(tmp_path, document)
+    assert "| **" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    for system in document["systems"]:
+        system["num_users"] = 4
+    written(tmp_path, document)
+    assert "| **" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_log_entry_without_its_loss_leaves_the_curve(tmp_path: Path) -> None:
+    document = synthetic.metrics()
+    del document["training_log"][3]["loss"]
+    document["training_log"][5]["loss"] = float("nan")
+    document["training_log"][7]["loss"] = None
+    (picture,) = [p for p in pictures.of_training(document["training_log"], None) if p.name == "training-loss"]
+    whole = [entry for number, entry in enumerate(document["training_log"]) if number not in (3, 5, 7)]
+    (expected,) = [p for p in pictures.of_training(whole, None) if p.name == "training-loss"]
+    assert picture.svg == expected.svg
+
+
+def test_a_gate_that_is_exactly_uniform_has_no_strongest_expert(tmp_path: Path) -> None:
+    document = synthetic.metrics()
+    document["gate"] |= {"strongest_counts": [0, 0, 0, 0], "strongest_none": synthetic.EXAMPLES}
+    synthetic.write(tmp_path, document)
+    table = pq.read_table(tmp_path / "gates.parquet")
+    none = pa.array([-1] * len(table), pa.int32())
+    pq.write_table(
+        table.set_column(table.column_names.index("strongest"), "strongest", none), tmp_path / "gates.parquet"
+    )
+    report.write(tmp_path)
+    assert f"| none | – | – | {synthetic.EXAMPLES} (100%) |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    picture = (tmp_path / "plots" / "gate-users.svg").read_text(encoding="utf-8")
+    assert "none: all weigh the same" in picture
+    assert "expert 0" not in picture
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -290,23 +367,47 @@ def test_a_baseline_that_wins_is_named() -> None:
     assert "No difference shown between ilora and plain, base_model, sasrec or item_to_item in ndcg@10" in text
 
 
-UNIFORM, SHUFFLED = ("ilora_uniform", "nats"), ("ilora_shuffled", "nats")
+UNIFORM, SHUFFLED, PLAIN = ("ilora_uniform", "nats"), ("ilora_shuffled", "nats"), ("plain", "nats")
+BOTH = {UNIFORM: "ahead", SHUFFLED: "ahead"}
 
 
 @pytest.mark.parametrize(
     ("verdicts", "said"),
     [
-        ({UNIFORM: "ahead", SHUFFLED: "ahead"}, "the gate helps on this data"),
+        ({**BOTH, PLAIN: "ahead"}, "the gate helps on this data"),
+        ({PLAIN: "ahead"}, "the gate is not shown to help on this data"),
         ({UNIFORM: "ahead"}, "a gate of another user does as well"),
         ({SHUFFLED: "ahead"}, "no gain shown"),
         ({UNIFORM: "behind", SHUFFLED: "ahead"}, "the gate hurts on this data: it is behind the uniform gate"),
         ({}, "the gate is not shown to help on this data"),
     ],
 )
-def test_the_gate_helps_only_when_both_controls_are_behind(verdicts: dict[tuple[str, str], str], said: str) -> None:
+def test_the_gate_helps_only_when_both_controls_and_plain_lora_are_behind(
+    verdicts: dict[tuple[str, str], str], said: str
+) -> None:
     text = sentences(verdicts)
     assert f"Measured in nats, {said}" in text or (said == "no gain shown" and said in text)
-    assert ("Measured in nats, the gate helps" in text) == (len(verdicts) == 2 and set(verdicts.values()) == {"ahead"})
+    assert ("Measured in nats, the gate helps" in text) == (len(verdicts) == 3 and set(verdicts.values()) == {"ahead"})
+
+
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [("open", "but is not shown to beat a plain LoRA"), ("behind", "but a plain LoRA without one is ahead of it")],
+)
+def test_a_gate_that_its_adapter_needs_is_no_gain_over_plain_lora(plain: str, said: str) -> None:
+    text = sentences({**BOTH, PLAIN: plain})
+    assert "Measured in nats, this adapter needs its gate" in text
+    assert said in text
+    assert "the gate helps" not in text
+
+
+def test_without_a_plain_lora_no_gain_is_claimed() -> None:
+    document = synthetic.metrics()
+    document["comparisons"] = [t for t in only(document["comparisons"], BOTH) if t["b"] != "plain"]
+    document["systems"] = [system for system in document["systems"] if system["name"] != "plain"]
+    text = "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
+    assert "whether it beats a plain LoRA is not tested here: add evaluate.adapters: {lora: FOLDER}" in text
+    assert "the gate helps" not in text
 
 
 def test_one_control_alone_does_not_show_that_the_gate_helps() -> None:

@@ -15,9 +15,48 @@ def test_equal_values_have_no_spread():
     assert found == (0.25, 0.25, 0.25)
 
 
-def test_one_user_with_many_examples_is_one_cluster():
+def test_one_user_with_many_examples_has_a_mean_and_no_interval():
     (found,) = statistics.bootstrap_means(np.arange(8.0)[:, None], np.zeros(8), generator())
-    assert (found.low, found.high) == (3.5, 3.5)  # whoever is drawn, it is the same user
+    assert found == pytest.approx((3.5, np.nan, np.nan), nan_ok=True)
+    (rate,) = statistics.bootstrap_means(np.ones((8, 1)), np.zeros(8), generator())
+    assert rate == pytest.approx((1, np.nan, np.nan), nan_ok=True)
+    difference = statistics.paired_difference(np.ones(8), np.zeros(8), np.zeros(8), generator())
+    assert difference == pytest.approx((1, np.nan, np.nan, np.nan), nan_ok=True)
+    (other,) = statistics.bootstrap_statistics([lambda w: w @ np.arange(8.0) / w.sum(1)], np.zeros(8), generator())
+    assert other == pytest.approx((3.5, np.nan, np.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize(("num_users", "tested"), [(2, False), (4, False), (5, True)])
+def test_fewer_than_five_users_are_not_tested(num_users, tested):
+    gap = np.arange(1.0, 1 + num_users)
+    found = statistics.paired_difference(gap, np.zeros(num_users), np.arange(num_users), generator())
+    assert found.low < found.difference < found.high
+    assert np.isfinite(found.p_value) == tested
+
+
+def test_a_rate_of_zero_or_one_has_the_exact_bound_over_users():
+    users = np.repeat(np.arange(50), 2)
+    values = np.stack([np.ones(100), np.zeros(100), np.full(100, 0.5)], axis=1)
+    one, zero, other = statistics.bootstrap_means(values, users, generator())
+    # all of 50 users at a true rate q happen with q^50: q^50 = α / 2
+    assert one == pytest.approx((1, 0.025 ** (1 / 50), 1))
+    assert zero == pytest.approx((0, 0, 1 - 0.025 ** (1 / 50)))
+    assert other == (0.5, 0.5, 0.5)
+
+
+def test_a_statistic_that_never_leaves_its_bound_has_no_interval():
+    found = statistics.bootstrap_statistics([lambda w: np.ones(len(w))], np.arange(9), generator(), 50)
+    assert found[0] == pytest.approx((1, np.nan, np.nan), nan_ok=True)
+
+
+def test_stacked_columns_have_the_figures_of_each_alone():
+    values, users = generator(1).random((50, 3)), generator(2).integers(20, size=50)
+    together = statistics.bootstrap_means(values, users, generator(3), 200)
+    alone = [statistics.bootstrap_means(values[:, [m]], users, generator(3), 200)[0] for m in range(3)]
+    assert np.allclose(together, alone)
+    both = statistics.paired_differences(values[:, :2], users, generator(3), 200)
+    single = [statistics.paired_difference(values[:, m], np.zeros(50), users, generator(3), 200) for m in range(2)]
+    assert np.allclose(both, single)
 
 
 def test_users_are_resampled_whole():
@@ -57,7 +96,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 def test_a_statistic_of_weights_has_the_interval_of_the_mean():
     values, users = generator(1).random(60), np.arange(60)
     (mean,) = statistics.bootstrap_means(values[:, None], users, generator(5), 400)
-    found = statistics.bootstrap_statistic(lambda w: (w @ values) / w.sum(axis=1), users, generator(5), 400)
+    found = statistics.bootstrap_statistics([lambda w: (w @ values) / w.sum(axis=1)], users, generator(5), 400)[0]
     assert found == pytest.approx(mean)
 
 
@@ -65,16 +104,16 @@ def test_resamples_without_a_figure_are_left_out():
     def needs_both(weights):
         return np.where((weights > 0).all(axis=1), weights[:, 0] / weights.sum(axis=1), np.nan)
 
-    assert statistics.bootstrap_statistic(needs_both, np.arange(2), generator(), 200) == (0.5, 0.5, 0.5)
+    assert statistics.bootstrap_statistics([needs_both], np.arange(2), generator(), 200) == [(0.5, 0.5, 0.5)]
 
 
 def test_the_p_value_of_the_paired_bootstrap_by_hand():
-    a, b, users = np.array([1.0, 0.0]), np.array([0.0, 0.0]), np.array([0, 1])
+    a, b, users = np.array([1.0, 1.0, 0.0, 0.0, 0.0]), np.zeros(5), np.arange(5)
     found = statistics.paired_difference(a, b, users, generator(), samples=999)
-    # d = 1/2; a resample's d* is 0, 1/2 or 1: |d* − d| ≥ d but for the mixed half of the resamples
-    drawn = np.random.default_rng(0).integers(2, size=(999, 2))
-    extreme = (drawn[:, 0] == drawn[:, 1]).sum()
-    assert (found.difference, found.p_value) == (1 / 2, (1 + extreme) / (1 + 999))
+    # d = 2/5; a resample's d* is n/5, n the draws of users 0 and 1: |d* − d| ≥ d for n = 0, 4 and 5
+    drawn = np.random.default_rng(0).integers(5, size=(999, 5))
+    extreme = np.isin((drawn < 2).sum(axis=1), (0, 4, 5)).sum()
+    assert (found.difference, found.p_value) == (2 / 5, (1 + extreme) / (1 + 999))
 
 
 def test_a_clear_difference_is_seen_and_none_is_not():

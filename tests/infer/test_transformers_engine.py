@@ -139,6 +139,19 @@ def speak(model, tokenizer, text):
     return model
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_greedy_is_greedy_whatever_the_model_has_settled(tiny_llama, gated, tiny_tokenizer, adapted):
+    model = gated if adapted else tiny_llama()
+    engine = TransformersEngine(model, tiny_tokenizer, 3)
+    histories = HISTORIES if adapted else None
+    before = engine.generate(PROMPTS, histories, max_new_tokens=12)
+    owner = model.get_base_model() if adapted else model
+    settled = owner.generation_config
+    settled.repetition_penalty, settled.num_beams, settled.suppress_tokens = 5.0, 2, list(range(3, 100))
+    assert engine.generate(PROMPTS, histories, max_new_tokens=12) == before
+    assert owner.generation_config is settled
+
+
 def test_a_listed_answer_stops_at_the_newline(tiny_llama, tiny_tokenizer):
     model = speak(tiny_llama(), tiny_tokenizer, "Up\n")
     (made,) = TransformersEngine(model, tiny_tokenizer, 1).generate(PROMPTS[1:2], max_new_tokens=8)
@@ -171,6 +184,16 @@ def test_too_long_a_prompt_is_refused_and_never_cut(tiny_llama, tiny_tokenizer):
     prompt = [{"role": "user", "content": "x" * 600}]
     with pytest.raises(UserError, match="the model reads at most 512"):
         TransformersEngine(tiny_llama(), tiny_tokenizer, 1).score([prompt], [["a"]])
+
+
+def test_check_finds_what_scoring_and_generating_would_refuse(tiny_llama, tiny_tokenizer):
+    engine = TransformersEngine(tiny_llama(), tiny_tokenizer, 1)
+    short, long = [{"role": "user", "content": "x"}], [{"role": "user", "content": "x" * 400}]
+    engine.check([short, long], [["a"], ["a"]], max_new_tokens=300, num_generated=1)
+    with pytest.raises(UserError, match=r"prompt 1 .*the model reads at most 512: lower prompt.max_items"):
+        engine.check([short, long], [["a"], ["a" * 100]])
+    with pytest.raises(UserError, match=r"prompt 1 .*lower protocol.decoding.max_new_tokens \(300 of them\)"):
+        engine.check([short, long], [["a"], ["a"]], max_new_tokens=300, num_generated=2)
 
 
 def test_a_prompt_without_answers_is_refused(tiny_llama, tiny_tokenizer):

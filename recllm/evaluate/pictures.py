@@ -1,0 +1,242 @@
+"""The pictures of a report: which figures of metrics.json go into which plot.
+
+metrics.json (as dict), the ranks of predictions.parquet and gates.parquet enter; `Picture`s leave, drawn by plots.py.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recllm.evaluate import plots, reading
+from recllm.evaluate.reading import LOWER_IS_BETTER, Metrics
+from recllm.evaluate.statistics import FEW_USERS
+
+
+class Picture(NamedTuple):
+    """One plot: `name` is its file in plots/, unique in the report."""
+
+    name: str
+    title: str
+    svg: str
+    caption: str = ""
+
+
+# ---- a task ----
+
+
+def known(system: Metrics, metric: str) -> bool:
+    """Whether a system has a value of a metric."""
+    return (system["metrics"].get(metric) or {}).get("value") is not None
+
+
+def heading(metric: str, task: str) -> str:
+    """A metric as the heading of a column or a plot, with an arrow where lower is better."""
+    unit = "nats an answer" if reading.is_closed(task) else "nats a title"
+    return (unit if metric == "nats" else metric) + (" ↓" if metric in LOWER_IS_BETTER else "")
+
+
+def of_metrics(task: str, systems: Sequence[Metrics], styles: Mapping[str, plots.Style], lead: str) -> list[Picture]:
+    """One dot plot a metric, best on top."""
+    made = []
+    for metric in dict.fromkeys(("hit_rate@1", lead, "nats", "auc")):
+        scored = [system for system in systems if known(system, metric)]
+        if scored:
+            rows = [_row(s["name"], s["metrics"][metric], styles) for s in scored]
+            svg_name, title = _slug(task, metric), heading(metric, task)
+            rows = _sorted(rows, metric)
+            made.append(Picture(svg_name, title, plots.dots(svg_name, title, rows)))
+    return made
+
+
+def _row(name: str, estimate: Metrics, styles: Mapping[str, plots.Style]) -> plots.Row:
+    return plots.Row(name, estimate["value"], estimate.get("low"), estimate.get("high"), styles[name])
+
+
+def _sorted(rows: Iterable[plots.Row], metric: str) -> list[plots.Row]:
+    return sorted(rows, key=lambda row: row.value, reverse=metric not in LOWER_IS_BETTER)
+
+
+def of_ranks(
+    task: str, predictions: pa.Table | None, num_candidates: int, styles: Mapping[str, plots.Style]
+) -> list[Picture]:
+    """Share of targets within the first k candidates, for every k."""
+    if predictions is None or reading.is_closed(task):
+        return []
+    mine = predictions.filter(pc.equal(predictions["task"], task))
+    series = {}
+    for name, style in styles.items():
+        ranks = mine.filter(pc.equal(mine["system"], name))["rank"].drop_null().to_numpy()
+        if len(ranks) > 0:
+            ks = np.arange(1, num_candidates + 1)
+            series[name] = (ks, np.searchsorted(np.sort(ranks), ks, side="right") / len(ranks), style)
+    if not series:
+        return []
+    name, title = _slug(task, "ranks"), "Targets within the first k candidates"
+    return [Picture(name, title, plots.lines(name, title, series, "k", limits=(0, 1.02)), "hit_rate@k for every k")]
+
+
+def of_tests(metrics: Metrics, task: str, tests: Sequence[Metrics], styles: Mapping[str, plots.Style]) -> list[Picture]:
+    """One forest plot a metric: the main system's difference to every other; filled where the test decides."""
+    made = []
+    for metric in dict.fromkeys(test["metric"] for test in tests):
+        mine = [test for test in tests if test["metric"] == metric]
+        main = mine[0]["a"]
+        rows = [_difference(test, styles, metrics) for test in mine if test.get("difference") is not None]
+        rows, far = _without_far(_sorted(rows, metric))
+        better = "left" if metric in LOWER_IS_BETTER else "right"
+        name, title = _slug(task, f"difference-{metric}"), f"{main} minus the other: {metric}"
+        svg = plots.dots(name, title, rows, f"difference; {better} of the line: {main} is better", 0.0)
+        outside = ", ".join(f"{row.label} ({reading.signed(row.value)})" for row in far)
+        made.append(Picture(name, title, svg, f"too far off for this scale: {outside}" if far else ""))
+    return made
+
+
+def _without_far(rows: Sequence[plots.Row]) -> tuple[list[plots.Row], list[plots.Row]]:
+    """(rows that share a readable scale, rows so far off that they would squeeze the others into one point)."""
+    reach = {row.label: max(abs(end) for end in (row.value, row.low, row.high) if end is not None) for row in rows}
+    ordered = sorted(reach.values())
+    limit = next((small for small, large in pairwise(ordered) if small > 0.005 and large > 8 * small), None)
+    if limit is None:
+        return list(rows), []
+    return [row for row in rows if reach[row.label] <= limit], [row for row in rows if reach[row.label] > limit]
+
+
+def _difference(test: Metrics, styles: Mapping[str, plots.Style], metrics: Metrics) -> plots.Row:
+    decided = reading.verdict(test, metrics["protocol"]["bootstrap"]["confidence"]) != "open"
+    style = styles[test["b"]]._replace(filled=decided)
+    return plots.Row(test["b"], test["difference"], test.get("low"), test.get("high"), style)
+
+
+def of_segment(
+    task: str, segment: str, values: Mapping[str, Metrics], metric: str, styles: Mapping[str, plots.Style]
+) -> list[Picture]:
+    """Small multiples: one dot plot of the metric for each value of a segment, all on one scale."""
+    panels = {
+        value: [_row(name, found[name][metric], styles) for name in styles if (found.get(name) or {}).get(metric)]
+        for value, found in values.items()
+    }
+    ends = [
+        end for rows in panels.values() for row in rows for end in (row.value, row.low, row.high) if end is not None
+    ]
+    if not ends:
+        return []
+    margin = 0.06 * (max(ends) - min(ends)) or 0.05
+    limits = (min(ends) - margin, max(ends) + margin)  # the same in every panel: they are there to be compared
+    made = []
+    for number, (value, rows) in enumerate(panels.items()):
+        name, title = _slug(task, segment, str(number)), f"{value}  ({size(values[value])})"
+        made.append(Picture(name, title, plots.dots(name, title, rows, limits=limits, width=3.5)))
+    return made
+
+
+def size(found: Mapping[str, Any]) -> str:
+    """How many examples a segment holds, and whether its users are too few for intervals."""
+    examples, users = (max((s.get(key, 0) for s in found.values()), default=0) for key in ("num_examples", "num_users"))
+    return f"n = {examples}" + (", too few for intervals" if users < FEW_USERS else "")
+
+
+def of_training(log: Sequence[Metrics], gate: Metrics | None) -> list[Picture]:
+    """Loss, gate entropy and mean expert weights over the steps, as far as the log has them."""
+    curves = {}
+    for key, colour in (("loss", "blue"), ("eval_loss", "orange")):
+        steps, values = _series(log, key)
+        if len(steps):
+            curves[key] = (steps, values, plots.Style(colour, "o"))
+    faint = ["loss"] if "loss" in curves and len(curves["loss"][0]) >= 20 else []
+    if faint:
+        steps, values, style = curves["loss"]
+        curves["running mean of 5"] = (steps, _running_mean(values, 5), style)
+    name, title = "training-loss", "Training loss"
+    caption = "nats a token of the completion" + ("; strong: mean of the last five entries" if faint else "")
+    made = [Picture(name, title, plots.lines(name, title, curves, "step", faint=faint), caption)] if curves else []
+    return made + _gate_training(log, gate)
+
+
+def _gate_training(log: Sequence[Metrics], gate: Metrics | None) -> list[Picture]:
+    made = []
+    steps, entropy = _series(log, "gate_entropy")
+    if len(steps):
+        name, title = "training-entropy", "Gate entropy"
+        largest = float(gate["max_entropy"]) if gate else float(np.max(entropy))
+        curve, limits = {"entropy": (steps, entropy, plots.Style("blue", "o"))}, (0, max(largest, 0.01) * 1.12)
+        svg = plots.lines(name, title, curve, "step", (largest, "uniform gate"), limits)
+        made.append(Picture(name, title, svg, "nats; zero is one expert for everybody"))
+    experts = sorted(_expert_keys(log).items())
+    weights = {f"expert {number}": (*_series(log, key), plots.expert_style(number)) for number, key in experts}
+    if weights:
+        name, title = "training-experts", "Mean weight of each expert"
+        top = min(1.05, 1.25 * max(float(np.max(ys)) for _, ys, _ in weights.values()))
+        svg = plots.lines(name, title, weights, "step", (1 / len(weights), "uniform"), (0, top))
+        made.append(Picture(name, title, svg, "of the training batches"))
+    return made
+
+
+def _series(log: Sequence[Metrics], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the entries that have a number under `key`; a diverged loss is none and leaves a gap."""
+    points = [(entry["step"], entry[key]) for entry in log if _is_number(entry.get(key)) and "step" in entry]
+    table = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _expert_keys(log: Sequence[Metrics]) -> dict[int, str]:
+    """Expert number → its key in the log: any that names an expert or the gate and ends in the number."""
+    keys = dict.fromkeys(key for entry in log for key in entry)
+    found = {key: re.fullmatch(r"\w*(?:expert|gate_weight)\w*?[_/]?(\d+)", key) for key in keys}
+    return {int(match[1]): key for key, match in found.items() if match}
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the last `width` values at each point, of fewer at the beginning."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def of_gate(gate: Metrics | None, gates: pa.Table | None) -> list[Picture]:
+    """Weights, entropy and a map of the users, from gates.parquet."""
+    if not gate or gates is None or not gates.num_rows:
+        return []
+    weights = np.stack(gates["weights"].to_numpy(zero_copy_only=False)).astype(np.float64)  # (N, K)
+    entropy = -np.sum(np.where(weights > 0, weights * np.log(np.maximum(weights, 1e-300)), 0.0), axis=1)
+    number = f"{len(weights):,} examples"
+    title = "Gate weights of the evaluated examples"
+    made = [
+        Picture(
+            "gate-weights", title, plots.weight_histograms("gate-weights", title, weights), f"{number}; dashed: uniform"
+        )
+    ]
+    if gate["max_entropy"] > 0:
+        svg = plots.histogram("gate-entropy", "Entropy of the gate", entropy, "nats", (gate["max_entropy"], "uniform"))
+        made.append(Picture("gate-entropy", "Entropy of the gate", svg, f"{number}; left: one expert decides"))
+    return [*made, _map_picture(gates, weights.shape[1])]
+
+
+def _map_picture(gates: pa.Table, num_experts: int) -> Picture:
+    """Each user once, at their last evaluated example."""
+    users = gates["user_index"].to_numpy()
+    last = np.sort(len(users) - 1 - np.unique(users[::-1], return_index=True)[1])
+    x, y, strongest = (gates[name].to_numpy()[last] for name in ("x", "y", "strongest"))
+    title = "Users by their strongest expert"
+    drawn = "" if len(last) <= plots.MAX_POINTS else f", {plots.MAX_POINTS:,} of them drawn"
+    svg = plots.user_map("gate-users", title, x, y, strongest, num_experts)
+    return Picture("gate-users", title, svg, f"{len(last):,} users{drawn}; principal components of what the gate reads")
+
+
+def _slug(*parts: str) -> str:
+    """A file name: letters, digits and dashes.
+
+    >>> _slug("next_item", "hit_rate@1")
+    'next-item-hit-rate-1'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
