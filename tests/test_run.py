@@ -136,6 +136,31 @@ def test_plain_lora_runs_the_same_line(tiny_recipe) -> None:
     assert {"random", "popularity", "item_to_item", "sasrec"} <= systems
 
 
+def test_several_tasks_go_down_one_line(tiny_recipe) -> None:
+    log = tiny_recipe.parent / "interactions.csv"
+    header, *rows = log.read_text().splitlines()
+    rated = [f"{row},{1 + 2 * (number % 3)}" for number, row in enumerate(rows)]
+    log.write_text("\n".join([f"{header},rating", *rated]) + "\n")
+    _edit(
+        tiny_recipe,
+        filter={"like_at": 4},
+        tasks=[
+            {"task": "next_item", "template": "next_item/items"},
+            {"task": "next_item_among", "template": "next_item_among/items", "max_train_targets": 2},
+            {"task": "like", "template": "like/items", "max_train_targets": 2},
+        ],
+        protocol={"name": "few", "candidates": {"count": 5}, "split": {"min_history": 3}},
+    )
+    assert main(["run", str(tiny_recipe)]) == 0
+    metrics = json.loads((load_recipe(tiny_recipe).output / "report" / "metrics.json").read_text())
+    assert metrics["tasks"] == ["next_item", "next_item_among", "like"]
+    found = {(system["task"], system["name"]): system["metrics"] for system in metrics["systems"]}
+    for name in ("ilora", "ilora_uniform", "base_model", "constant", "user_most_frequent"):
+        assert 0 <= found["like", name]["accuracy"]["value"] <= 1
+    for task in ("next_item", "next_item_among"):
+        assert {"ilora", "random", "popularity", "sasrec"} <= {name for of, name in found if of == task}
+
+
 def test_every_example_is_scored_by_every_system_on_the_frozen_candidates(tiny_recipe) -> None:
     assert main(["run", str(tiny_recipe)]) == 0
     recipe = load_recipe(tiny_recipe)
