@@ -322,7 +322,10 @@ def _apply(document: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f'override "{override}": the value is not valid YAML ({error})') from None
+        raise UserError(
+            f'override "{override}": the value is not valid YAML ({getattr(error, "problem", error)}): '
+            f'put a text with braces or colons into double quotes, {dotted}="…"'
+        ) from None
     target: Any = document
     for part in parents:
         target = _below(target, part, override)

@@ -35,7 +35,7 @@ def test_movielens_100k_from_its_recbole_files(shared_data: Path, tmp_path: Path
         f"data.interactions.path={files}/ml-100k.inter",
         f"data.items.path={files}/ml-100k.item",
         f"data.users={{path: {files}/ml-100k.user}}",
-        "prompt.user={{ age }} years old, {{ occupation }}",
+        'prompt.user="{{ age }} years old, {{ occupation }}"',
     )
     assert (manifest["counts"]["users"], manifest["counts"]["items"]) == (938, 1682)
     assert manifest["audit"]["train_histories_with_test_targets"] == 0

@@ -33,6 +33,7 @@ def test_shipped_recipes_load_and_name_what_is_shipped(name: str) -> None:
         ("adapter.r.x=1", "nothing below it"),
         ("protocol=nowhere", "nowhere"),
         ("data.items.id_map.souce=x", 'did you mean "source"?'),
+        ("prompt.user={{ age }} years", "into double quotes"),
         ("output_dir=runs/{nam}", "only {name}"),
     ],
 )
