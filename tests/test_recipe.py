@@ -81,3 +81,9 @@ def test_a_recipe_of_the_user_comes_before_a_shipped_one(tmp_path: Path) -> None
     recipe = load_recipe(path)
     assert recipe.name == "mine"
     assert recipe.output == Path("runs/mine")
+
+
+def test_the_recipe_of_the_readme_loads(tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    (tmp_path / "shop.yaml").write_text(readme.split("```yaml\n")[1].split("```")[0])
+    assert load_recipe(tmp_path / "shop.yaml").name == "shop"
