@@ -95,7 +95,10 @@ def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
     if kind in ("hit_rate", "ndcg", "mrr") and not closed and (metric == "mrr" or cutoff.strip("0").isdigit()):
         rank = np.where(valid, rows["rank"].to_numpy(), metrics.NO_RANK)
         k = int(cutoff) if cutoff else None
-        return {"hit_rate": metrics.hit_rate, "ndcg": metrics.ndcg, "mrr": metrics.mrr}[kind](rank, k)  # type: ignore
+        if kind == "mrr":
+            return metrics.mrr(rank, k)
+        assert k is not None  # only mrr goes without a cut-off: the condition above
+        return metrics.hit_rate(rank, k) if kind == "hit_rate" else metrics.ndcg(rank, k)
     raise UserError(
         f'{name} has no metric "{metric}": hit_rate@k, ndcg@k, mrr@k, mrr, valid_ratio, for language models nats; '
         "accuracy of closed tasks"

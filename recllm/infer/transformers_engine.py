@@ -426,6 +426,7 @@ class _Newline(StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, listed: Sequence[bool]) -> None:
         self.tokenizer, self.listed = tokenizer, listed
 
+    # transformers hands over scores and kwargs, which a newline does not need
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
         """(B,) bool: which rows are done."""
         ends = [

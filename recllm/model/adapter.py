@@ -102,7 +102,7 @@ def fit_gate_statistics(model: PeftModel, representations: torch.Tensor, adapter
 def _tuner(model: PeftModel) -> ILoraModel:
     if not accepts_history(model):
         raise ValueError(f"{type(model).__name__} holds no instance-wise adapter: it has no gate")
-    return model.base_model  # type: ignore[return-value]
+    return model.base_model  # type: ignore[return-value]  # PEFT declares a plain module; checked just above
 
 
 # ---- written ----

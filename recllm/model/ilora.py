@@ -131,7 +131,7 @@ class ILoraVariant(LoraVariant):
             "with recllm.model.adapter.export_user_adapter and merge that"
         )
 
-    merge_safe = merge_unsafe = unmerge = _refuse  # type: ignore[assignment]
+    merge_safe = merge_unsafe = unmerge = _refuse  # type: ignore[assignment]  # PEFT's are static methods
 
 
 _NO_GATE = (
