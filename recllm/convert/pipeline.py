@@ -7,18 +7,16 @@ of workers: shards are cut by user and each is written by one worker.
 
 import contextlib
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,12 +31,11 @@ from recllm.convert.templates import load_template
 from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
 from recllm.data.candidates import CandidateSampler
 from recllm.data.sequences import Prepared, prepare
+from recllm.data.stored import SHARD_POSITIONS, USER, StoredSequences, shards
 from recllm.errors import UserError
 from recllm.recipe import Recipe
 
-SHARD_POSITIONS = 1 << 17  # interactions of a shard, and at most one user's more: tens of MiB of examples
 IN_FLIGHT = 2  # shards handed out for each worker: bounds what waits in memory
-USER = "user"  # column of the sequences on their way: the text about each user
 MOST_WORKERS = 8  # unless more are asked for: each takes some 200 MiB
 READ: dict[str, Any] = {  # the part of the recipe that convert reads; beside it the tokenizer's special tokens
     **dict.fromkeys(("seed", "data", "filter", "history", "prompt", "tasks"), True),
@@ -64,10 +61,9 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None) -> dict[st
     workers = min(available_cores(), MOST_WORKERS) if workers is None else workers
     if workers < 1:
         raise UserError(f"convert with {workers} workers: at least 1 is needed, leave --workers out for the default")
-    prepared, converter = set_up(recipe)
     with files.replacing_folder(output) as folder:
+        prepared, converter = set_up(recipe, folder)
         written = _write_examples(prepared.sequences, converter, folder, workers)
-        _write_sequences(prepared.sequences, folder / "sequences.parquet")
         items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
         pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
         manifest = _manifest(recipe, prepared, converter, written)
@@ -76,10 +72,10 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None) -> dict[st
     return manifest
 
 
-def set_up(recipe: Recipe) -> tuple[Prepared, Converter]:
+def set_up(recipe: Recipe, folder: Path) -> tuple[Prepared, Converter]:
     """All that comes before the first example: templates, data, texts, and every check that needs no example.
 
-    With prompt.user the sequences have a further column `user`.
+    sequences.parquet is written to `folder`. With prompt.user its batches have a further column `user`.
 
     Raises:
         UserError: anything wrong with recipe, templates or data; an empty split.
@@ -90,13 +86,13 @@ def set_up(recipe: Recipe) -> tuple[Prepared, Converter]:
             f'prompt.user is "{recipe.prompt.user}", but data.users is not set: name the file with the attributes of '
             "the users there, or leave prompt.user out"
         )
-    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed)
-    check_labels(prepared.sequences, tasks)
+    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder)
+    check_labels(prepared.actions, tasks)
     check_not_empty(prepared.sequences, tasks, recipe.seed)
     if recipe.prompt.user and prepared.users is not None:
         texts = user_texts(prepared.users, recipe.prompt.user, tokenizer_special_tokens(recipe.model.name_or_path))
-        sequences = prepared.sequences.with_columns(pl.Series(USER, texts, pl.String))
-        prepared = dataclasses.replace(prepared, sequences=sequences)
+        told = dataclasses.replace(prepared.sequences, texts=pl.Series(USER, texts, pl.String))
+        prepared = dataclasses.replace(prepared, sequences=told)
     converter = make_converter(recipe, prepared, tasks)
     check_candidates(prepared.sequences, converter)
     return prepared, converter
@@ -124,19 +120,18 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def check_labels(sequences: pl.DataFrame, tasks: Iterable[Task]) -> None:
+def check_labels(actions: Collection[str], tasks: Iterable[Task]) -> None:
     """Refuse the task like for a log without actions, or with actions that the template has no words for."""
     like = [task for task in tasks if task.task == "like"]
     if not like:
         return
-    found = set(sequences.get_column("actions").explode().drop_nulls().unique())
-    if not found:
+    if not actions:
         raise UserError(
             "the task like needs actions and the interactions have none: set filter.like_at to the rating from "
             "which an interaction counts as like, or map a column to `action`"
         )
     for task in like:
-        unknown = sorted(found - set(task.template.answers))
+        unknown = sorted(set(actions) - set(task.template.answers))
         if unknown:
             raise UserError(
                 f'the interactions hold the action "{unknown[0]}", the template "{task.template.name}" answers '
@@ -144,7 +139,7 @@ def check_labels(sequences: pl.DataFrame, tasks: Iterable[Task]) -> None:
             )
 
 
-def check_candidates(sequences: pl.DataFrame, converter: Converter) -> None:
+def check_candidates(sequences: StoredSequences, converter: Converter) -> None:
     """Refuse more candidates than a user's own items leave over; of users whose examples have candidates."""
     num_items, others = converter.sampler.num_items, converter.sampler.section.count - 1
     drawn = [
@@ -152,9 +147,9 @@ def check_candidates(sequences: pl.DataFrame, converter: Converter) -> None:
         for split in schema.SPLITS
         if any(draws_candidates(task, split) for task in converter.tasks)
     ]
-    long = sequences.filter(pl.col("items").list.len() + others > num_items)  # only these can have had too many
-    long = long.filter(pl.col("splits").list.eval(pl.element().is_in(drawn)).list.any())
-    full = long.with_columns(pl.col("items").list.n_unique().alias("had")).filter(pl.col("had") + others > num_items)
+    if sequences.lengths.max() + others <= num_items:
+        return
+    full = pl.concat(_without_enough(batch, num_items - others, drawn) for batch in sequences.batches(SHARD_POSITIONS))
     if full.is_empty():
         return
     worst = full.sort("had", descending=True, maintain_order=True).row(0, named=True)
@@ -166,11 +161,19 @@ def check_candidates(sequences: pl.DataFrame, converter: Converter) -> None:
     )
 
 
-def check_not_empty(sequences: pl.DataFrame, tasks: tuple[Task, ...], seed: int) -> None:
+def _without_enough(batch: pa.RecordBatch, most: int, drawn: list[int]) -> pl.DataFrame:
+    """user_id and `had` of users with examples of the splits `drawn` who had more than `most` different items."""
+    frame = pl.DataFrame(pl.from_arrow(batch.select([schema.USER_ID, "items", "splits"])))
+    frame = frame.filter(pl.col("items").list.len() > most)  # only these can have had too many
+    frame = frame.filter(pl.col("splits").list.eval(pl.element().is_in(drawn)).list.any())
+    return frame.select(schema.USER_ID, pl.col("items").list.n_unique().alias("had")).filter(pl.col("had") > most)
+
+
+def check_not_empty(sequences: StoredSequences, tasks: tuple[Task, ...], seed: int) -> None:
     """Refuse a split without any example of a task. Looks at shards until every one has been seen."""
     missing = {(split, task.name): task for split in schema.SPLITS for task in tasks}
-    for begin, rows in shards(sequences):
-        batch = Sequences.of(to_batch(sequences.slice(begin, rows)))
+    for shard in sequences.batches(SHARD_POSITIONS):
+        batch = Sequences.of(shard)
         missing = {key: task for key, task in missing.items() if not len(targets_of(batch, task, key[0], seed))}
         if not missing:
             return
@@ -193,51 +196,35 @@ def make_converter(recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...]) 
     )
 
 
-def shards(sequences: pl.DataFrame, positions: int = SHARD_POSITIONS) -> list[tuple[int, int]]:
-    """(first row, rows) of consecutive users with at most `positions` interactions, and one user's overhang."""
-    ends = sequences.get_column("items").list.len().to_numpy().astype(np.int64).cumsum()
-    cuts = np.flatnonzero(np.diff((ends - 1) // positions)) + 1
-    begins = np.concatenate([[0], cuts, [len(ends)]])
-    return [(int(a), int(b - a)) for a, b in itertools.pairwise(begins) if b > a]
-
-
-def to_batch(sequences: pl.DataFrame) -> pa.RecordBatch:
-    """Polars rows as one RecordBatch of schema.SEQUENCES, with the column `user` if it is there."""
-    columns = schema.SEQUENCES.append(pa.field(USER, pa.string())) if USER in sequences.columns else schema.SEQUENCES
-    table = sequences.select(columns.names).rechunk().to_arrow().cast(columns)
-    return table.combine_chunks().to_batches()[0]
-
-
-def _write_examples(sequences: pl.DataFrame, converter: Converter, folder: Path, workers: int) -> Counter[str]:
+def _write_examples(sequences: StoredSequences, converter: Converter, folder: Path, workers: int) -> Counter[str]:
     """Write every shard; return the examples of each "split/task name"."""
     for split in schema.SPLITS:
         (folder / split).mkdir()
-    jobs = [
-        (number, sequences.slice(begin, rows), str(folder)) for number, (begin, rows) in enumerate(shards(sequences))
-    ]
+    sizes = [users for _, users in shards(sequences.lengths, SHARD_POSITIONS)]
+    jobs = ((number, batch, str(folder)) for number, batch in enumerate(sequences.batches(SHARD_POSITIONS)))
     written: Counter[str] = Counter()
-    with tqdm(total=sequences.height, unit="user", desc="convert", leave=False) as progress:
-        for (_, part, _), counts in zip(jobs, _run(jobs, converter, min(workers, len(jobs)))):
+    with tqdm(total=sequences.num_users, unit="user", desc="convert", leave=False) as progress:
+        for users, counts in zip(sizes, _run(jobs, converter, min(workers, len(sizes))), strict=True):
             written.update(counts)
-            progress.update(part.height)
+            progress.update(users)
     for split in schema.SPLITS:  # a shard without examples of a split leaves no file: close the gaps
         for number, path in enumerate(sorted((folder / split).iterdir())):
             path.rename(path.with_name(f"part-{number:05d}.parquet"))
     return written
 
 
-def _run(jobs: list[tuple[int, pl.DataFrame, str]], converter: Converter, workers: int) -> Iterator[Counter[str]]:
+def _run(jobs: Iterable[tuple[int, pa.RecordBatch, str]], converter: Converter, workers: int) -> Iterator[Counter[str]]:
     """Results in the order of the jobs, at most IN_FLIGHT shards a worker under way."""
     if workers <= 1:
-        for number, part, folder in jobs:
-            yield write_shard(number, to_batch(part), folder, converter)
+        for number, batch, folder in jobs:
+            yield write_shard(number, batch, folder, converter)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of Polars' threads
     waiting: deque[Future[Counter[str]]] = deque()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
     try:
-        for number, part, folder in jobs:
-            waiting.append(pool.submit(_write_shard_in_worker, number, to_batch(part), folder))
+        for number, batch, folder in jobs:
+            waiting.append(pool.submit(_write_shard_in_worker, number, batch, folder))
             if len(waiting) >= IN_FLIGHT * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -295,12 +282,6 @@ def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Conv
             writers[split].write_batch(examples.select(schema.EXAMPLES.names))
             counts[f"{split}/{task}"] += examples.num_rows
     return counts
-
-
-def _write_sequences(sequences: pl.DataFrame, path: Path) -> None:
-    with pq.ParquetWriter(path, schema.SEQUENCES, compression="zstd") as writer:
-        for begin, rows in shards(sequences, 8 * SHARD_POSITIONS):
-            writer.write_batch(to_batch(sequences.slice(begin, rows).select(schema.SEQUENCES.names)))
 
 
 def _plain(table: pa.Table) -> pa.Table:

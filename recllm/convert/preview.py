@@ -3,12 +3,16 @@
 A `Recipe` enters; text leaves: the first training and test examples of each task with their token counts.
 """
 
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-from recllm.convert.examples import iterate_examples
-from recllm.convert.pipeline import set_up, shards, to_batch
+import pyarrow as pa
+
+from recllm.convert.examples import Converter, iterate_examples
+from recllm.convert.pipeline import set_up
 from recllm.errors import UserError
 from recllm.recipe import Recipe
 
@@ -30,19 +34,27 @@ def preview(recipe: Recipe, count: int, count_tokens: TokenCounter | None = None
     """
     if count < 1:
         raise UserError(f"preview of {count} examples: ask for 1 or more, e.g. --preview 3")
-    prepared, converter = set_up(recipe)
+    with tempfile.TemporaryDirectory(prefix="recllm-preview-") as folder:
+        prepared, converter = set_up(recipe, Path(folder))
+        shown = _shown(prepared.sequences.batches(POSITIONS), converter, count, count_tokens)
+    return "\n\n".join(block for blocks in shown.values() for block in blocks)
+
+
+def _shown(
+    batches: Iterable[pa.RecordBatch], converter: Converter, count: int, count_tokens: TokenCounter | None
+) -> dict[tuple[str, str], list[str]]:
     shown: dict[tuple[str, str], list[str]] = {
         (split, task.name): [] for split in ("train", "test") for task in converter.tasks
     }
-    for begin, rows in shards(prepared.sequences, POSITIONS):
-        for split, task, examples in iterate_examples(to_batch(prepared.sequences.slice(begin, rows)), converter):
+    for batch in batches:
+        for split, task, examples in iterate_examples(batch, converter):
             blocks = shown.get((split, task))
             if blocks is not None and len(blocks) < count:
                 wanted = examples.slice(0, count - len(blocks)).to_pylist()
                 blocks += [_block(split, example, converter.texts, count_tokens) for example in wanted]
         if all(len(blocks) >= count for blocks in shown.values()):
             break
-    return "\n\n".join(block for blocks in shown.values() for block in blocks)
+    return shown
 
 
 def _block(split: str, example: dict[str, Any], texts: Any, count_tokens: TokenCounter | None) -> str:

@@ -6,12 +6,13 @@ Files are scanned lazily, so that a log need never be in memory as text. Anythin
 file, the line and the value.
 """
 
+import contextlib
 import csv
 import difflib
 import gzip
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -545,8 +546,20 @@ def _names(frame: pl.LazyFrame, path: str) -> list[str]:
 
 def collect(frame: pl.LazyFrame, paths: Sequence[str]) -> pl.DataFrame:
     """Run a lazy frame with the streaming engine; what its files make fail is a UserError that names them."""
-    try:
+    with _named(paths):
         return frame.collect(engine="streaming")
+
+
+def batches(frame: pl.LazyFrame, paths: Sequence[str], rows: int) -> Iterator[pl.DataFrame]:
+    """The same in pieces of about `rows` rows, in any order; memory holds a few of them."""
+    with _named(paths):
+        yield from frame.collect_batches(chunk_size=rows, maintain_order=False, engine="streaming")
+
+
+@contextlib.contextmanager
+def _named(paths: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
     except (pl.exceptions.PolarsError, OSError) as error:
         for path in paths:
             file = offline.resolve(path)

@@ -8,8 +8,7 @@ Task: next_item_among, every training position a target, 10-item histories, 20 c
 stored (--task next_item --dense-window 10 measures others). Each size runs in a fresh process. One JSON line a size,
 then one with all of them. cpu_s: user and system time of all processes of the run, reading and writing included, making
 the log and the first imports excluded. peak_rss_mib: largest sum over the process tree, sampled (memory shared by
-processes counts for each). It is not flat: the main process holds the sequences, so it grows linearly, by about 90
-bytes an interaction (856 MiB at 1e6, 1606 MiB at 1e7, with two workers); only the examples are streamed. disk_mib:
+processes counts for each); with the second worker it is flat: only users and items are held whole. disk_mib:
 size of the dataset.
 """
 

@@ -6,7 +6,9 @@ Each case prints a line; the last line is one JSON object with all of them: seco
 as the engine does it (`prefill_s`), of scoring all titles of each prompt with the prompt shared (`score_s`), of scoring
 every (prompt, title) by itself (`separate_s`, left out with --quick), and the ratios to prefilling. Cases: prompts of
 about 300 tokens and of about 84, as in the quick start; titles plain and with their years, which doubles their tokens.
-Titles are MovieLens-100K's. Each figure is the median of several rounds, taken in turn.
+Titles are MovieLens-100K's. `tokens_to_prefill` is what no engine can beat at equal cost a token: the tokens that must
+be read, prompt and titles with shared beginnings merged, over those of the prompt. Each figure is the median of several
+rounds, taken in turn.
 """
 
 import argparse
@@ -18,9 +20,9 @@ import numpy as np
 import torch
 
 from recllm.data import offline
-from recllm.infer.transformers_engine import TransformersEngine
+from recllm.infer.transformers_engine import TransformersEngine, build_trie
 from recllm.model.base_model import load_base_model
-from recllm.model.chat import prompt_ids
+from recllm.model.chat import answer_ids, prompt_ids
 from recllm.recipe import ModelSection
 
 PROMPT_TOKENS = (300, 84)
@@ -38,7 +40,8 @@ def main() -> None:
         for years in (False, True):
             name = f"{tokens}_tokens_{'years' if years else 'plain'}"
             cases[name] = measure_case(engine, tokens, years, arguments)
-            print(f"{name}: score / prefill {cases[name]['score_to_prefill']}", flush=True)
+            ratios = [cases[name][ratio] for ratio in ("score_to_prefill", "tokens_to_prefill")]
+            print(f"{name}: score / prefill {ratios[0]}, tokens read / tokens of the prompt {ratios[1]}", flush=True)
     line = {
         "bench": "score",
         "model": arguments.model,
@@ -75,7 +78,17 @@ def measure_case(
         "answer_tokens": float(engine.num_tokens(answers).sum() / len(prompts)),
         **{name: round(value, 4) for name, value in seconds.items()},
         **ratios,
+        "tokens_to_prefill": round(tokens_read(engine, rows, answers) / sum(map(len, rows)), 3),
     }
+
+
+def tokens_read(engine: TransformersEngine, rows: list[list[int]], answers: list[list[str]]) -> int:
+    """Tokens of all prompts and of their titles' tries (whose roots are the prompts' last tokens)."""
+    tries = [
+        build_trie(row[-1], [answer_ids(engine.tokenizer, text) for text in texts])
+        for row, texts in zip(rows, answers, strict=True)
+    ]
+    return sum(len(row) - 1 + len(trie.tokens) for row, trie in zip(rows, tries, strict=True))
 
 
 def movielens_titles(years: bool) -> list[str]:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +15,8 @@ from recllm import files, schema
 from recllm.convert import examples as examples_module
 from recllm.convert import pipeline
 from recllm.convert.examples import convert_batch
-from recllm.convert.pipeline import convert, shards
+from recllm.convert.pipeline import convert
+from recllm.data.stored import StoredSequences
 from recllm.errors import UserError
 from recllm.recipe import load_recipe
 from recllm.schema import TRAIN
@@ -97,7 +97,7 @@ def test_the_manifest_does_not_follow_what_convert_does_not_read(make_recipe, tm
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "shards", lambda frame, positions=0: shards(frame, 60))  # about nine shards
+    monkeypatch.setattr(pipeline, "SHARD_POSITIONS", 60)  # about nine shards
     recipe = make_recipe(tasks=ALL_TASKS, filter={"like_at": 4})
     convert(recipe, tmp_path / "one", workers=1)
     convert(recipe, tmp_path / "three", workers=3)
@@ -113,7 +113,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(make_recipe, tmp_path, mon
 def test_size_of_the_shards_changes_no_example(make_recipe, tmp_path, monkeypatch):
     recipe = make_recipe(tasks=ALL_TASKS, filter={"like_at": 4})
     convert(recipe, tmp_path / "whole", workers=1)
-    monkeypatch.setattr(pipeline, "shards", lambda frame, positions=0: shards(frame, 17))
+    monkeypatch.setattr(pipeline, "SHARD_POSITIONS", 17)
     monkeypatch.setattr(examples_module, "PIECE", 5)
     convert(recipe, tmp_path / "parts", workers=1)
     for split in schema.SPLITS:
@@ -123,12 +123,6 @@ def test_size_of_the_shards_changes_no_example(make_recipe, tmp_path, monkeypatc
         assert parts == whole
     names = sorted(path.name for path in (tmp_path / "parts" / "train").iterdir())
     assert names == [f"part-{number:05d}.parquet" for number in range(len(names))]
-
-
-def test_shards_cover_every_user_once():
-    frame = pl.DataFrame({"items": [[0] * length for length in (5, 1, 30, 2, 2, 2, 1)]})
-    assert shards(frame, 10) == [(0, 2), (2, 3), (5, 2)]  # the long user is not cut
-    assert shards(frame, 1000) == [(0, 7)]
 
 
 def test_row_groups_are_bounded(many_users, make_converter, tmp_path, monkeypatch):
@@ -142,7 +136,7 @@ def test_row_groups_are_bounded(many_users, make_converter, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["write_shard", "_write_sequences", "_manifest"])
+@pytest.mark.parametrize("place", ["write_shard", "prepare", "_manifest"])
 def test_a_write_that_fails_leaves_the_old_dataset(make_recipe, tmp_path, monkeypatch, error, place):
     recipe = make_recipe()
     convert(recipe, tmp_path / "dataset", workers=1)
@@ -163,7 +157,7 @@ from pathlib import Path
 from recllm.convert import pipeline
 from recllm.recipe import Recipe
 
-pipeline._write_sequences = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+pipeline._manifest = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 pipeline.convert(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]), workers=1)
 """
 
@@ -178,7 +172,7 @@ def test_a_killed_run_leaves_the_old_dataset(make_recipe, tmp_path):
 
 
 def test_a_worker_that_dies_is_an_error_with_advice(make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "shards", lambda frame, positions=0: shards(frame, 60))
+    monkeypatch.setattr(pipeline, "SHARD_POSITIONS", 60)
     monkeypatch.setattr(pipeline, "_write_shard_in_worker", _die)
     with pytest.raises(UserError, match=r"one of 2 converting processes.*recllm convert RECIPE --workers 1`"):
         convert(make_recipe(), tmp_path / "dataset", workers=2)
@@ -297,12 +291,13 @@ def test_as_many_candidates_as_are_left(make_recipe, tmp_path):
     assert sorted(ids[item] for item in row["candidates"]) == ["i24", "i25", "i26", "i27", "i28", "i29"]
 
 
-def test_user_without_candidates_may_have_everything(many_users, make_batch, make_converter):
+def test_user_without_candidates_may_have_everything(make_batch, make_converter, tmp_path):
     events = [(item, item, TRAIN) for item in range(60)]
-    frame = pl.from_arrow(pa.Table.from_batches([make_batch({"all": events})]))
-    pipeline.check_candidates(frame, make_converter())
+    pq.write_table(pa.Table.from_batches([make_batch({"all": events})]), tmp_path / "sequences.parquet")
+    sequences = StoredSequences(tmp_path / "sequences.parquet", np.array([60]))
+    pipeline.check_candidates(sequences, make_converter())
     with pytest.raises(UserError, match=r'user "all" had 60 of the 60 items, which leaves 0.*give more items'):
-        pipeline.check_candidates(frame, make_converter("next_item_among", "next_item_among/items"))
+        pipeline.check_candidates(sequences, make_converter("next_item_among", "next_item_among/items"))
 
 
 def test_empty_split(make_recipe, tmp_path, no_shard):
@@ -324,7 +319,7 @@ def test_a_task_without_examples_in_a_split_is_found_before_any_shard(make_recip
 
 
 def test_an_example_in_the_last_shard_is_enough(make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "shards", lambda frame, positions=0: shards(frame, 2))
+    monkeypatch.setattr(pipeline, "SHARD_POSITIONS", 2)
     lines = ["user_id,item_id,timestamp,rating"]
     for user in range(9):
         lines += [f"u{user},i{item},{item},5" for item in range(3 + user // 8)]
@@ -350,7 +345,7 @@ def with_users(make_recipe, tmp_path):
 
 
 def test_prompts_tell_about_their_user(with_users, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "shards", lambda frame, positions=0: shards(frame, 60))
+    monkeypatch.setattr(pipeline, "SHARD_POSITIONS", 60)
     text = "{% if age %}{{ age }} years, {{ job }}{% endif %}"
     convert(with_users(text, tasks=ALL_TASKS, filter={"like_at": 4}), tmp_path / "with", workers=2)
     convert(with_users("", tasks=ALL_TASKS, filter={"like_at": 4}), tmp_path / "without", workers=1)

@@ -55,7 +55,7 @@ def prepare_rows(tmp_path: Path) -> Callable[..., Prepared]:
             items=ItemsSource(path=str(_write(tmp_path / "items.jsonl", items))),
         )
         split = split or SplitSection(method="leave_one_out")
-        return prepare(data, filters or FilterSection(), split, seed)
+        return prepare(data, filters or FilterSection(), split, seed, tmp_path)
 
     return run
 

@@ -2,11 +2,13 @@ import random
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recllm import schema
+from recllm.data import sequences, spool
 from recllm.data.randomness import text_keys
 from recllm.data.sequences import prepare, source_paths
 from recllm.errors import UserError
@@ -30,7 +32,7 @@ def sequences_of(prepared):
     names = prepared.items["item_id"].to_list()
     return {
         row["user_id"]: "".join(names[item] for item in row["items"])
-        for row in prepared.sequences.iter_rows(named=True)
+        for row in prepared.sequences.frame().iter_rows(named=True)
     }
 
 
@@ -38,11 +40,11 @@ def test_one_sequence_a_user_oldest_first(prepare_rows, log_of):
     rows = log_of("cab", "bacd")
     prepared = prepare_rows(rows[::-1], ITEMS)
     assert sequences_of(prepared) == {"1": "cab", "2": "bacd"}
-    assert prepared.sequences.columns == schema.SEQUENCES.names
-    first = prepared.sequences.row(0, named=True)
+    assert prepared.sequences.frame().columns == schema.SEQUENCES.names
+    first = prepared.sequences.frame().row(0, named=True)
     assert (first["user_index"], first["timestamps"], first["actions"], first["sessions"]) == (0, [1, 2, 3], None, None)
     assert first["user_key"] == text_keys(["1"])[0]
-    prepared.sequences.to_arrow().cast(schema.SEQUENCES)
+    assert pq.read_schema(prepared.sequences.path) == schema.SEQUENCES
     assert prepared.counts["interactions"] == 7
     assert prepared.counts["users"] == 2
 
@@ -61,7 +63,7 @@ def test_ids_are_ordered_as_numbers_where_they_are_numbers(prepare_rows):
         for t, item in enumerate((10, 9, "x"))
     ]
     prepared = prepare_rows(rows)
-    assert prepared.sequences["user_id"].to_list() == ["9", "10", "x"]
+    assert prepared.sequences.frame()["user_id"].to_list() == ["9", "10", "x"]
     assert prepared.items["item_id"].to_list() == ["9", "10", "x"]
 
 
@@ -87,7 +89,7 @@ def test_row_order_never_changes_anything(prepare_rows, rows, shuffler):
     shuffled = rows.copy()
     shuffler.shuffle(shuffled)
     one, two = prepare_rows(rows, ITEMS), prepare_rows(shuffled, shuffler.sample(ITEMS, len(ITEMS)))
-    assert one.sequences.equals(two.sequences)
+    assert one.sequences.frame().equals(two.sequences.frame())
     assert one.items.equals(two.items)
     assert one.audit == two.audit
     assert np.array_equal(one.train_counts, two.train_counts)
@@ -108,7 +110,7 @@ def test_fractions_of_a_second_are_no_ties(prepare_rows):
     rows = [{"user_id": str(u), "item_id": i, "timestamp": 100 + n} for u in range(50) for n, i in enumerate("fedcba")]
     prepared = prepare_rows(rows, ITEMS, timestamp_unit="ms")
     assert set(sequences_of(prepared).values()) == {"fedcba"}
-    assert prepared.sequences["timestamps"][0].to_list() == [0] * 6
+    assert prepared.sequences.frame()["timestamps"][0].to_list() == [0] * 6
     assert prepared.audit["users_with_tied_last_timestamps"] == 0
 
 
@@ -120,7 +122,7 @@ def test_sessions_are_numbered_within_the_user_also_where_they_interleave(prepar
         for t, session in enumerate(sessions)
     ]
     prepared = prepare_rows(rows, ITEMS)
-    assert prepared.sequences["sessions"].to_list() == [[0, 1, 0, 2, 1], [0, 0, 1]]
+    assert prepared.sequences.frame()["sessions"].to_list() == [[0, 1, 0, 2, 1], [0, 0, 1]]
 
 
 def rated(*ratings):
@@ -131,10 +133,10 @@ def test_min_rating_then_like_at(prepare_rows):
     rows = rated(("a", 1), ("b", 2), ("c", 3.7), ("d", None), ("e", 5))
     prepared = prepare_rows(rows, ITEMS, FilterSection(min_rating=2, like_at=3.7))
     assert sequences_of(prepared) == {"1": "bce"}
-    assert prepared.sequences["actions"].to_list() == [["dislike", "like", "like"]]
+    assert prepared.sequences.frame()["actions"].to_list() == [["dislike", "like", "like"]]
     assert (prepared.counts["interactions_read"], prepared.counts["after_min_rating"]) == (5, 3)
     liked = prepare_rows(rows, ITEMS, FilterSection(like_at=2))
-    assert liked.sequences["actions"].to_list() == [["dislike", "like", "like", None, "like"]]
+    assert liked.sequences.frame()["actions"].to_list() == [["dislike", "like", "like", None, "like"]]
 
 
 def test_thresholds_are_inclusive_for_fractions(prepare_rows):
@@ -145,7 +147,7 @@ def test_thresholds_are_inclusive_for_fractions(prepare_rows):
 
 def test_actions_of_the_source_are_kept_in_order(prepare_rows, log_of):
     rows = [{**row, "action": action} for row, action in zip(log_of("abc"), ("view", None, "buy"))]
-    assert prepare_rows(rows[::-1], ITEMS).sequences["actions"].to_list() == [["view", None, "buy"]]
+    assert prepare_rows(rows[::-1], ITEMS).sequences.frame()["actions"].to_list() == [["view", None, "buy"]]
 
 
 def test_filters_on_ratings_need_ratings(prepare_rows, log_of):
@@ -222,8 +224,37 @@ def test_large_shuffled_log_equals_a_plain_sort(prepare_rows):
     expected: dict[str, list[int]] = {}
     for row in rows:
         expected.setdefault(str(row["user_id"]), []).append(row["item_id"])
-    found = {row["user_id"]: row["items"] for row in prepared.sequences.iter_rows(named=True)}
+    found = {row["user_id"]: row["items"] for row in prepared.sequences.frame().iter_rows(named=True)}
     assert found == expected  # ids 0..29 are their own item_index
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TIED, st.integers(1, 9), st.integers(1, 9), st.sampled_from(["leave_one_out", "temporal"]))
+def test_size_of_buckets_and_chunks_changes_nothing(prepare_rows, rows, bucket, chunk, method):
+    whole = [
+        {"user_id": user, "item_id": item, "timestamp": time, "session_id": item, "action": None}
+        for user in "xyz"
+        for time, item in enumerate("abcdef")
+    ]
+    section = SplitSection(method=method, test_fraction=0.3, valid_fraction=0.3, targets="all")
+    one = prepare_rows(rows + whole, ITEMS, FilterSection(item_core=2), section)
+    frame = one.sequences.frame()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "GROUP_POSITIONS", bucket)
+        patch.setattr(sequences, "_BATCH", chunk)
+        patch.setattr(spool, "CHUNK", chunk)
+        two = prepare_rows(rows + whole, ITEMS, FilterSection(item_core=2), section)
+    assert pq.ParquetFile(two.sequences.path).num_row_groups > 1
+    assert two.sequences.frame().equals(frame)
+    assert (two.audit, two.counts, two.split) == (one.audit, one.counts, one.split)
+    assert np.array_equal(two.train_counts, one.train_counts)
+
+
+def test_scratch_files_go_also_after_an_error(prepare_rows, log_of, tmp_path):
+    prepare_rows(log_of("abcd"), ITEMS)
+    with pytest.raises(UserError, match="came out empty"):
+        prepare_rows(log_of("abcd"), ITEMS, split=SplitSection(method="temporal", min_history=9))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["items.jsonl", "log.jsonl", "sequences.parquet"]
 
 
 USERS = [{"user_id": "2", "job": "other"}, {"user_id": "1", "job": None}, {"user_id": "9", "job": "none"}]
@@ -239,6 +270,7 @@ def with_users(write, tmp_path, log, users, filters=None):
         filters or FilterSection(),
         SplitSection(method="leave_one_out"),
         0,
+        tmp_path,
     )
 
 
@@ -251,7 +283,7 @@ def test_users_stand_in_the_order_of_the_sequences(write, tmp_path, log_of):
     assert [path.rsplit("/", 1)[1] for path in prepared.inputs] == ["log.csv", "items.csv", "users.jsonl"]
     everybody = with_users(write, tmp_path, log_of("abcd", "ab", "abcd"), USERS)
     assert everybody.users["job"].to_list() == ["", "other", ""]
-    assert everybody.users["user_id"].to_list() == everybody.sequences["user_id"].to_list()
+    assert everybody.users["user_id"].to_list() == everybody.sequences.frame()["user_id"].to_list()
 
 
 def test_users_of_another_log(write, tmp_path, log_of):

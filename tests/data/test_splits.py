@@ -1,11 +1,18 @@
+import itertools
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recllm.data import given as given_rows
 from recllm.data import splits
+from recllm.data.audit import Audit
+from recllm.data.log import Log
 from recllm.data.randomness import mix, text_keys
 from recllm.errors import UserError
 from recllm.recipe import (
@@ -30,7 +37,7 @@ def log_from(users, sessions=None):
     keys = None
     if flat_sessions is not None:
         keys = mix(9, np.repeat(np.arange(len(users)), lengths), flat_sessions)
-    return splits.Log(
+    return Log(
         user_ids=ids,
         user_keys=text_keys(ids),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -41,8 +48,46 @@ def log_from(users, sessions=None):
     )
 
 
+def rules_of(log, section, seed=0):
+    return splits.rules(section, seed, pl.Series(log.user_ids), log.lengths, lambda: [log.seconds])
+
+
+def assign(log, section, seed=0):
+    """The codes of a log in one part; an empty split is refused."""
+    rules = rules_of(log, section, seed)
+    codes = splits.assign(log, rules)
+    found = {name: int((codes == code).sum()) for name, code in splits.SPLIT_CODES.items()}
+    splits.refuse_empty(found, len(log.user_ids), len(codes), rules)
+    return codes
+
+
+def audit(log, codes, section, parts=1):
+    """The audit of a log that comes in parts of about equal numbers of users."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Audit(section, Path(folder) / "times")
+        for users in np.array_split(np.arange(len(log.user_ids)), parts):
+            if len(users):
+                result.add(
+                    part_of(log, users[0], users[-1] + 1), codes[log.offsets[users[0]] : log.offsets[users[-1] + 1]]
+                )
+        return result.finish()
+
+
+def part_of(log, first, end):
+    positions = slice(log.offsets[first], log.offsets[end])
+    return Log(
+        user_ids=log.user_ids[first:end],
+        user_keys=log.user_keys[first:end],
+        offsets=log.offsets[first : end + 1] - log.offsets[first],
+        items=log.items[positions],
+        order_us=log.order_us[positions],
+        sessions=None if log.sessions is None else log.sessions[positions],
+        session_keys=None if log.session_keys is None else log.session_keys[positions],
+    )
+
+
 def codes_of(log, section, seed=0):
-    codes = splits.assign(log, section, seed, [str(n) for n in range(100)]).codes.tolist()
+    codes = assign(log, section, seed).tolist()
     return ["".join("-rvt"[code] for code in codes[a:b]) for a, b in zip(log.offsets, log.offsets[1:])]
 
 
@@ -50,7 +95,7 @@ def test_leave_one_out_takes_the_last_two():
     log = log_from([[1, 2, 3, 4], [1, 2], [5, 6, 7]])
     section = SplitSection(method="leave_one_out")
     assert codes_of(log, section) == ["rrvt", "rr", "rvt"]
-    report = splits.audit(log, splits.assign(log, section, 0, []), section)
+    report = audit(log, assign(log, section, 0), section)
     assert report["users_too_short"] == 1
     assert any("1 users have fewer than 3 interactions" in warning for warning in report["warnings"])
     assert codes_of(log, SplitSection(method="leave_one_out", min_history=2)) == ["rrvt", "rr", "rrr"]
@@ -58,7 +103,7 @@ def test_leave_one_out_takes_the_last_two():
 
 def test_leave_one_out_with_everybody_too_short():
     with pytest.raises(UserError, match=r"user 2 has 2 interactions, the most of all users, the split needs 3: lower"):
-        splits.assign(log_from([[1], [1, 2]]), SplitSection(method="leave_one_out"), 0, [])
+        assign(log_from([[1], [1, 2]]), SplitSection(method="leave_one_out"), 0)
 
 
 def test_temporal_cut_offs_are_global_and_belong_to_the_later_side():
@@ -66,7 +111,7 @@ def test_temporal_cut_offs_are_global_and_belong_to_the_later_side():
     log = log_from([[1, 2, 7, 8, 9], [3, 4, 5, 6, 10]])
     section = SplitSection(method="temporal", test_fraction=0.2, valid_fraction=0.2, targets="all")
     assert codes_of(log, section) == ["rrvvt", "rrrrt"]
-    assert splits.assign(log, section, 0, []).cutoffs == {"valid": 7, "test": 9}
+    assert rules_of(log, section).cutoffs == {"valid": 7, "test": 9}
     tied = log_from([[1, 2, 7, 7, 9], [3, 4, 5, 7, 9]])
     assert codes_of(tied, section) == ["rrvvt", "rrrvt"]
 
@@ -94,7 +139,7 @@ def test_holdouts_keep_users_and_sessions_together():
     section = SplitSection(method="session_holdout", targets="all")
     codes = codes_of(log, section)
     assert set(codes) == {"rrrr", "rrvv", "rrtt", "-v--", "-t--", "-vvv", "-ttt", "-vtt", "-tvv"}
-    assert splits.audit(log, splits.assign(log, section, 0, []), section)["shared_sessions"] == 0
+    assert audit(log, assign(log, section, 0), section)["shared_sessions"] == 0
 
 
 def test_session_holdout_trains_on_nothing_after_a_held_out_session(monkeypatch):
@@ -104,7 +149,7 @@ def test_session_holdout_trains_on_nothing_after_a_held_out_session(monkeypatch)
     monkeypatch.setattr(splits, "_session_lots", lambda *_: lots)
     section = SplitSection(method="session_holdout", targets="all", test_fraction=0.2, valid_fraction=0.2)
     assert codes_of(log, section) == ["rrt-tv-v"]
-    report = splits.audit(log, splits.assign(log, section, 0, []), section)
+    report = audit(log, assign(log, section, 0), section)
     assert report["train_histories_with_test_targets"] == 0
 
 
@@ -113,13 +158,12 @@ def test_lots_hang_on_seed_and_user_only():
     log = log_from([[1, 2, 3]] * 300)
     codes = codes_of(log, section)
     assert codes != codes_of(log, section, seed=1)
-    part = splits.Log(log.user_ids[100:], log.user_keys[100:], log.offsets[:-100], log.items[300:], log.order_us[300:])
-    assert codes_of(part, section) == codes[100:]
+    assert codes_of(part_of(log, 100, 300), section) == codes[100:]
 
 
 def test_session_holdout_needs_sessions():
     with pytest.raises(UserError, match=r"session_holdout needs a session id .*columns.session_id"):
-        splits.assign(log_from([[1, 2, 3]]), SplitSection(method="session_holdout"), 0, [])
+        assign(log_from([[1, 2, 3]]), SplitSection(method="session_holdout"), 0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +176,7 @@ def test_session_holdout_needs_sessions():
 )
 def test_empty_split_names_numbers_and_a_next_step(users, section, empty):
     with pytest.raises(UserError, match=rf"{empty} came out empty \(train .* change the fractions"):
-        splits.assign(log_from(users), section, 0, [])
+        assign(log_from(users), section, 0)
 
 
 LOGS = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=12).map(sorted), min_size=3, max_size=10)
@@ -149,25 +193,24 @@ def test_every_split_keeps_its_promises(users, method, targets, min_history, tes
         method=method, targets=targets, min_history=min_history, test_fraction=test, valid_fraction=valid
     )
     try:
-        result = splits.assign(log, section, seed, [])
+        codes, cutoffs = assign(log, section, seed), rules_of(log, section, seed).cutoffs
     except UserError:
         return
-    codes = result.codes
     assert codes.shape == log.items.shape
     assert set(np.unique(codes)) <= {UNUSED, TRAIN, VALID, TEST}  # one code: at most one role a position
     scored = (codes == VALID) | (codes == TEST)
     for start, end in zip(log.offsets, log.offsets[1:]):
         trained = np.flatnonzero(codes[start:end] == TRAIN)
         assert not scored[start:end][: trained.max(initial=-1) + 1].any()  # no history of training holds a target
-    assert splits.audit(log, result, section)["train_histories_with_test_targets"] == 0
+    assert audit(log, codes, section)["train_histories_with_test_targets"] == 0
     assert (log.positions[scored] >= min_history).all()
     if method == "temporal":
-        assert (log.seconds[codes == TRAIN] < result.cutoffs["valid"]).all()
-        assert (log.seconds[codes == VALID] >= result.cutoffs["valid"]).all()
-        assert (log.seconds[codes == VALID] < result.cutoffs["test"]).all()
-        assert (log.seconds[codes == TEST] >= result.cutoffs["test"]).all()
-        assert (codes[log.seconds < result.cutoffs["valid"]] == TRAIN).all()
-        assert splits.audit(log, result, section)["test_older_than_last_train"] == 0
+        assert (log.seconds[codes == TRAIN] < cutoffs["valid"]).all()
+        assert (log.seconds[codes == VALID] >= cutoffs["valid"]).all()
+        assert (log.seconds[codes == VALID] < cutoffs["test"]).all()
+        assert (log.seconds[codes == TEST] >= cutoffs["test"]).all()
+        assert (codes[log.seconds < cutoffs["valid"]] == TRAIN).all()
+        assert audit(log, codes, section)["test_older_than_last_train"] == 0
     if method != "leave_one_out" and targets != "all":
         for code in (VALID, TEST):
             assert np.bincount(log.users[codes == code], minlength=1).max(initial=0) <= 1
@@ -176,11 +219,38 @@ def test_every_split_keeps_its_promises(users, method, targets, min_history, tes
         assert not trained & held_out
 
 
+@settings(deadline=None, max_examples=60)
+@given(LOGS, st.sampled_from(METHODS), st.integers(1, 5))
+def test_parting_the_users_changes_neither_codes_nor_audit(users, method, parts):
+    log = log_from(users, [[number // 2 for number in range(len(times))] for times in users])
+    section = SplitSection(method=method, targets="all", test_fraction=0.4, valid_fraction=0.3)
+    try:
+        codes = assign(log, section)
+    except UserError:
+        return
+    rules = rules_of(log, section)
+    edges = np.linspace(0, len(users), min(parts, len(users)) + 1).astype(int)
+    pieces = [splits.assign(part_of(log, a, b), rules) for a, b in itertools.pairwise(edges)]
+    assert np.array_equal(np.concatenate(pieces), codes)
+    assert audit(log, codes, section, parts) == audit(log, codes, section)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.lists(st.integers(-(2**53), 2**53), min_size=1, max_size=9), min_size=1, max_size=4),
+    st.integers(0, 40),
+)
+def test_nth_equals_sorting(pieces, place):
+    flat = sorted(value for piece in pieces for value in piece)
+    place = min(place, len(flat) - 1)
+    assert splits.nth(lambda: [np.array(piece) for piece in pieces], place) == flat[place]
+
+
 def test_audit_counts_what_leaks():
     """Test targets at 9 and 4; the newest training interaction is at 7, of user 1."""
     log = log_from([[1, 7, 8, 9], [2, 2, 3, 4], [5, 6, 6]], [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0]])
     codes = np.array([1, 1, 2, 3, 1, 1, 2, 3, 1, 1, 1], dtype=np.int8)
-    report = splits.audit(log, splits.Split(codes), SplitSection(method="leave_one_out"))
+    report = audit(log, codes, SplitSection(method="leave_one_out"))
     assert report["test_older_than_last_train"] == 1 / 2
     assert report["test_older_than_own_last_train"] == 0
     assert report["shared_sessions"] == 2  # session 0 of user 1 (train, valid), session 1 of user 2 (all three)
@@ -194,14 +264,29 @@ def test_audit_counts_training_histories_that_hold_a_test_target():
     """User 1: positions 3 and 4 are trained on after the target at 2; user 2: valid between does not count."""
     log = log_from([[1, 2, 3, 4, 5], [1, 2, 3], [1, 2]])
     codes = np.array([TRAIN, TRAIN, TEST, TRAIN, TRAIN, TRAIN, VALID, TRAIN, TRAIN, TEST], dtype=np.int8)
-    report = splits.audit(log, splits.Split(codes), SplitSection(method="session_holdout"))
+    report = audit(log, codes, SplitSection(method="session_holdout"))
     assert report["train_histories_with_test_targets"] == 2
     assert any("train_histories_with_test_targets: 2 training positions" in text for text in report["warnings"])
 
 
+def test_audit_counts_validation_after_a_test_target():
+    log = log_from([[1, 2, 3, 4], [1, 2, 3]])
+    codes = np.array([TRAIN, TEST, VALID, VALID, TRAIN, VALID, TEST], dtype=np.int8)
+    report = audit(log, codes, SplitSection(method="session_holdout"))
+    assert report["valid_histories_with_test_targets"] == 2
+    assert any("valid_histories_with_test_targets: 2 validation" in text for text in report["warnings"])
+
+
+@pytest.mark.parametrize(("newest", "warned"), [(5_000_000, True), (1_700_000_000, False), (-5, False)])
+def test_times_that_all_lie_in_1970_are_warned_about(newest, warned):
+    log = log_from([[newest - 2, newest - 1, newest]])
+    report = audit(log, np.array([TRAIN, VALID, TEST], dtype=np.int8), SplitSection(method="leave_one_out"))
+    assert any("lies in 1970" in text for text in report["warnings"]) == warned
+
+
 def test_audit_of_own_training_and_without_sessions():
     log = log_from([[1, 2, 3]])
-    report = splits.audit(log, splits.Split(np.array([3, 2, 1], dtype=np.int8)), SplitSection(method="session_holdout"))
+    report = audit(log, np.array([3, 2, 1], dtype=np.int8), SplitSection(method="session_holdout"))
     assert report["test_older_than_own_last_train"] == 1
     assert report["shared_sessions"] is None
 
@@ -220,7 +305,7 @@ def row_of(user, history, target):
 def test_given_targets_leave_later_positions_unused(tmp_path, prepare_rows, log_of):
     section = given_section(tmp_path, [row_of(1, ["a", "b"], "c")], [row_of("2", ["c"], "d")])
     prepared = prepare_rows(log_of("abcd", "bcdaf", "ab"), split=section)
-    assert prepared.sequences["splits"].to_list() == [[1, 1, 2, 0], [1, 1, 3, 0, 0], [1, 1]]
+    assert prepared.sequences.frame()["splits"].to_list() == [[1, 1, 2, 0], [1, 1, 3, 0, 0], [1, 1]]
     assert prepared.audit["given"] == {
         "valid": {"rows": 1, "history_equal": 1},
         "test": {"rows": 1, "history_equal": 1},
@@ -230,8 +315,8 @@ def test_given_targets_leave_later_positions_unused(tmp_path, prepare_rows, log_
 
 def test_given_rows_are_read_once(tmp_path, prepare_rows, log_of, monkeypatch):
     section, read = given_section(tmp_path, [row_of(1, ["a", "b"], "c")], [row_of("2", ["c"], "d")]), []
-    real = splits._rows
-    monkeypatch.setattr(splits, "_rows", lambda path: read.append(path) or real(path))
+    real = given_rows._read
+    monkeypatch.setattr(given_rows, "_read", lambda path, names: read.append(path) or real(path, names))
     prepare_rows(log_of("abcd", "bcdaf", "ab"), split=section)
     assert read == [section.given.valid, section.given.test]
 
@@ -250,17 +335,17 @@ def test_ties_stand_as_the_given_rows_have_them(tmp_path, prepare_rows, seed):
     section = given_section(tmp_path, [row_of(1, ["d", "b", "f"], "e")], [row_of(2, ["c", "b", "g"], "e")])
     prepared = prepare_rows(rows, split=section, seed=seed)
     names = prepared.items["item_id"].to_list()
-    one, two = ("".join(names[i] for i in items) for items in prepared.sequences["items"].to_list())
+    one, two = ("".join(names[i] for i in items) for items in prepared.sequences.frame()["items"].to_list())
     assert (one, two) == ("acdbfeg", "adcbgef")
     assert prepared.audit["given"]["valid"]["history_equal"] == 1
-    assert prepared.sequences["splits"].to_list() == [[1, 1, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 3, 0]]
+    assert prepared.sequences.frame()["splits"].to_list() == [[1, 1, 1, 1, 1, 2, 0], [1, 1, 1, 1, 1, 3, 0]]
 
 
 def test_given_offset_and_other_keys(tmp_path, prepare_rows):
     rows = [{"user_id": 1, "item_id": t, "timestamp": t} for t in range(1, 6)]
     given_rows = [{"u": 1, "h": [0, 1], "t": 2}], [{"u": 1, "h": [2, 3], "t": 4}]
     section = given_section(tmp_path, *given_rows, user="u", history="h", target="t", item_id_offset=1)
-    assert prepare_rows(rows, split=section).sequences["splits"].to_list() == [[1, 1, 2, 0, 3]]
+    assert prepare_rows(rows, split=section).sequences.frame()["splits"].to_list() == [[1, 1, 2, 0, 3]]
 
 
 @pytest.mark.parametrize(
@@ -308,14 +393,14 @@ def movielens(shared_data):
 
 
 @pytest.mark.shared
-def test_movielens_leave_one_out_leaks_as_known(shared_data):
+def test_movielens_leave_one_out_leaks_as_known(shared_data, tmp_path):
     """99.9% of the targets precede the last training event, 44% of the users have tied timestamps at the end."""
     from recllm.data.sequences import prepare
 
     data = movielens(shared_data).model_copy(
         update={"users": UsersSource(path=str(shared_data / "ml-100k" / "ml-100k.user"))}
     )
-    prepared = prepare(data, FilterSection(), SplitSection(method="leave_one_out"), 0)
+    prepared = prepare(data, FilterSection(), SplitSection(method="leave_one_out"), 0, tmp_path)
     assert prepared.users.row(9) == (9, "10", "53", "M", "lawyer", "90703")
     assert prepared.counts["users_without_attributes"] == 0
     assert (prepared.counts["users"], prepared.counts["items"], prepared.counts["interactions"]) == (943, 1682, 100_000)
@@ -324,7 +409,7 @@ def test_movielens_leave_one_out_leaks_as_known(shared_data):
 
 
 @pytest.mark.shared
-def test_published_movielens_rows_fit_ratings_of_three_and_more(shared_data):
+def test_published_movielens_rows_fit_ratings_of_three_and_more(shared_data, tmp_path):
     from recllm.data.sequences import prepare
 
     rows = GivenRows(
@@ -333,12 +418,12 @@ def test_published_movielens_rows_fit_ratings_of_three_and_more(shared_data):
         item_id_offset=1,
     )
     section = SplitSection(method="given", given=rows)
-    audit = prepare(movielens(shared_data), FilterSection(min_rating=3), section, 0).audit
+    audit = prepare(movielens(shared_data), FilterSection(min_rating=3), section, 0, tmp_path).audit
     assert audit["given"] == {"valid": {"rows": 94, "history_equal": 94}, "test": {"rows": 95, "history_equal": 95}}
 
 
 @pytest.mark.shared
-def test_movielens_1m_through_a_mapping(shared_data):
+def test_movielens_1m_through_a_mapping(shared_data, tmp_path):
     from recllm.data.sequences import prepare
     from recllm.recipe import IdMap
 
@@ -361,7 +446,7 @@ def test_movielens_1m_through_a_mapping(shared_data):
             ),
         ),
     )
-    prepared = prepare(data, FilterSection(), SplitSection(method="temporal"), 0)
+    prepared = prepare(data, FilterSection(), SplitSection(method="temporal"), 0, tmp_path)
     assert prepared.counts["interactions"] == 556_989 + 190_063 + 185_241
     assert (prepared.counts["users"], prepared.counts["items"]) == (6040, 2983)
     assert prepared.items.row(1)[2] == "Monty Python's Life of Brian (1979)"

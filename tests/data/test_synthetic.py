@@ -24,7 +24,7 @@ def test_a_synthetic_log_looks_like_a_log_and_prepares(tmp_path, monkeypatch):
         interactions=InteractionsSource(path=str(folder / "interactions.parquet")),
         items=ItemsSource(path=str(folder / "items.parquet")),
     )
-    prepared = prepare(data, FilterSection(), SplitSection(), 0)
+    prepared = prepare(data, FilterSection(), SplitSection(), 0, tmp_path)
     assert (prepared.counts["users"], prepared.counts["items"], prepared.counts["interactions"]) == (300, 500, 20_000)
 
 
