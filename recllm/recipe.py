@@ -104,17 +104,23 @@ class TaskSection(Section):
 
 
 class EncoderSection(Section):
-    """The sequence encoder that guides the gate (SASRec; Kang & McAuley 2018), and baseline of every report."""
+    """The sequence encoder that guides the gate, and baseline of every report.
 
-    type: Literal["sasrec"] = "sasrec"
+    sasrec: Kang & McAuley 2018. gru4rec: Hidasi et al. 2016. content: SASRec over the base model's own hidden states of
+    the item texts, so that items without any interaction have a representation too.
+    """
+
+    type: Literal["sasrec", "gru4rec", "content"] = "sasrec"
     hidden_size: int = Field(64, ge=1)
     num_layers: int = Field(2, ge=1)
-    num_heads: int = Field(2, ge=1)
+    num_heads: int = Field(2, ge=1)  # sasrec, content
+    window: int = Field(0, ge=0)  # sasrec, content: a state sees so many items back in each layer; 0: all of them
     dropout: float = Field(0.4, ge=0, lt=1)
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(32, ge=1)
     max_epochs: int = Field(200, ge=1)
     patience: int = Field(10, ge=1)  # epochs without a better validation ndcg@10
+    joint_learning_rate: float | None = Field(None, gt=0)  # trained on with the adapter; None: frozen
 
 
 class ModelSection(Section):
@@ -123,20 +129,25 @@ class ModelSection(Section):
     name_or_path: str  # a local folder, a hub name, or offline://smollm2-135m-instruct
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    quantization: Literal["4bit", "8bit"] | None = None  # bitsandbytes: nf4 with double quantisation, or LLM.int8()
 
 
 class GateSection(Section):
     """The gate: representation → expert weights. hidden_size 0 is one linear layer, otherwise an MLP."""
 
+    type: Literal["softmax", "sigmoid"] = "softmax"  # over num_experts (the paper), or one for each rank
     hidden_size: int = Field(0, ge=0)
     temperature: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, ge=1)  # softmax: the largest k experts alone, renormalised
+    per_layer: bool = False  # one gate for each layer of the base model in place of one for all
+    balance: float = Field(0.0, ge=0)  # weight of the load-balancing loss
     learning_rate: float | None = Field(None, gt=0)  # None: train.learning_rate
 
 
 class AdapterSection(Section):
-    """LoRA (`lora`) or instance-wise LoRA (`ilora`), with peft's own names."""
+    """LoRA (`lora`), instance-wise LoRA (`ilora`) or LoRA beside a soft token (`soft_token`), with peft's own names."""
 
-    method: Literal["ilora", "lora"] = "ilora"
+    method: Literal["ilora", "lora", "soft_token"] = "ilora"
     r: int = Field(8, ge=1)
     lora_alpha: int = Field(16, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -145,11 +156,19 @@ class AdapterSection(Section):
     gate: GateSection = GateSection()
 
     @model_validator(mode="after")
-    def _rank_splits(self) -> "AdapterSection":
-        if self.method == "ilora" and self.r % self.num_experts:
+    def _gate_fits(self) -> "AdapterSection":
+        gate = self.gate
+        if self.method != "ilora":
+            return self
+        if gate.type == "softmax" and self.r % self.num_experts:
             raise ValueError(
                 f"r={self.r} does not split into num_experts={self.num_experts} equal experts: "
                 f"take an r that is a multiple of {self.num_experts}"
+            )
+        if gate.top_k is not None and (gate.type != "softmax" or gate.top_k > self.num_experts):
+            raise ValueError(
+                f"gate.top_k={gate.top_k} with gate.type={gate.type} and num_experts={self.num_experts}: it is for the "
+                "softmax gate, and at most num_experts"
             )
         return self
 
