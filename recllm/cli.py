@@ -58,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
 
     _recipe_verb(verbs, "evaluate", _evaluate, "adapter/ → report/")
 
+    export = _recipe_verb(verbs, "export", _export, "adapter/ → ordinary LoRAs: of one user, or a few for all users")
+    whom = export.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--user", metavar="USER_ID", help="fold this user's gate into one LoRA")
+    whom.add_argument("--prototypes", type=int, metavar="M", help="cluster all users' gates into M LoRAs")
+    export.add_argument("--output", required=True, metavar="FOLDER", help="where they go")
+    export.add_argument(
+        "--examples", type=int, default=100, metavar="N", help="held-out examples that measure M's cost (default 100)"
+    )
+
     compare = verbs.add_parser("compare", help="test the reports of several runs against each other")
     compare.add_argument("reports", nargs="+", metavar="REPORT", help="report/ folders")
     compare.add_argument("--metric", help="only this metric, e.g. hit_rate@1")
@@ -114,6 +123,16 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     from recllm import stages
 
     stages.run_stage(_load(parsed), "evaluate", force=True)
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from recllm import stages
+
+    if parsed.prototypes is not None and parsed.prototypes < 1:
+        raise UserError(f"--prototypes {parsed.prototypes}: at least 1 is needed")
+    stages.export(_load(parsed), Path(parsed.output), parsed.user, parsed.prototypes, max(parsed.examples, 0))
 
 
 def _compare(parsed: argparse.Namespace) -> None:

@@ -138,7 +138,7 @@ class GateSection(Section):
     type: Literal["softmax", "sigmoid"] = "softmax"  # over num_experts (the paper), or one for each rank
     hidden_size: int = Field(0, ge=0)
     temperature: float = Field(1.0, gt=0)
-    top_k: int | None = Field(None, ge=1)  # softmax: the largest k experts alone, renormalised
+    top_k: int | None = Field(None, ge=2)  # softmax: the largest k experts alone, renormalised (one would weigh 1)
     per_layer: bool = False  # one gate for each layer of the base model in place of one for all
     balance: float = Field(0.0, ge=0)  # weight of the load-balancing loss
     learning_rate: float | None = Field(None, gt=0)  # None: train.learning_rate
@@ -180,15 +180,17 @@ class EvaluateSection(Section):
     split: Literal["valid", "test"] = "test"
     batch_size: int = Field(8, ge=1)
     max_examples: int | None = Field(None, ge=1)  # a seeded choice of users; None scores all
-    baselines: list[Literal["random", "popularity", "item_to_item", "sasrec", "base_model"]] = [
+    baselines: list[Literal["random", "popularity", "item_to_item", "sequence_encoder", "base_model"]] = [
         "random",
         "popularity",
         "item_to_item",
-        "sasrec",
+        "sequence_encoder",  # the run's own: stands in the report under its type
         "base_model",
     ]
-    controls: list[Literal["uniform", "shuffled"]] = ["uniform", "shuffled"]  # of an instance-wise adapter
+    # None: all that go with the method: uniform and shuffled gates, or shuffled and without_token of a soft token
+    controls: list[Literal["uniform", "shuffled", "without_token"]] | None = None
     adapters: dict[str, str] = {}  # further adapters: name in the report → folder
+    item_groups: str | None = None  # attribute that says what experts serve: "genres", "genres by |"; "": none
 
 
 class GivenRows(Section):
@@ -379,11 +381,18 @@ def _explain_one(entry: dict[str, Any]) -> str:
     place = [str(part) for part in entry["loc"]]
     if entry["type"] != "extra_forbidden":
         given = "" if entry["type"] == "missing" else f" (given: {entry['input']!r})"
-        return f"{'.'.join(place)}: {entry['msg']}{given}"
+        return f"{'.'.join(place)}: {entry['msg']}{given}{_renamed(place, entry['input'])}"
     known = _known_keys(place[:-1])
     close = difflib.get_close_matches(place[-1], known, n=1)
     hint = f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(known)}"
     return f'{".".join(place)}: unknown key "{place[-1]}", {hint}'
+
+
+def _renamed(place: Sequence[str], value: Any) -> str:
+    """The new name of a value that had another one in earlier versions."""
+    renamed = {("evaluate.baselines", "sasrec"): "sequence_encoder"}
+    new = renamed.get((".".join(place[:2]), value)) if isinstance(value, str) else None
+    return f': "{value}" is called "{new}" now' if new else ""
 
 
 def _known_keys(place: Sequence[str]) -> list[str]:

@@ -45,11 +45,18 @@ def convert(recipe: Recipe, workers: int | None = None) -> None:
 
 
 def encoder(recipe: Recipe) -> None:
-    """dataset/ → encoder/: the sequence encoder that guides the gate, and the SASRec baseline."""
+    """dataset/ → encoder/: the sequence encoder that guides the gate, and a baseline.
+
+    A content encoder first has the base model read the items' texts → item_features/, kept for the next time.
+    """
     from recllm.data.dataset import Dataset
     from recllm.train.encoder import fit_encoder
 
-    dataset = Dataset.open(require(recipe, "convert"))
+    dataset, features = Dataset.open(require(recipe, "convert")), None
+    if recipe.encoder.type == "content":
+        from recllm.model.item_features import load_or_compute
+
+        features = load_or_compute(recipe.model, dataset.titles, recipe.output / "item_features")
     fit_encoder(
         dataset,
         recipe.encoder,
@@ -57,6 +64,7 @@ def encoder(recipe: Recipe) -> None:
         recipe.seed,
         output_of(recipe, "encoder"),
         exclude_history=recipe.protocol.ranking.exclude_history,
+        item_features=features,
     )
 
 
@@ -86,6 +94,79 @@ def evaluate(recipe: Recipe) -> None:
     )
 
 
+def export(
+    recipe: Recipe, output: Path, user_id: str | None = None, prototypes: int | None = None, max_examples: int = 100
+) -> None:
+    """adapter/ → an ordinary LoRA of one user, or `prototypes` of them that stand for all users of dataset/.
+
+    A user's gate reads all of their history in dataset/. What prototypes cost is measured on up to `max_examples`
+    held-out examples of each task (0: not at all).
+    """
+    from recllm.data.dataset import Dataset
+    from recllm.model import export as folding
+    from recllm.model.adapter import check_vocabulary, load_adapter
+    from recllm.model.base_model import load_base_model
+
+    dataset, adapter = Dataset.open(require(recipe, "convert")), require(recipe, "train")
+    folding.check_output(output)
+    users = range(dataset.sequences.num_users) if user_id is None else [folding.find_user(dataset, user_id)]
+    check_vocabulary(adapter, dataset.vocabulary_sha256)
+    base_model, tokenizer = load_base_model(recipe.model)
+    model = load_adapter(base_model, adapter)
+    weights = folding.gates_of(model, dataset, users, None, recipe.history.max_items)
+    if user_id is not None:
+        folding.export_user_adapter(model, weights[0], output)
+        print(f"{output}: the LoRA of user {user_id}, gate weights {_rounded(weights[0])}")
+        return
+    cost = _prototype_cost(recipe, dataset, model, tokenizer, max_examples) if max_examples else None
+    names = dataset.sequences.user_ids.to_pylist()
+    document = folding.export_prototypes(
+        model, weights, prototypes or 0, output, recipe.seed, user_ids=names, cost=cost
+    )
+    print(_prototype_text(document, output))
+
+
+def _prototype_cost(
+    recipe: Recipe, dataset: Any, model: Any, tokenizer: Any, max_examples: int
+) -> Callable[[Any], dict[str, Any]]:
+    """Prototypes' gates → nats that held-out answers lose under them."""
+    from recllm.evaluate.tasks import load_tasks
+    from recllm.infer.transformers_engine import TransformersEngine
+    from recllm.model import export as folding
+
+    tasks = load_tasks(dataset, recipe.evaluate.split, max_examples, recipe.seed)
+    prompts = [prompt for task in tasks for prompt in task.prompts]
+    texts = [(task.answer_texts(dataset.titles), task.right_column) for task in tasks]
+    answers = [[row[right]] for rows, rights in texts for row, right in zip(rows, rights)]
+    users = [user for task in tasks for user in task.examples.user_index]
+    ends = [end for task in tasks for end in task.examples.history_end]
+    own = folding.gates_of(model, dataset, users, ends, recipe.history.max_items)
+    engine = TransformersEngine(model, tokenizer, recipe.evaluate.batch_size)
+
+    def nats(weights: Any) -> Any:
+        return -engine.score(prompts, answers, gate_weights=weights.numpy(), progress="score held-out answers")[:, 0]
+
+    return lambda centres: folding.clustering_cost(nats, own, centres)
+
+
+def _prototype_text(document: dict[str, Any], output: Path) -> str:
+    lines = [f"{output}: {len(document['prototypes'])} prototypes of {document['users']} users"]
+    lines.append(
+        "distance of a user's gate from the prototype's: mean {mean_distance:.4f}, largest {max_distance:.4f}; "
+        "share of the gates' variance kept: {variance_kept:.3f}".format(**document)
+    )
+    if "cost" in document:
+        lines.append(
+            "a held-out answer loses {nats_lost:.4f} nats on average over {examples} ({nats_own:.4f} under its own "
+            "gate, {nats_prototype:.4f} under the nearest prototype's)".format(**document["cost"])
+        )
+    return "\n".join(lines)
+
+
+def _rounded(weights: Any) -> list[Any]:
+    return [_rounded(row) if row.dim() else round(float(row), 4) for row in weights]
+
+
 STAGES: dict[str, Callable[..., None]] = {
     "convert": convert,
     "encoder": encoder,
@@ -109,7 +190,8 @@ def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
 
     # The other ranks wait for the fit: torch's default of ten minutes would kill a long one
     patience = datetime.timedelta(seconds=float(recipe.train.get("ddp_timeout", 24 * 3600)))
-    with PartialState(timeout=patience).main_process_first():
+    state = PartialState(cpu=bool(recipe.train.get("use_cpu")), timeout=patience)
+    with state.main_process_first():
         run_stage(recipe, "encoder")
     run_stage(recipe, "train", force=True, allow_template_mismatch=allow_template_mismatch)
 
@@ -138,6 +220,7 @@ def run_stage(recipe: Recipe, name: str, force: bool = False, **options: Any) ->
 def fingerprint(recipe: Recipe, name: str) -> str:
     """sha256 over everything that the stage reads."""
     document = recipe.model_dump(mode="json")
+    joint = document["encoder"].pop("joint_learning_rate")  # of the adapter's training, not of this fit
     from recllm.convert.pipeline import tokenizer_special_tokens
     from recllm.data.sequences import source_paths
 
@@ -154,10 +237,14 @@ def fingerprint(recipe: Recipe, name: str) -> str:
         sections = ("encoder", "history")
         read["exclude_history"] = recipe.protocol.ranking.exclude_history
         read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
+        if recipe.encoder.type == "content":  # its features are the base model's
+            sections = (*sections, "model")
+            read["model_files"] = _model_files(recipe.model.name_or_path)
     elif name == "train":
         sections = ("model", "adapter", "train", "tasks", "history", "prompt")
         read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
         read["encoder"] = files.sha256_of(require(recipe, "encoder"))
+        read["joint_learning_rate"] = joint
         read["model_files"] = _model_files(recipe.model.name_or_path)
     else:
         sections = ("model", "evaluate", "protocol", "history", "tasks")

@@ -51,13 +51,24 @@ def test_a_wrong_direction_would_be_seen() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["recllm.cli", "recllm.stages", "recllm.recipe", "recllm.data.sequences", "recllm.data.dataset",
+    ["recllm", "recllm.cli", "recllm.stages", "recllm.recipe", "recllm.data.sequences", "recllm.data.dataset",
      "recllm.convert.pipeline", "recllm.evaluate.metrics", "recllm.evaluate.statistics"],
 )  # fmt: skip
 def test_light_modules_do_not_load_heavy_packages(module: str) -> None:
     code = f"import sys, {module}; print(' '.join(sorted({HEAVY!r} & set(sys.modules))))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout.split() == []
+
+
+def test_load_adapter_is_there_without_being_loaded() -> None:
+    import recllm
+
+    assert "load_adapter" in dir(recllm)
+    from recllm.model.adapter import load_adapter
+
+    assert recllm.load_adapter is load_adapter
+    with pytest.raises(AttributeError, match="no attribute 'laod_adapter'"):
+        recllm.laod_adapter  # noqa: B018
 
 
 def test_every_package_is_in_the_wheel() -> None:

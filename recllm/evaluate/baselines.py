@@ -1,6 +1,6 @@
 """Baselines: what every report sets beside the model, on the same frozen candidates.
 
-A dataset enters, and for SASRec the folder of a fitted encoder. A `Scorer` leaves: examples → a score for every item of
+A dataset enters, and for the sequence encoder its folder. A `Scorer` leaves: examples → a score for every item of
 the catalogue, from which candidates are read off and the full catalogue is ranked. Only training interactions are
 counted (`training_interactions`); the history before the cut-off of an example is given to all alike.
 """
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from scipy import sparse
 
-from recllm.data.dataset import Dataset, pad_left
+from recllm.data.dataset import Dataset
 from recllm.data.randomness import mix, text_keys, uniform
 from recllm.errors import UserError
 from recllm.evaluate import metrics
@@ -104,36 +104,34 @@ def item_to_item(dataset: Dataset, window: int = WINDOW) -> Scorer:
     return score
 
 
-def sasrec(dataset: Dataset, encoder_folder: Path, batch_size: int = 256) -> Scorer:
-    """Scores of the fitted sequence encoder (Kang & McAuley 2018); it reads the last `max_items` of the history.
+def sequence_encoder(dataset: Dataset, encoder_folder: Path, batch_size: int = 256) -> tuple[str, Scorer]:
+    """The type of the fitted sequence encoder (sasrec, gru4rec, content) and its scores of the whole catalogue.
+
+    It reads the last `max_items` of the history.
 
     Raises:
         UserError: an encoder of another item vocabulary.
     """
     import torch
 
-    from recllm.model.sequence_encoder import load_encoder
+    from recllm.model.sequence_encoder import encode_histories, load_encoder
 
     encoder, info = load_encoder(encoder_folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder.to(device).eval()
     if info["vocabulary_sha256"] != dataset.vocabulary_sha256:
         raise UserError(
             f"{encoder_folder} was fitted on the item vocabulary {str(info['vocabulary_sha256'])[:12]}…, "
             f"{dataset.folder} has {dataset.vocabulary_sha256[:12]}…: fit it again on this dataset (`recllm train`)"
         )
+    encoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
     @torch.inference_mode()
     def score(examples: Examples) -> Floats:
-        parts = []
-        for start in range(0, len(examples.example_ids), batch_size):
-            part = examples.part(slice(start, start + batch_size))
-            histories = [_history(dataset, u, e, encoder.max_items) for u, e in zip(part.user_index, part.history_end)]
-            items = torch.from_numpy(pad_left(histories)).to(device)
-            parts.append(encoder.scores(encoder(items)).double().cpu().numpy())
-        return np.concatenate(parts)
+        pairs = zip(examples.user_index, examples.history_end)
+        histories = [_history(dataset, user, end, encoder.max_items) for user, end in pairs]
+        states = encode_histories(encoder, histories, batch_size).to(encoder.device)
+        return np.asarray(encoder.scores(states).double().cpu().numpy())
 
-    return score
+    return encoder.type, score
 
 
 def score_examples(

@@ -20,20 +20,33 @@ better for nats, brier and calibration_error only.
                     machine {cpu_count, processor, platform, torch_device}, seconds {system: scoring wall time}
     counts          the manifest's, and evaluated {task: {examples, users, of_examples, chosen_by_seed}}
     audit           the manifest's leakage audit
-    systems         [{name, kind: adapter | control | base_model | baseline, has_gate, task, description, num_examples,
-                      num_users, metrics {"hit_rate@1": ESTIMATE, … "ndcg@k", "mrr@k", "mrr", "valid_ratio", "nats"},
+    systems         [{name, kind: adapter | control | base_model | baseline, method: null | ilora | soft_token | lora,
+                      has_gate, task, description, num_examples, num_users,
+                      metrics {"hit_rate@1": ESTIMATE, … "ndcg@k", "mrr@k", "mrr", "valid_ratio", "nats"},
                       full_catalogue: null | {the same without nats},
                       generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit}}]
                     nats, of language models only: negative log-likelihood of the right answer, terminator included.
                     Closed tasks (like): accuracy, balanced_accuracy, "f1 LABEL", auc, brier, calibration_error, …
     comparisons     [{task, a, b, metric, difference: a − b, low, high, p_value, p_holm, method: mcnemar |
                       paired_bootstrap, num_examples, num_users}]; Holm within one task and metric
+    against_plain   [as comparisons, of nats only]: a is each other adapter and control, b each plain LoRA adapter; Holm
+                    within one task and plain LoRA
     segments        {task: {segment: {value: {system: {metric: ESTIMATE, …, num_examples, num_users}}}}}
     segment_notes   {segment: what its values mean}
     examples        [{task, example_id, user_id, history: [texts, oldest first], history_length, target, label,
                       systems {name: {rank, full_rank, top: [{text, score, target}], text, valid}}}]
-    gate            null | {system, num_experts, mean_weights, deviation, strongest_counts, strongest_none (examples
-                      with the same weight on every expert), mean_entropy, max_entropy, file}
+    gate            null | {system, type: softmax | sigmoid, uniform (weight of each expert that makes the plain LoRA),
+                      num_experts, mean_weights, deviation, strongest_counts, strongest_none (examples with the same
+                      weight on every expert), mean_entropy, max_entropy, file,
+                      collapse (model/gate.py: entropy, largest_mean, …, collapsed), num_layers: null | number,
+                      layer_means: null | [[mean weight of each expert] of each layer]}
+                    entropy is that of the experts' shares of a user's weight; with one gate a layer all but collapse
+                    and layer_means are of the mean over layers
+    experts         null | {system, num_users, item_groups: null | {column, separator, guessed}, notes [sentences],
+                      parts [{name, what: items | users,
+                              groups [{name, share, num_users, lifts [ESTIMATE by expert]}]}]}
+                    whom each expert serves (experts.py); all its intervals hold at once
+    notes           [sentences]: controls that were asked for and not run, and why
     training_log    [{step, loss, …}] as the trainer logged it; [] where the adapter folder has none
 
 predictions.parquet: figures.PREDICTIONS. gates.parquet: example_id, user_index, weights, x, y, strongest.
@@ -60,7 +73,7 @@ from tqdm import tqdm
 from recllm import __version__, files
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.evaluate import baselines, figures, language_model
+from recllm.evaluate import baselines, experts, figures, language_model
 from recllm.evaluate.baselines import Scorer
 from recllm.evaluate.language_model import BASE_MODEL, Adapter, Gates, LanguageModels, System
 from recllm.evaluate.tasks import Prediction, Task, load_tasks
@@ -73,8 +86,9 @@ BASELINES = {
     "random": "uniform numbers, seeded by example and item",
     "popularity": "the number of training interactions",
     "item_to_item": "item-to-item transitions of training from the last items of the history, with decay",
-    "sasrec": "SASRec, the sequence encoder of this run",
+    "sequence_encoder": "the sequence encoder of this run",  # in the report under its type
 }
+ENCODERS = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "content": "the content encoder"}
 CLOSED_BASELINES = {
     "constant": "the most frequent answer of training, for everybody",
     "user_most_frequent": "each user's most frequent answer of training",
@@ -90,7 +104,7 @@ def evaluate(
     Args:
         recipe: what to score (`evaluate`) and how (`protocol`).
         dataset_folder: written by convert.
-        encoder_folder: the fitted sequence encoder, the SASRec baseline.
+        encoder_folder: the fitted sequence encoder, a baseline under its own type.
         adapter_folder: written by train; None evaluates the baselines only.
         output: the report folder; an old one is replaced when the new one is complete.
 
@@ -98,7 +112,8 @@ def evaluate(
         What metrics.json holds.
 
     Raises:
-        UserError: adapter or encoder of another vocabulary or base model; broken candidates; an empty split.
+        UserError: adapter or encoder of another vocabulary or base model; broken candidates; an empty split;
+            evaluate.item_groups that the items do not have.
     """
     from recllm.evaluate import report
 
@@ -113,6 +128,7 @@ def evaluate(
         raise UserError(f"no system scores the task {unscored[0]}: name evaluate.baselines or give an adapter")
     main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
     log = training_log(main)
+    groups = experts.load_groups(recipe, dataset) if any(a.is_main and a.method == "ilora" for a in adapters) else None
     if models:
         models.check(tasks)
 
@@ -122,7 +138,8 @@ def evaluate(
     systems.sort(key=lambda system: _ORDER.index(system.kind))  # within a kind as they were scored
     gates = models.gates if models else None
 
-    document = summarise(recipe, dataset, tasks, systems, gates)
+    document = summarise(recipe, dataset, tasks, systems, gates, groups)
+    document["notes"] = notes(recipe, adapters) + (models.notes if models else [])
     document["provenance"] |= provenance(recipe, dataset, Path(encoder_folder), adapters)
     document["training_log"] = log
     with files.replacing_folder(Path(output)) as folder:
@@ -148,15 +165,21 @@ def list_adapters(recipe: Recipe, main: Path | None) -> list[Adapter]:
     adapters = []
     if main is not None:
         language_model.check_adapter_folder(main)
-        adapters.append(Adapter("ilora" if (main / "ilora.json").is_file() else "lora", main, True))
-    taken = {*BASELINES, *CLOSED_BASELINES, BASE_MODEL, *(adapter.name for adapter in adapters)}
-    taken |= {f"{adapter.name}_{control}" for adapter in adapters for control in language_model.CONTROLS}
+        method = language_model.method_of(main)
+        adapters.append(Adapter(method, main, True, method))
+    taken = {*BASELINES, *ENCODERS, *CLOSED_BASELINES, BASE_MODEL, *(adapter.name for adapter in adapters)}
+    taken |= {f"{adapter.name}_{name}" for adapter in adapters for name in language_model.CONTROLS[adapter.method]}
     for name, folder in recipe.evaluate.adapters.items():
         if name in taken:
             raise UserError(f'evaluate.adapters: "{name}" is the name of another system of the report: choose another')
         language_model.check_adapter_folder(Path(folder))
-        adapters.append(Adapter(name, Path(folder), False))
+        adapters.append(Adapter(name, Path(folder), False, language_model.method_of(Path(folder))))
     return adapters
+
+
+def notes(recipe: Recipe, adapters: list[Adapter]) -> list[str]:
+    """What was asked for and does not go with the run's adapter."""
+    return [note for a in adapters for note in language_model.control_notes(recipe.evaluate.controls, a)]
 
 
 def check_protocol(recipe: Recipe, dataset: Dataset) -> None:
@@ -184,11 +207,15 @@ def make_scorers(recipe: Recipe, dataset: Dataset, encoder_folder: Path, tasks: 
         "random": lambda: baselines.random(dataset, recipe.seed),
         "popularity": lambda: baselines.popularity(dataset),
         "item_to_item": lambda: baselines.item_to_item(dataset),
-        "sasrec": lambda: baselines.sasrec(dataset, encoder_folder),
     }
     if all(task.is_closed for task in tasks):
         return {}
-    return {name: makers[name]() for name in reversed(BASELINES) if name in recipe.evaluate.baselines}
+    wanted = [name for name in reversed(BASELINES) if name in recipe.evaluate.baselines]
+    named = (
+        baselines.sequence_encoder(dataset, encoder_folder) if name == "sequence_encoder" else (name, makers[name]())
+        for name in wanted
+    )
+    return dict(named)
 
 
 # ---- scoring ----
@@ -203,7 +230,8 @@ def run_baseline(name: str, score: Scorer, recipe: Recipe, dataset: Dataset, tas
         given = (task.examples, task.candidates, task.target, ranking.full_catalogue, ranking.exclude_history)
         scores, full = baselines.score_examples(score, dataset, *given)
         predictions[task.name] = Prediction(scores, full_rank=full)
-    return System(name, "baseline", BASELINES[name], predictions, time.monotonic() - started)
+    described = BASELINES.get(name) or f"{ENCODERS.get(name, name)}, {BASELINES['sequence_encoder']}"
+    return System(name, "baseline", described, predictions, time.monotonic() - started)
 
 
 def closed_baselines(dataset: Dataset, tasks: list[Task]) -> list[System]:
@@ -231,7 +259,12 @@ def closed_baselines(dataset: Dataset, tasks: list[Task]) -> list[System]:
 
 
 def summarise(
-    recipe: Recipe, dataset: Dataset, tasks: list[Task], systems: list[System], gates: Gates | None
+    recipe: Recipe,
+    dataset: Dataset,
+    tasks: list[Task],
+    systems: list[System],
+    gates: Gates | None,
+    groups: experts.Groups | None,
 ) -> dict[str, Any]:
     """metrics.json but for provenance beyond timings, and the training log."""
     protocol, titles = recipe.protocol, dataset.titles
@@ -249,10 +282,13 @@ def summarise(
         "audit": dataset.manifest["audit"],
         "systems": [],
         "comparisons": [],
+        "against_plain": [],
         "segments": {},
         "segment_notes": figures.SEGMENT_NOTES,
         "examples": [],
         "gate": gate_figures(gates, tasks) if gates else None,
+        "experts": expert_figures(gates, groups, tasks, dataset, recipe) if gates and groups else None,
+        "notes": [],
     }
     for task in tqdm(tasks, desc="metrics and intervals", unit="task"):
         present = [system for system in systems if task.name in system.predictions]
@@ -260,6 +296,7 @@ def summarise(
         document["main_system"][task.name] = main
         document["systems"] += figures.system_entries(task, present, titles, protocol)
         document["comparisons"] += figures.comparisons(task, present, main, protocol)
+        document["against_plain"] += figures.against_plain(task, present, protocol)
         document["segments"][task.name] = figures.segments(task, present, dataset, protocol)
         count = max(1, NUM_EXAMPLES_SHOWN // len(tasks))
         document["examples"] += figures.example_entries(task, present, dataset, count)
@@ -274,12 +311,20 @@ def candidates_label(recipe: Recipe) -> str:
 
 
 def gate_figures(gates: Gates, tasks: list[Task]) -> dict[str, Any]:
-    """Mean, spread and entropy (nats) of the gate weights over all evaluated examples."""
-    weights = np.concatenate([gates.weights[task.name] for task in tasks]).astype(np.float64)
-    entropy = -(weights * np.log(np.maximum(weights, 1e-12))).sum(axis=1)
+    """Mean, spread, entropy (nats) and collapse of the gate weights over all evaluated examples."""
+    import torch
+
+    from recllm.model.gate import collapse
+
+    rows = gates.all_weights(tasks)
+    weights = language_model.by_expert(rows)
+    shares = weights / weights.sum(axis=1, keepdims=True)  # of a softmax the weights themselves
+    entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum(axis=1)
     strongest = language_model.strongest_experts(weights)
     return {
         "system": gates.system,
+        "type": gates.type,
+        "uniform": gates.uniform,
         "num_experts": weights.shape[1],
         "mean_weights": weights.mean(axis=0).tolist(),
         "deviation": weights.std(axis=0).tolist(),
@@ -288,7 +333,20 @@ def gate_figures(gates: Gates, tasks: list[Task]) -> dict[str, Any]:
         "mean_entropy": float(entropy.mean()),
         "max_entropy": float(np.log(weights.shape[1])),
         "file": GATES,
+        "collapse": collapse(torch.from_numpy(rows)),
+        "num_layers": rows.shape[1] if rows.ndim == 3 else None,
+        "layer_means": rows.mean(axis=0).tolist() if rows.ndim == 3 else None,
     }
+
+
+def expert_figures(
+    gates: Gates, groups: experts.Groups, tasks: list[Task], dataset: Dataset, recipe: Recipe
+) -> dict[str, Any] | None:
+    """Whom each expert serves, by the evaluated users of all tasks."""
+    weights = language_model.by_expert(gates.all_weights(tasks))
+    users = np.concatenate([task.users for task in tasks])
+    ends = np.concatenate([task.examples.history_end for task in tasks])
+    return experts.summarise(gates.system, weights, users, ends, dataset, groups, recipe)
 
 
 def provenance(recipe: Recipe, dataset: Dataset, encoder_folder: Path, adapters: list[Adapter]) -> dict[str, Any]:

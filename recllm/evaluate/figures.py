@@ -27,7 +27,7 @@ HEAD_SHARE = 0.2
 HISTORY_BUCKETS = ((1, 5), (6, 10), (11, 20), (21, 50), (51, 200))
 SEGMENT_NOTES = {
     "target popularity": "head: targets among the most frequent 20% of the items in training; tail: the other items of "
-    "training; cold: items that training never saw",
+    "training; cold: cold-start items, without any interaction in training",
     "history length": "interactions of the user before the cut-off of the example",
     "user": "in training: the user has interactions in training; new: none",
 }
@@ -72,6 +72,7 @@ def system_entries(
         {
             "name": system.name,
             "kind": system.kind,
+            "method": system.method,
             "has_gate": system.has_gate,
             "task": task.name,
             "description": system.description,
@@ -191,10 +192,29 @@ def comparisons(task: Task, systems: Sequence[System], main: str, protocol: Prot
         for other, table in by_name.items()
         if other != main and name in table
     ]
-    tests = compare_pairs(pairs, task.users, protocol.bootstrap)
+    return _adjusted(task, compare_pairs(pairs, task.users, protocol.bootstrap), "metric")
+
+
+def against_plain(task: Task, systems: Sequence[System], protocol: Protocol) -> list[dict[str, Any]]:
+    """Nats of every other adapter and control against each plain LoRA adapter; Holm within each plain LoRA."""
+    adapters = [system for system in systems if system.kind in ("adapter", "control")]
+    found = {system.name: system.predictions[task.name].nats for system in adapters}
+    nats = {name: values for name, values in found.items() if values is not None}
+    plain = [system.name for system in adapters if system.method == "lora" and system.name in nats]
+    pairs = [
+        Pair(name, other, "nats", values, nats[other])
+        for other in plain
+        for name, values in nats.items()
+        if name != other
+    ]
+    return _adjusted(task, compare_pairs(pairs, task.users, protocol.bootstrap), "b")
+
+
+def _adjusted(task: Task, tests: Sequence[dict[str, Any]], within: str) -> list[dict[str, Any]]:
+    """The tests with p_holm, adjusted within each value of the key `within`."""
     entries = []
-    for name in names:
-        mine = [test for test in tests if test["metric"] == name]
+    for value in dict.fromkeys(test[within] for test in tests):
+        mine = [test for test in tests if test[within] == value]
         for entry, p_holm in zip(mine, statistics.holm([_nan(entry["p_value"]) for entry in mine])):
             entries.append({"task": task.name, **entry, "p_holm": _json_number(p_holm)})
     return entries
@@ -256,9 +276,15 @@ def _test_entry(pair: Pair, found: statistics.Difference, num_examples: int, num
 
 
 def segments(task: Task, systems: Sequence[System], dataset: Dataset, protocol: Protocol) -> dict[str, Any]:
-    """Segment name → value → system → figures; values without examples are absent."""
-    columns = compared_metrics(task, protocol)
-    tables = {s.name: example_metrics(task, s.predictions[task.name], protocol.ranking.k) for s in systems}
+    """Segment name → value → system → figures; values without examples are absent. "full M" is M in the catalogue."""
+    full = f"ndcg@{max(protocol.ranking.k)}"
+    columns = [*compared_metrics(task, protocol), f"full {full}"]
+    tables = {}
+    for system in systems:
+        prediction = system.predictions[task.name]
+        ranked = _full_metrics(prediction, protocol.ranking.k)
+        tables[system.name] = example_metrics(task, prediction, protocol.ranking.k)
+        tables[system.name] |= {f"full {full}": ranked[full]} if ranked else {}
     result: dict[str, Any] = {}
     for segment, (values, order) in segment_values(task, dataset).items():
         result[segment] = {}

@@ -5,7 +5,7 @@ it, asked, and taken off again.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +13,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recllm.data.dataset import Dataset, pad_left
+from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate.tasks import NEXT_ITEM, Prediction, Task
 from recllm.recipe import Recipe
 
 MAX_GENERATIONS = 50  # examples of a task that are also answered freely
-_GATE_ROWS = 256  # histories that the gate reads at once
 
 BASE_MODEL = "base_model"
+METHODS = {"ilora": "instance-wise LoRA", "soft_token": "LoRA beside a soft token", "lora": "plain LoRA"}
 CONTROLS = {
-    "uniform": "the same adapter with the same weight on every expert",
-    "shuffled": "the same adapter, each user with the gates of another",
+    "ilora": {
+        "uniform": "the same adapter with the same weight on every expert",
+        "shuffled": "the same adapter, each user with the gates of another",
+    },
+    "soft_token": {
+        "shuffled": "the same adapter, each user with the representation of another",
+        "without_token": "the same adapter without its soft token, as for an empty history",
+    },
+    "lora": {},
 }
+_GIVEN_AS = {"ilora": "gate_weights", "soft_token": "representations"}  # argument of the engine
 
 
 class Adapter(NamedTuple):
@@ -34,6 +42,7 @@ class Adapter(NamedTuple):
     name: str
     folder: Path
     is_main: bool  # of this run: gets controls and gate plots
+    method: str = "lora"  # ilora, soft_token or lora
 
 
 class System(NamedTuple):
@@ -44,15 +53,26 @@ class System(NamedTuple):
     description: str
     predictions: dict[str, Prediction]
     seconds: float
-    has_gate: bool = False
+    method: str | None = None  # of an adapter and its controls: ilora, soft_token or lora
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether its weights differ from user to user."""
+        return self.method == "ilora"
 
 
 class Gates(NamedTuple):
     """What the gate of the run's adapter gives each evaluated example, by task name."""
 
     system: str
-    weights: dict[str, npt.NDArray[np.float32]]  # (N, K)
+    type: str  # softmax or sigmoid
+    uniform: float  # the weight on every expert that makes the plain LoRA: 1/K of a softmax, 1/2 of a sigmoid
+    weights: dict[str, npt.NDArray[np.float32]]  # (N, K), or (N, layers, K) with one gate a layer
     representations: dict[str, npt.NDArray[np.float32]]  # (N, D)
+
+    def all_weights(self, tasks: list[Task]) -> npt.NDArray[np.float64]:
+        """Of all tasks, one after the other."""
+        return np.concatenate([self.weights[task.name] for task in tasks]).astype(np.float64)
 
 
 class LanguageModels:
@@ -73,7 +93,8 @@ class LanguageModels:
             check_base_model(base, adapter.folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.base = base.to(self.device)
-        self.gates: Gates | None = None
+        self.gates: Gates | None = None  # of the run's own adapter
+        self.notes: list[str] = []  # what was not scored, and why
 
     def check(self, tasks: list[Task]) -> None:
         """Find now what would stop the scoring later: prompts beyond the context, adapters with damaged weights.
@@ -95,30 +116,41 @@ class LanguageModels:
     def systems(self, tasks: list[Task]) -> Iterator[System]:
         """Score system by system, the base model first."""
         if BASE_MODEL in self.recipe.evaluate.baselines:
-            yield self._ask(self.base, tasks, BASE_MODEL, BASE_MODEL, "the language model untuned", {}, True)
+            yield self._ask(self.base, tasks, BASE_MODEL, BASE_MODEL, "the language model untuned", None, {}, True)
         for adapter in self.adapters:
             yield from self._adapter(adapter, tasks)
 
     def _adapter(self, adapter: Adapter, tasks: list[Task]) -> Iterator[System]:
-        from recllm.model.adapter import accepts_history, load_adapter
+        from recllm.model.adapter import load_adapter
 
         model = load_adapter(self.base, adapter.folder).to(self.device)
         try:
-            has_gate = accepts_history(model)
-            gates = self._read_gates(model, adapter, tasks) if has_gate else None
-            weights = gates.weights if gates else {}
-            what = "instance-wise LoRA" if has_gate else "plain LoRA"
+            given = self._given(model, adapter, tasks)
+            what = METHODS[adapter.method]
             text = f"{what} of this run" if adapter.is_main else f"{what} from {adapter.folder}"
-            yield self._ask(model, tasks, adapter.name, "adapter", text, weights, True)
-            if adapter.is_main and gates:
-                self.gates = gates
-                for control in self.recipe.evaluate.controls:
-                    changed = control_weights(control, weights, tasks, self.recipe.seed)
-                    if changed is not None:
-                        name = f"{adapter.name}_{control}"
-                        yield self._ask(model, tasks, name, "control", CONTROLS[control], changed, False)
+            yield self._ask(model, tasks, adapter.name, "adapter", text, adapter.method, given, True)
+            for control in chosen_controls(self.recipe.evaluate.controls, adapter):
+                neutral = self.gates.uniform if adapter.method == "ilora" and self.gates else 0.0
+                changed = control_rows(control, given, neutral, tasks, self.recipe.seed)
+                if changed is None:
+                    self.notes.append(f"No {control} control: all examples are of one user, so there is none to swap.")
+                    continue
+                name, text = f"{adapter.name}_{control}", CONTROLS[adapter.method][control]
+                yield self._ask(model, tasks, name, "control", text, adapter.method, changed, False)
         finally:
             self.base = model.unload()
+
+    def _given(self, model: Any, adapter: Adapter, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
+        """What an adapter takes beside tokens, by task: gate weights, representations, or nothing of a plain LoRA."""
+        if adapter.method == "lora":
+            return {}
+        states = self._represent(model, tasks)
+        if adapter.method == "soft_token":
+            return states
+        gates = _weigh(model, adapter.name, states)
+        if adapter.is_main:
+            self.gates = gates
+        return gates.weights
 
     def _ask(
         self,
@@ -127,23 +159,25 @@ class LanguageModels:
         name: str,
         kind: str,
         description: str,
-        weights: dict[str, npt.NDArray[np.float32]],
+        method: str | None,
+        given: dict[str, npt.NDArray[np.float32]],
         generate: bool,
     ) -> System:
         from recllm.infer.transformers_engine import TransformersEngine
 
         engine = TransformersEngine(model, self.tokenizer, self.recipe.evaluate.batch_size)
         started = time.monotonic()
-        predictions = {task.name: self._predict(engine, task, name, weights.get(task.name), generate) for task in tasks}
-        return System(name, kind, description, predictions, time.monotonic() - started, bool(weights))
+        rows = {task.name: {_GIVEN_AS[method]: given[task.name]} if given and method else {} for task in tasks}
+        predictions = {task.name: self._predict(engine, task, name, rows[task.name], generate) for task in tasks}
+        return System(name, kind, description, predictions, time.monotonic() - started, method)
 
     def _predict(
-        self, engine: Any, task: Task, name: str, weights: npt.NDArray[np.float32] | None, generate: bool
+        self, engine: Any, task: Task, name: str, given: dict[str, npt.NDArray[np.float32]], generate: bool
     ) -> Prediction:
         answers, decoding = task.answer_texts(self.dataset.titles), self.recipe.protocol.decoding
         label = f"{name}: {task.name}"
         mean = decoding.score == "mean"
-        scores = engine.score(task.prompts, answers, gate_weights=weights, length_normalised=mean, progress=label)
+        scores = engine.score(task.prompts, answers, length_normalised=mean, progress=label, **given)
         nats = -scores[np.arange(len(scores)), task.right_column]
         if mean:
             nats = nats * engine.num_tokens([[row[right]] for row, right in zip(answers, task.right_column)])[:, 0]
@@ -153,33 +187,40 @@ class LanguageModels:
         few = slice(0, MAX_GENERATIONS)
         generated = engine.generate(
             task.prompts[few],
-            gate_weights=None if weights is None else weights[few],
             max_new_tokens=decoding.max_new_tokens,
             listed=[end == "\n" for end in task.ends[few]],
             progress=f"{label}, generating",
+            **{argument: rows[few] for argument, rows in given.items()},
         )
         return prediction._replace(generations=[(text.text, text.finished) for text in generated])
 
-    def _read_gates(self, model: Any, adapter: Adapter, tasks: list[Task]) -> Gates:
-        """Gate weights and representations of every example, from all of the history before its cut-off."""
-        import torch
+    def _represent(self, model: Any, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
+        """(N, D) by task: what the adapter's encoder says of all of the history before each example's cut-off.
 
+        Each different history is encoded once, whatever the number of examples, controls and generations that read it.
+        """
+        from recllm.model.sequence_encoder import encode_histories
+
+        encoder = model.base_model.sequence_encoder[model.active_adapter]
         longest = int(self.dataset.manifest["history_max_items"])
-        weights, representations = {}, {}
-        for task in tasks:
-            states, gates = [], []
-            for start in range(0, len(task.examples.example_ids), _GATE_ROWS):
-                part = task.examples.part(slice(start, start + _GATE_ROWS))
-                histories = [
-                    self.dataset.history(int(user), int(end), longest)
-                    for user, end in zip(part.user_index, part.history_end)
-                ]
-                with torch.inference_mode():
-                    state = model.base_model.represent(torch.from_numpy(pad_left(histories)).to(self.device))
-                    gates.append(model.base_model.gate_weights(representation=state).float().cpu().numpy())
-                    states.append(state.cpu().numpy())
-            weights[task.name], representations[task.name] = np.concatenate(gates), np.concatenate(states)
-        return Gates(adapter.name, weights, representations)
+        pairs = [pair for task in tasks for pair in zip(task.users.tolist(), task.examples.history_end.tolist())]
+        histories = [self.dataset.history(user, end, longest) for user, end in pairs]
+        states = encode_histories(encoder, histories, device=self.device).numpy()
+        ends = np.cumsum([len(task.users) for task in tasks])[:-1]
+        return {task.name: part for task, part in zip(tasks, np.split(states, ends), strict=True)}
+
+
+def _weigh(model: Any, name: str, states: dict[str, npt.NDArray[np.float32]]) -> Gates:
+    """The gate weights of representations, by task."""
+    import torch
+
+    gate = model.base_model.gate[model.active_adapter]
+    with torch.inference_mode():
+        weights = {
+            task: model.base_model.gate_weights(representation=torch.from_numpy(rows)).float().cpu().numpy()
+            for task, rows in states.items()
+        }
+    return Gates(name, gate.gate_type, gate.uniform, weights, states)
 
 
 def check_adapter_folder(folder: Path) -> None:
@@ -192,18 +233,45 @@ def check_adapter_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds no adapter_config.json: a folder written by `recllm train` is expected")
 
 
-def control_weights(
-    control: str, weights: dict[str, npt.NDArray[np.float32]], tasks: list[Task], seed: int
+def method_of(folder: Path) -> str:
+    """The method of an adapter's folder, by its files."""
+    return next((name for name in ("ilora", "soft_token") if (folder / f"{name}.json").is_file()), "lora")
+
+
+def chosen_controls(asked: Sequence[str] | None, adapter: Adapter) -> list[str]:
+    """Controls of the run's own adapter: those asked for that its method has; None asks for all."""
+    possible = CONTROLS[adapter.method] if adapter.is_main else {}
+    return [name for name in possible if asked is None or name in asked]
+
+
+def control_notes(asked: Sequence[str] | None, adapter: Adapter) -> list[str]:
+    """A sentence for each control that was asked for and does not go with the run's adapter."""
+    reasons = {
+        ("ilora", "without_token"): "an instance-wise LoRA has no soft token, its gate is switched off by uniform",
+        ("soft_token", "uniform"): "a soft token has no gate, it is switched off by without_token",
+    }
+    return [
+        f"No {name} control: {reasons.get((adapter.method, name), 'a plain LoRA is the same for every user')}."
+        for name in dict.fromkeys(asked or [])
+        if adapter.is_main and name not in CONTROLS[adapter.method]
+    ]
+
+
+def control_rows(
+    control: str, given: dict[str, npt.NDArray[np.float32]], neutral: float, tasks: list[Task], seed: int
 ) -> dict[str, npt.NDArray[np.float32]] | None:
-    """Gate weights of a control, by task; None where it cannot be made (nobody to swap with)."""
-    if control == "uniform":
-        return {name: np.full_like(rows, 1 / rows.shape[1]) for name, rows in weights.items()}
+    """Gate weights or representations of a control, by task; None where it cannot be made (nobody to swap with).
+
+    `neutral` is what switches them off: the uniform weight of a gate, zero for a representation.
+    """
+    if control != "shuffled":
+        return {name: np.full_like(rows, neutral) for name, rows in given.items()}
     changed = {}
     for task in tasks:
         rows = swapped_rows(task.examples.user_index, np.random.default_rng([seed, 1]))
         if rows is None:
             return None
-        changed[task.name] = weights[task.name][rows]
+        changed[task.name] = given[task.name][rows]
     return changed
 
 
@@ -229,6 +297,11 @@ def swapped_rows(users: npt.NDArray, rng: np.random.Generator) -> npt.NDArray[np
     return chosen
 
 
+def by_expert(weights: npt.NDArray) -> npt.NDArray:
+    """(N, K) of gate weights: as they are, or the mean over layers of (N, layers, K)."""
+    return weights if weights.ndim == 2 else weights.mean(axis=1)
+
+
 def strongest_experts(weights: npt.NDArray) -> npt.NDArray[np.int64]:
     """The expert with the largest weight of each row of (N, K); -1, no expert, where all weigh the same.
 
@@ -239,19 +312,24 @@ def strongest_experts(weights: npt.NDArray) -> npt.NDArray[np.int64]:
 
 
 def gates_table(gates: Gates, tasks: list[Task]) -> pa.Table:
-    """gates.parquet: example_id, user_index, weights, strongest expert (-1: none); x, y: the representation by PCA."""
-    weights = np.concatenate([gates.weights[task.name] for task in tasks])
+    """gates.parquet: example_id, user_index, weights, strongest expert (-1: none); x, y: the representation by PCA.
+
+    With one gate a layer `weights` is the mean over layers, and layer_weights holds a list a layer.
+    """
+    rows = np.concatenate([gates.weights[task.name] for task in tasks])
+    weights = by_expert(rows)
     x, y = principal_components(np.concatenate([gates.representations[task.name] for task in tasks]))
-    return pa.table(
-        {
-            "example_id": pa.array([name for task in tasks for name in task.examples.example_ids]),
-            "user_index": pa.array(np.concatenate([task.examples.user_index for task in tasks]), pa.int32()),
-            "weights": pa.array(list(weights), pa.list_(pa.float32())),
-            "x": x,
-            "y": y,
-            "strongest": pa.array(strongest_experts(weights), pa.int32()),
-        }
-    )
+    columns = {
+        "example_id": pa.array([name for task in tasks for name in task.examples.example_ids]),
+        "user_index": pa.array(np.concatenate([task.examples.user_index for task in tasks]), pa.int32()),
+        "weights": pa.array(list(weights), pa.list_(pa.float32())),
+        "x": x,
+        "y": y,
+        "strongest": pa.array(strongest_experts(weights), pa.int32()),
+    }
+    if rows.ndim == 3:
+        columns["layer_weights"] = pa.array(rows.tolist(), pa.list_(pa.list_(pa.float32())))
+    return pa.table(columns)
 
 
 def principal_components(rows: npt.NDArray) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

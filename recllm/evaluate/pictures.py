@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recllm.evaluate import plots, reading
+from recllm.evaluate.plots import HeatCell
 from recllm.evaluate.reading import LOWER_IS_BETTER, Metrics
 from recllm.evaluate.statistics import FEW_USERS
 
@@ -208,18 +209,85 @@ def of_gate(gate: Metrics | None, gates: pa.Table | None) -> list[Picture]:
     if not gate or gates is None or not gates.num_rows:
         return []
     weights = np.stack(gates["weights"].to_numpy(zero_copy_only=False)).astype(np.float64)  # (N, K)
-    entropy = -np.sum(np.where(weights > 0, weights * np.log(np.maximum(weights, 1e-300)), 0.0), axis=1)
-    number = f"{len(weights):,} examples"
+    shares = weights / weights.sum(axis=1, keepdims=True)  # of a softmax the weights themselves
+    entropy = -np.sum(np.where(shares > 0, shares * np.log(np.maximum(shares, 1e-300)), 0.0), axis=1)
+    number = f"{len(weights):,} examples" + (", mean over layers" if gate.get("num_layers") else "")
     title = "Gate weights of the evaluated examples"
-    made = [
-        Picture(
-            "gate-weights", title, plots.weight_histograms("gate-weights", title, weights), f"{number}; dashed: uniform"
-        )
-    ]
+    svg = plots.weight_histograms("gate-weights", title, weights, uniform_weight(gate))
+    made = [Picture("gate-weights", title, svg, f"{number}; dashed: uniform")]
     if gate["max_entropy"] > 0:
         svg = plots.histogram("gate-entropy", "Entropy of the gate", entropy, "nats", (gate["max_entropy"], "uniform"))
         made.append(Picture("gate-entropy", "Entropy of the gate", svg, f"{number}; left: one expert decides"))
-    return [*made, _map_picture(gates, weights.shape[1])]
+    made.append(_map_picture(gates, weights.shape[1]))
+    return made + _layer_picture(gate)
+
+
+def uniform_weight(gate: Metrics) -> float:
+    """The weight of each expert that makes the plain LoRA."""
+    return float(gate.get("uniform") or 1 / gate["num_experts"])
+
+
+def _layer_picture(gate: Metrics) -> list[Picture]:
+    """Mean weight of each expert in each layer, where every layer has its own gate."""
+    if not gate.get("layer_means"):
+        return []
+    means, uniform = np.array(gate["layer_means"]), uniform_weight(gate)
+    shown = shown_experts(means.std(axis=0))
+    cells = [[HeatCell(f"{mean:.2f}", mean / uniform) for mean in line[shown]] for line in means]
+    name, title = "gate-layers", "Mean gate weight by layer"
+    svg = plots.heat_map(
+        name, title, [f"layer {n}" for n in range(len(means))], _expert_names(shown), cells, "times the uniform weight"
+    )
+    return [Picture(name, title, svg, f"each layer has experts of its own{_left_out(shown, means.shape[1])}")]
+
+
+# ---- whom each expert serves ----
+
+MAX_EXPERTS = 12  # columns of a heat map: more are not readable
+
+
+def shown_experts(spread: np.ndarray) -> np.ndarray:
+    """Experts that a heat map shows, in order: all, or the MAX_EXPERTS with the largest spread (K,)."""
+    return np.sort(np.argsort(-spread, kind="stable")[:MAX_EXPERTS])
+
+
+def _expert_names(shown: np.ndarray) -> list[str]:
+    return [f"expert {expert}" if len(shown) <= 6 else str(expert) for expert in shown]
+
+
+def _left_out(shown: np.ndarray, experts: int) -> str:
+    return "" if len(shown) == experts else f"; the {len(shown)} of {experts} experts that vary most"
+
+
+def of_experts(found: Metrics | None, deviation: Sequence[float], confidence: float) -> list[Picture]:
+    """A heat map of lifts for the item groups, and one for all user groups, from the entry `experts`."""
+    made = []
+    parts = (found or {}).get("parts") or []
+    shown = shown_experts(np.array(deviation))
+    for what, title in (("items", "What stands in the histories"), ("users", "Who the users are")):
+        rows = [(part, group) for part in parts if part["what"] == what for group in part["groups"]]
+        if not rows:
+            continue
+        several = len({part["name"] for part, _ in rows}) > 1
+        labels = [f"{_short_part(part['name'])} {group['name']}" if several else group["name"] for part, group in rows]
+        cells = [[_lift_cell(group["lifts"][expert]) for expert in shown] for _, group in rows]
+        name = f"experts-{what}"
+        svg = plots.heat_map(name, title, labels, _expert_names(shown), cells, "times the share of all users")
+        caption = f"bold: the interval ({confidence:.0%} for all cells at once) leaves out 1"
+        made.append(Picture(name, title, svg, caption + _left_out(shown, len(deviation))))
+    return made
+
+
+def _short_part(name: str) -> str:
+    """Short enough to leave room for the group beside it."""
+    short = {"head items in the history": "head items", "time since the last interaction": "idle"}
+    return short.get(name, name)
+
+
+def _lift_cell(lift: Metrics) -> HeatCell:
+    if lift["value"] is None:
+        return HeatCell("–", None)
+    return HeatCell(f"{lift['value']:.2f}", lift["value"], reading.is_distinct(lift))
 
 
 def _map_picture(gates: pa.Table, num_experts: int) -> Picture:

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 # name → (light, dark). Systems: Okabe & Ito 2008; experts: Tol's muted scheme. Both are safe for colour-blind readers.
@@ -41,7 +42,18 @@ PALETTE = {
     "expert_green": ("#117733", "#4fbf74"),
     "expert_purple": ("#aa4499", "#d67fca"),
     "expert_wine": ("#882255", "#d0609c"),
+    # Heat maps: blue above, orange below (safe for colour-blind readers); ink is legible on every one of them
+    "below_4": ("#f0a050", "#9a4a00"),
+    "below_3": ("#f6bd84", "#7c4210"),
+    "below_2": ("#fad6b1", "#5e3a1c"),
+    "below_1": ("#fce9d5", "#453224"),
+    "even": ("#f0f2f5", "#2a303a"),
+    "above_1": ("#dcebf7", "#22384a"),
+    "above_2": ("#b9d8ef", "#1d4a6b"),
+    "above_3": ("#8fc1e6", "#185a8a"),
+    "above_4": ("#62a8dc", "#0f68ab"),
 }
+HEAT_STEPS = (1.05, 1.2, 1.5, 2.0)  # ratios at which a heat map's colour changes, and their inverses
 SYSTEM_COLOURS = {
     "adapter": ("blue", "maroon", "expert_indigo"),
     "control": ("sky", "olive"),
@@ -67,6 +79,14 @@ class Style(NamedTuple):
     colour: str  # a key of PALETTE
     marker: str  # of matplotlib
     filled: bool = True
+
+
+class HeatCell(NamedTuple):
+    """One cell of a heat map: what is written, and the ratio to "even" that colours it (None: no colour)."""
+
+    text: str
+    ratio: float | None
+    strong: bool = False
 
 
 class Row(NamedTuple):
@@ -151,8 +171,8 @@ def lines(
     return render(name, title, (4.7, 2.7 + legend), draw)
 
 
-def weight_histograms(name: str, title: str, weights: np.ndarray) -> str:
-    """Distribution of every expert's weight, one row an expert; weights (N, K), rows sum to 1."""
+def weight_histograms(name: str, title: str, weights: np.ndarray, uniform: float) -> str:
+    """Distribution of every expert's weight, one row an expert; weights (N, K) in [0, 1], dashed at `uniform`."""
     experts = weights.shape[1]
     bins = np.linspace(0, 1, 41)
 
@@ -162,12 +182,78 @@ def weight_histograms(name: str, title: str, weights: np.ndarray) -> str:
             _finish(axes, title if expert == 0 else "", "gate weight" if expert == experts - 1 else "", grid=None)
             colour = _light(expert_style(expert).colour)
             axes.hist(np.clip(weights[:, expert], 0, 1), bins=bins.tolist(), color=colour, linewidth=0)
-            axes.axvline(1 / experts, color=_light("muted"), linewidth=1, linestyle=(0, (4, 3)))
+            axes.axvline(uniform, color=_light("muted"), linewidth=1, linestyle=(0, (4, 3)))
             axes.set_yticks([])
             axes.set_ylabel(f"expert {expert}", rotation=0, ha="right", va="center", color=_light("ink"))
             axes.set_xlim(0, 1)
 
     return render(name, title, (4.7, 0.8 + 0.5 * experts), draw)
+
+
+def heat_map(
+    name: str, title: str, rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[HeatCell]], legend: str
+) -> str:
+    """Labelled rows × columns of written values, coloured by their ratio in steps (HEAT_STEPS); strong ones in bold."""
+    label_width = 0.075 * max(len(_shorten(row)) for row in rows) + 0.25
+    width = min(max(4.7, label_width + 0.62 * len(columns)), 8.6)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _finish(axes, title, "", grid=None)
+        for y, line in enumerate(cells):
+            for x, cell in enumerate(line):
+                _heat_cell(axes, x, y, cell)
+        axes.set_yticks(range(len(rows)), [_shorten(row) for row in rows])
+        axes.set_xticks(range(len(columns)), columns)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, labelcolor=_light("ink"))
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        _heat_legend(figure, legend)
+
+    return render(name, title, (width, 1.15 + 0.24 * len(rows)), draw)
+
+
+def heat_colour(ratio: float) -> str:
+    """The colour of a ratio, a key of PALETTE.
+
+    >>> heat_colour(1.0), heat_colour(1.3), heat_colour(1 / 3)
+    ('even', 'above_2', 'below_4')
+    """
+    size = max(ratio, 1 / ratio) if ratio > 0 else float("inf")
+    step = sum(size >= edge for edge in HEAT_STEPS)
+    return f"{'above' if ratio > 1 else 'below'}_{step}" if step else "even"
+
+
+def _heat_cell(axes: Axes, x: int, y: int, cell: HeatCell) -> None:
+    if cell.ratio is not None:
+        colour = _light(heat_colour(cell.ratio))
+        axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, linewidth=0))
+    weight = "bold" if cell.strong else "normal"
+    axes.text(x, y, cell.text, ha="center", va="center", color=_light("ink"), fontweight=weight)
+
+
+def _heat_legend(figure: Figure, label: str) -> None:
+    """The steps as swatches: as many times what is even, from the smallest to the largest."""
+    edges = [f"≤ {1 / HEAT_STEPS[3]:.1f}", *(f"{1 / edge:.2f}" for edge in reversed(HEAT_STEPS[:3])), "even"]
+    edges += [*(f"{edge:.2f}" for edge in HEAT_STEPS[:3]), f"≥ {HEAT_STEPS[3]:.0f}"]
+    names = [*(f"below_{step}" for step in (4, 3, 2, 1)), "even", *(f"above_{step}" for step in (1, 2, 3, 4))]
+    swatches = [Rectangle((0, 0), 1, 1, facecolor=_light(name), linewidth=0) for name in names]
+    made = figure.legend(
+        swatches,
+        edges,
+        loc="outside lower left",
+        ncols=9,
+        title=label,
+        labelcolor=_light("muted"),
+        fontsize=7,
+        handlelength=0.9,
+        handletextpad=0.3,
+        columnspacing=0.7,
+        alignment="left",
+    )
+    made.get_title().set(color=_light("muted"), fontsize=7)
 
 
 def histogram(name: str, title: str, values: np.ndarray, xlabel: str, reference: tuple[float, str]) -> str:

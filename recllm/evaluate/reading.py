@@ -5,6 +5,7 @@ below 1 − confidence and its interval leaves out zero; anything else is "no di
 Fewer than statistics.FEW_USERS users have no p, and so no verdict.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -134,75 +135,96 @@ def _against_base(tests: Sequence[Metrics], systems: Mapping[str, Metrics], conf
 def _about_gate(
     tests: Sequence[Metrics], systems: Mapping[str, Metrics], metric: str, confidence: float
 ) -> Iterator[Sentence]:
-    """Does the gate help?
+    """Does the gate, or the soft token, help?
 
-    The adapter must be ahead of its uniform AND of its shuffled control, which shows that it needs its gate: both are
-    the same weights under gates that they were not trained with. And it must be ahead of every plain LoRA, trained
-    without a gate: only that shows a gain.
+    The adapter must be ahead of itself with the gate switched off (uniform; without_token) AND of its shuffled control,
+    which shows that it needs its gate: both are the same weights under gates that they were not trained with. And it
+    must be ahead of every plain LoRA, trained without a gate: only that shows a gain.
     """
     for name in ("nats", metric):
         controls = {
-            test["b"].rsplit("_", 1)[-1]: test
+            test["b"].removeprefix(test["a"] + "_"): test
             for test in tests
             if test["metric"] == name and systems.get(test["b"], {}).get("kind") == "control"
         }
         plain = [t for t in tests if t["metric"] == name and _is_plain_lora(systems.get(t["b"], {}))]
         if controls:
+            words = _words_of(systems[next(iter(controls.values()))["a"]])
             verdicts = {k: verdict(t, confidence) for k, t in controls.items()}
-            if set(verdicts) >= {"uniform", "shuffled"} and set(verdicts.values()) == {"ahead"}:
-                yield _needed_gate_sentence(controls, plain, name, confidence)
+            if set(verdicts) >= {words.off, "shuffled"} and set(verdicts.values()) == {"ahead"}:
+                yield _needed_gate_sentence(controls, plain, name, confidence, words)
             else:
-                yield _gate_sentence(verdicts, controls, name)
+                yield _gate_sentence(verdicts, controls, name, words)
+
+
+class _Words(NamedTuple):
+    """How to speak of what an adapter reads of a user."""
+
+    noun: str
+    off: str  # the control that switches it off
+    controls: Mapping[str, str]
+
+
+_GATE = _Words("gate", "uniform", {"uniform": "the uniform gate", "shuffled": "another user's gate"})
+_TOKEN = _Words(
+    "soft token", "without_token", {"without_token": "no soft token", "shuffled": "another user's soft token"}
+)
+
+
+def _words_of(system: Metrics) -> _Words:
+    return _TOKEN if system.get("method") == "soft_token" else _GATE
 
 
 def _is_plain_lora(system: Metrics) -> bool:
-    return system.get("kind") == "adapter" and system.get("has_gate") is False
+    return system.get("kind") == "adapter" and system.get("method") == "lora"
 
 
 def _needed_gate_sentence(
-    controls: Mapping[str, Metrics], plain: Sequence[Metrics], metric: str, confidence: float
+    controls: Mapping[str, Metrics], plain: Sequence[Metrics], metric: str, confidence: float, words: _Words
 ) -> Sentence:
     """The adapter is ahead of both controls: is it ahead of every plain LoRA, too?"""
-    numbers, scored = _gate_numbers(controls), f"Measured in {metric}"
-    needs = f"{scored}, this adapter needs its gate ({numbers})"
+    numbers, scored = _gate_numbers(controls, words), f"Measured in {metric}"
+    needs = f"{scored}, this adapter needs its {words.noun} ({numbers})"
     if not plain:
         text = "whether it beats a plain LoRA is not tested here: add evaluate.adapters: {lora: FOLDER}"
         return Sentence("open", f"{needs}; {text}.")
     against = "; ".join(f"against the plain LoRA {t['b']} {_numbers(t)}" for t in plain)
     verdicts = {verdict(test, confidence) for test in plain}
     if verdicts == {"ahead"}:
-        return Sentence("good", f"{scored}, the gate helps on this data: {numbers}; {against}.")
+        return Sentence("good", f"{scored}, the {words.noun} helps on this data: {numbers}; {against}.")
     if "behind" in verdicts:
         return Sentence("bad", f"{needs}, but a plain LoRA without one is ahead of it: {against}.")
     return Sentence("open", f"{needs}, but is not shown to beat a plain LoRA without one: {against}.")
 
 
-def _gate_sentence(verdicts: Mapping[str, Verdict], controls: Mapping[str, Metrics], metric: str) -> Sentence:
-    numbers = _gate_numbers(controls)
+def _gate_sentence(
+    verdicts: Mapping[str, Verdict], controls: Mapping[str, Metrics], metric: str, words: _Words
+) -> Sentence:
+    numbers, noun, off = _gate_numbers(controls, words), words.noun, verdicts.get(words.off)
     scored = f"Measured in {metric}"
     if all(test["difference"] == test.get("low") == test.get("high") == 0 for test in controls.values()):
-        names = _list([_CONTROLS.get(k, k) for k in controls])
-        return Sentence("open", f"{scored}, the gate changes nothing on this data: {names} score exactly the same.")
+        names = _list([words.controls.get(k, k) for k in controls])
+        return Sentence("open", f"{scored}, the {noun} changes nothing on this data: {names} score exactly the same.")
     if "behind" in verdicts.values():
-        losers = _list([_CONTROLS.get(k, k) for k, v in verdicts.items() if v == "behind"])
-        return Sentence("bad", f"{scored}, the gate hurts on this data: it is behind {losers} ({numbers}).")
-    if verdicts.get("uniform") == "ahead" and "shuffled" in verdicts:
+        losers = _list([words.controls.get(k, k) for k, v in verdicts.items() if v == "behind"])
+        return Sentence("bad", f"{scored}, the {noun} hurts on this data: it is behind {losers} ({numbers}).")
+    if off == "ahead" and "shuffled" in verdicts:
         return Sentence(
-            "open", f"{scored}, a gate of another user does as well: not a gain from knowing the user ({numbers})."
+            "open", f"{scored}, a {noun} of another user does as well: not a gain from knowing the user ({numbers})."
         )
-    if verdicts.get("uniform") == "ahead" or (verdicts.get("shuffled") == "ahead" and "uniform" not in verdicts):
-        return Sentence("open", f"{scored}, the gate is ahead, but one of the two controls was not run ({numbers}).")
+    if off == "ahead" or (verdicts.get("shuffled") == "ahead" and off is None):
+        return Sentence("open", f"{scored}, the {noun} is ahead, but one of the two controls was not run ({numbers}).")
     if verdicts.get("shuffled") == "ahead":
         return Sentence(
             "open",
-            f"{scored}, another user's gate does worse than the user's own, but switching the gate off is not shown "
-            f"to: no gain shown ({numbers}).",
+            f"{scored}, another user's {noun} does worse than the user's own, but switching the {noun} off is not "
+            f"shown to: no gain shown ({numbers}).",
         )
-    return Sentence("open", f"{scored}, the gate is not shown to help on this data: {numbers}.")
+    return Sentence("open", f"{scored}, the {noun} is not shown to help on this data: {numbers}.")
 
 
-def _gate_numbers(controls: Mapping[str, Metrics]) -> str:
-    return "; ".join(f"against {_CONTROLS.get(k, k)} {_numbers(t)}" for k, t in controls.items())
+def _gate_numbers(controls: Mapping[str, Metrics], words: _Words) -> str:
+    return "; ".join(f"against {words.controls.get(k, k)} {_numbers(t)}" for k, t in controls.items())
 
 
 def _about_collapse(metrics: Metrics, main: str) -> Iterator[Sentence]:
@@ -210,13 +232,68 @@ def _about_collapse(metrics: Metrics, main: str) -> Iterator[Sentence]:
     if not gate or gate["system"] != main or gate["num_experts"] < 2:
         return
     share = gate["mean_entropy"] / gate["max_entropy"]
-    heaviest = max(gate["mean_weights"])
-    expert = gate["mean_weights"].index(heaviest)
-    if heaviest > 0.9:
-        yield Sentence("bad", f"The gate has collapsed: expert {expert} holds {heaviest:.0%} of the weight.")
+    if text := collapse_warning(gate):
+        yield Sentence("bad", text)
     elif share > 0.99:
         text = f"The gate stays close to uniform: its mean entropy is {share:.1%} of the largest possible."
         yield Sentence("note", text)
+
+
+def collapse_warning(gate: Metrics | None) -> str:
+    """A sentence where the gate hardly uses its experts any more (the rule of model/gate.py), otherwise ""."""
+    found = (gate or {}).get("collapse") or {}
+    if not gate or not found.get("collapsed"):
+        return ""
+    layers = f" in {found['collapsed_layers']:.0%} of the layers; mean over layers" if gate.get("num_layers") else ""
+    return (
+        f"The gate has collapsed{layers}: one expert holds {found['largest_mean']:.0%} of the mean weight, and "
+        f"{found['stuck_experts']:.0%} of the experts have the same weight for nearly everybody. "
+        "Lower adapter.gate.learning_rate, or set adapter.gate.balance."
+    )
+
+
+def is_distinct(lift: Metrics) -> bool:
+    """Whether the interval of a lift leaves out 1."""
+    return lift.get("low") is not None and (lift["low"] > 1 or lift["high"] < 1)
+
+
+def about_experts(found: Metrics | None) -> list[Sentence]:
+    """What the lifts show, from the entry `experts` of metrics.json: at most one sentence an expert, the surest."""
+    if not found or not found["parts"]:
+        return []
+    groups = [(part, group) for part in found["parts"] for group in part["groups"]]
+    tested = sum(lift.get("low") is not None for _, group in groups for lift in group["lifts"])
+    if not tested:
+        return [Sentence("open", f"{found['num_users']} users are too few to say whom each expert serves.")]
+    sentences = []
+    for expert in range(len(groups[0][1]["lifts"])):
+        shown = [(part, group, group["lifts"][expert]) for part, group in groups if is_distinct(group["lifts"][expert])]
+        if shown:
+            part, group, lift = max(shown, key=lambda entry: _certainty(entry[2]))
+            sentences.append(Sentence("note", _expert_sentence(expert, part, group, lift, len(shown))))
+    if sentences:
+        return sentences
+    return [
+        Sentence(
+            "open",
+            f"Nothing distinguishes the experts: each of {tested} intervals, of a share among the users that an expert "
+            f"weighs against all {found['num_users']} users, covers 1.",
+        )
+    ]
+
+
+def _certainty(lift: Metrics) -> float:
+    """How many half widths of its interval a lift is away from 1."""
+    return abs(math.log(lift["value"])) / max(1e-9, math.log(lift["high"] / lift["value"]))
+
+
+def _expert_sentence(expert: int, part: Metrics, group: Metrics, lift: Metrics, count: int) -> str:
+    usual = f"{lift['value']:.2f} times [{lift['low']:.2f}, {lift['high']:.2f}] the usual share of"
+    if part["what"] == "items":
+        text = f"Expert {expert} serves histories with {usual} {group['name']}"
+    else:
+        text = f'Expert {expert} serves {usual} users with {part["name"]} "{group["name"]}"'
+    return text + (f"; {count - 1} more of its shares differ from the usual." if count > 1 else ".")
 
 
 def _about_generation(system: Metrics) -> Iterator[Sentence]:
@@ -257,7 +334,6 @@ _TRAINING = {
     "behind": "Training made held-out answers less likely than under the untuned {b}",
     "open": "Training is not shown to change the likelihood of held-out answers against {b}",
 }
-_CONTROLS = {"uniform": "the uniform gate", "shuffled": "another user's gate"}
 
 
 def _numbers(test: Metrics, flip: bool = False, unit: str = "") -> str:

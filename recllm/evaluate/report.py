@@ -111,13 +111,16 @@ def _view(metrics: Metrics, predictions: pa.Table | None, gates: pa.Table | None
         "facts": _facts(metrics),
         "confidence": _confidence(metrics),
         "warnings": _warnings(metrics),
+        "notes": metrics.get("notes") or [],
+        "collapse": reading.collapse_warning(gate),
         "light": plots.css_variables(dark=False),
         "dark": plots.css_variables(dark=True),
         "tasks": [_task(metrics, task, predictions, styles) for task in metrics["tasks"]],
         "training": pictures.of_training(metrics.get("training_log") or [], gate),
         "gate": _gate(gate),
         "gate_pictures": pictures.of_gate(gate, gates),
-        "gate_note": _gate_note(gate, gates),
+        "gate_note": _gate_note(metrics, gates),
+        "experts": _experts(metrics),
         "audit_note": _audit_note(metrics),
         "audit": _flatten({k: v for k, v in (metrics.get("audit") or {}).items() if k != "warnings"}),
         "provenance": _provenance(metrics),
@@ -132,6 +135,7 @@ def _pictures(view: Mapping[str, Any]) -> Iterator[Picture]:
             yield from segment["pictures"]
     yield from view["training"]
     yield from view["gate_pictures"]
+    yield from view["experts"]["pictures"] if view["experts"] else ()
 
 
 # ---- what a report opens with ----
@@ -191,6 +195,7 @@ def _task(
         + pictures.of_ranks(task, predictions, metrics["protocol"]["candidates"]["count"], styles),
         "ranks_note": "" if predictions is not None else "predictions.parquet is missing: no curve of ranks.",
         "tests": _tests(metrics, tests),
+        "against_plain": _tests(metrics, [t for t in metrics.get("against_plain") or [] if t["task"] == task]),
         "test_pictures": pictures.of_tests(metrics, task, tests, styles),
         "segments": _segments(metrics, task, styles, lead),
         "examples": _examples(metrics, task, styles),
@@ -379,15 +384,15 @@ def _probability(p: float | None) -> str:
 
 
 def _segments(metrics: Metrics, task: str, styles: Mapping[str, plots.Style], lead: str) -> list[dict[str, Any]]:
-    """Each segment as small multiples of the leading metric, and tables of it and of nats."""
-    notes = metrics.get("segment_notes") or {}
+    """Each segment as small multiples of the leading metric, and tables of it, in the whole catalogue too, and nats."""
+    notes, shown = metrics.get("segment_notes") or {}, (lead, f"full {lead}", "nats")
     kinds = {system["name"]: system["kind"] for system in metrics["systems"]}
     return [
         {
             "name": name,
             "note": notes.get(name, ""),
             "pictures": pictures.of_segment(task, name, values, lead, styles),
-            "tables": [t for m in (lead, "nats") if (t := _segment_table(task, values, m, kinds, styles)) is not None],
+            "tables": [t for m in shown if (t := _segment_table(task, values, m, kinds, styles)) is not None],
         }
         for name, found in ((metrics.get("segments") or {}).get(task) or {}).items()
         for values in [{value: _with_intervals(found[value]) for value in sorted(found, key=_natural)}]
@@ -489,13 +494,88 @@ def _gate(gate: Metrics | None) -> dict[str, Any] | None:
     ]
     experts += [row("none", "muted", MISSING, MISSING, none)] if none else []
     entropy = f"{_number(gate['mean_entropy'])} of at most {_number(gate['max_entropy'])} nats"
-    return {"system": gate["system"], "experts": experts, "entropy": entropy}
+    return {"system": gate["system"], "experts": experts, "entropy": entropy, "about": _gate_kind(gate)}
 
 
-def _gate_note(gate: Metrics | None, gates: pa.Table | None) -> str:
+def _gate_kind(gate: Metrics) -> str:
+    """What kind of gate it is, and how evenly it uses its experts, in sentences."""
+    kinds = {"sigmoid": "a sigmoid for each rank, plain LoRA at 0.5", "softmax": "a softmax over the experts"}
+    kind = kinds.get(gate.get("type") or "softmax", str(gate.get("type")))
+    layers = (
+        f", one gate for each of {gate['num_layers']} layers; weights are means over layers"
+        if gate.get("num_layers")
+        else ""
+    )
+    found = gate.get("collapse")
+    if not found:
+        return f"The gate is {kind}{layers}."
+    return (
+        f"The gate is {kind}{layers}. Over {found['num_users']:,} examples whose weights differ between experts: "
+        f"{found['entropy']:.0%} of the largest entropy in mean use, {found['largest_mean']:.0%} the largest share, "
+        f"and one expert is the strongest for {found['top_expert_share']:.0%} of them"
+        + ("." if found["collapsed"] else ": not collapsed.")
+    )
+
+
+def _gate_note(metrics: Metrics, gates: pa.Table | None) -> str:
+    gate = metrics.get("gate")
     if not gate:
+        methods = {
+            system.get("method") for system in metrics["systems"] if system["name"] in metrics["main_system"].values()
+        }
+        if "soft_token" in methods:
+            return "No gate: the adapter of this run adds a soft token to the prompt, its weights are the same for all."
         return "No gate: the adapter of this run is plain LoRA, the same for every user."
     return "" if gates is not None else f"{gate.get('file', 'gates.parquet')} is missing: no pictures of the gate."
+
+
+# ---- whom each expert serves ----
+
+
+def _experts(metrics: Metrics) -> dict[str, Any] | None:
+    """Sentences, pictures and tables of the entry `experts`."""
+    found, gate = metrics.get("experts"), metrics.get("gate")
+    if not found or not gate:
+        return None
+    confidence = metrics["protocol"]["bootstrap"]["confidence"]
+    return {
+        "system": found["system"],
+        "columns": [f"expert {expert}" for expert in range(gate["num_experts"])],
+        "sentences": reading.about_experts(found),
+        "pictures": pictures.of_experts(found, gate["deviation"], confidence),
+        "notes": [*_grouping(found["item_groups"]), *found["notes"]],
+        "num_users": f"{found['num_users']:,}",
+        "parts": [{"name": part["name"], "rows": _lift_rows(part)} for part in found["parts"]],
+    }
+
+
+def _grouping(groups: Metrics | None) -> list[str]:
+    """By which attribute items were grouped, and how that was decided."""
+    if not groups:
+        return []
+    separators = {"": "one value an item", " ": "values separated by spaces"}
+    how = separators.get(groups["separator"], f'values separated by "{groups["separator"]}"')
+    guess = "; guessed, evaluate.item_groups names another" if groups["guessed"] else ""
+    return [f"Items are grouped by their attribute {groups['column']} ({how}{guess})."]
+
+
+def _lift_rows(part: Metrics) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": group["name"],
+            "share": f"{group['share']:.1%}",
+            "num_users": f"{group['num_users']:,}",
+            "cells": [_lift_cell(lift) for lift in group["lifts"]],
+        }
+        for group in part["groups"]
+    ]
+
+
+def _lift_cell(lift: Metrics) -> Cell:
+    if lift["value"] is None:
+        return Cell(MISSING)
+    interval = MISSING if lift["low"] is None else f"{lift['low']:.2f} to {lift['high']:.2f}"
+    return Cell(f"{lift['value']:.2f}", interval, reading.is_distinct(lift))
 
 
 # ---- provenance ----

@@ -1,7 +1,7 @@
 """Scoring and generating with Transformers.
 
-Prompts (chat messages), answers and, for an instance-wise adapter, one gate a prompt enter; log-likelihoods of the
-answers, or generated texts, leave.
+Prompts (chat messages), answers and, for an adapter that reads histories (a gate, a soft token), one history, its
+representation or its gate a prompt enter; log-likelihoods of the answers, or generated texts, leave.
 
 Scoring reads each prompt once and keeps its keys and values. The answers of a prompt are merged into a trie, so that
 equal beginnings are read once too, and all of the trie's inner tokens are read together in a second forward:
@@ -80,6 +80,7 @@ class TransformersEngine:
         answers: Sequence[Sequence[str]],
         histories: Sequence[np.ndarray] | None = None,
         gate_weights: np.ndarray | None = None,
+        representations: np.ndarray | None = None,
         length_normalised: bool = False,
         progress: str | None = None,
     ) -> np.ndarray:
@@ -91,15 +92,16 @@ class TransformersEngine:
         Args:
             prompts: N lists of chat messages; one that ends in an assistant message is continued.
             answers: N lists of answers; one that ends in a newline is ended by it, any other by eos (model/chat.py).
-            histories: N arrays of item indices for the gate, oldest first.
-            gate_weights: (N, K), instead of histories.
+            histories: N arrays of item indices for the gate or the soft token, oldest first.
+            gate_weights: (N, K) or (N, layers, K), instead of histories.
+            representations: (N, D) of the sequence encoder, instead of histories.
             progress: name for the progress bar; None shows none.
 
         Raises:
             UserError: a prompt with its longest answer exceeds the model's context.
         """
         rows, candidates = self._tokenize(prompts, answers)
-        gates = self._gates(len(rows), histories, gate_weights)
+        gates = self._gates(len(rows), histories, gate_weights, representations)
         scores = np.full((len(rows), max(map(len, candidates), default=0)), np.nan)
         score_batch = self._score_shared if self.share_prompts else self._score_separately
         with tqdm(total=len(rows), desc=progress, disable=progress is None, unit="prompt") as bar:
@@ -130,6 +132,7 @@ class TransformersEngine:
         prompts: Sequence[Prompt],
         histories: Sequence[np.ndarray] | None = None,
         gate_weights: np.ndarray | None = None,
+        representations: np.ndarray | None = None,
         max_new_tokens: int = 32,
         listed: Sequence[bool] | None = None,
         progress: str | None = None,
@@ -141,7 +144,7 @@ class TransformersEngine:
         """
         rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         self._check_generation(rows, max_new_tokens)
-        gates = self._gates(len(rows), histories, gate_weights)
+        gates = self._gates(len(rows), histories, gate_weights, representations)
         if listed is None:
             listed = [prompt[-1]["role"] == "assistant" for prompt in prompts]
         texts: list[Generation | None] = [None] * len(rows)
@@ -206,22 +209,30 @@ class TransformersEngine:
             )
 
     def _gates(
-        self, count: int, histories: Sequence[np.ndarray] | None, gate_weights: np.ndarray | None
+        self,
+        count: int,
+        histories: Sequence[np.ndarray] | None,
+        gate_weights: np.ndarray | None,
+        representations: np.ndarray | None = None,
     ) -> dict[str, Any]:
-        """What the model takes beside tokens; nothing for a model without gates."""
+        """What the model takes beside tokens, by its argument; nothing for a model that reads no history."""
         if not accepts_history(self.model):
             return {}
-        given = gate_weights if gate_weights is not None else histories
-        if given is None:
-            raise UserError("an instance-wise adapter needs the histories or the gate weights of its prompts")
-        if len(given) != count:
-            raise ValueError(f"{len(given)} gates or histories for {count} prompts: one a prompt is expected")
-        return {"gate_weights" if gate_weights is not None else "history_items": given}
+        possible = {"gate_weights": gate_weights, "representation": representations, "history_items": histories}
+        given = {name: value for name, value in possible.items() if value is not None}
+        if not given:
+            raise UserError(
+                "an adapter that reads histories needs those of its prompts, their representations or gate weights"
+            )
+        name = next(iter(given))
+        if len(given[name]) != count:
+            raise ValueError(f"{len(given[name])} {name} for {count} prompts: one a prompt is expected")
+        return {name: given[name]}
 
     def _gates_of(self, gates: dict[str, Any], rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        if "gate_weights" in gates:
-            weights = torch.as_tensor(np.asarray(gates["gate_weights"])[list(rows)], dtype=torch.float32)
-            return {"gate_weights": weights.to(self.device)}  # (B, K)
+        for name in ("gate_weights", "representation"):
+            if name in gates:  # (B, K), (B, layers, K) or (B, D)
+                return {name: torch.as_tensor(np.asarray(gates[name])[list(rows)], dtype=torch.float32).to(self.device)}
         if "history_items" in gates:
             items = pad_left([gates["history_items"][i] for i in rows], -1)
             return {"history_items": torch.from_numpy(items).to(self.device)}  # (B, L)

@@ -1,4 +1,4 @@
-"""Adapters: built for training, written to adapter/, loaded again, folded for one user.
+"""Adapters: built for training, written to adapter/, loaded again. model/export.py folds them for single users.
 
 A base model and the recipe's adapter section (or a folder) enter; a PEFT model leaves. The folder:
 
@@ -7,7 +7,9 @@ A base model and the recipe's adapter section (or a folder) enter; a PEFT model 
     base_model.json             the base model that they fit
     gate.safetensors            the gate, its mean and deviation            } of an instance-wise
     ilora.json                  experts, scaling, gate shape, vocabulary    } adapter only
-    sequence_encoder/           what the gate reads                         }
+    soft_token.safetensors      the projection, its mean and deviation      } of a LoRA beside a soft token only: stock
+    soft_token.json             its shape, vocabulary                       } PEFT loads the LoRA without the token
+    sequence_encoder/           what the gate or the soft token reads
     items.parquet, manifest.json, README.md    as the caller gives them
 """
 
@@ -25,28 +27,31 @@ from safetensors.torch import save_file
 from recllm.errors import UserError
 from recllm.files import read_json, replacing_folder, write_json, write_text
 from recllm.model.ilora import ILoraConfig, ILoraModel
-from recllm.model.sequence_encoder import SASRec, describe, load_encoder, read_tensors, write_encoder
+from recllm.model.sequence_encoder import SequenceEncoder, describe, load_encoder, read_tensors, write_encoder
+from recllm.model.soft_token import SoftTokenConfig, SoftTokenModel
 from recllm.recipe import AdapterSection
 
 FORMAT_VERSION = 1
 LORA_WEIGHTS, LORA_CONFIG, BASE_MODEL = "adapter_model.safetensors", "adapter_config.json", "base_model.json"
 GATE_WEIGHTS, ILORA_CONFIG, ENCODER = "gate.safetensors", "ilora.json", "sequence_encoder"
+TOKEN_WEIGHTS, TOKEN_CONFIG = "soft_token.safetensors", "soft_token.json"
 ITEMS, MANIFEST, CARD = "items.parquet", "manifest.json", "README.md"
 WEIGHTS_SHA256, FINGERPRINT_ROWS = "weights_sha256", 64
 EXACT = (torch.float32, torch.bfloat16)  # float16 rounds small bf16 numbers: no fingerprint then
 _GATE_PREFIX, _ENCODER_PREFIX = "base_model.gate.", "base_model.sequence_encoder."
+_TOKEN_PREFIX = "base_model.soft_token."
 
 
 # ---- built ----
 
 
 def build_adapter(
-    base_model: Any, section: AdapterSection, encoder: SASRec | None = None, adapter_name: str = "default"
+    base_model: Any, section: AdapterSection, encoder: SequenceEncoder | None = None, adapter_name: str = "default"
 ) -> PeftModel:
-    """A fresh, trainable adapter around the base model: plain LoRA, or instance-wise LoRA guided by the encoder.
+    """A fresh, trainable adapter around the base model: plain LoRA, or one of the two that the encoder guides.
 
     Raises:
-        UserError: method ilora without an encoder, or modules that the base model does not have.
+        UserError: method ilora or soft_token without an encoder, or modules that the base model does not have.
     """
     lora: dict[str, Any] = {
         "r": section.r,
@@ -58,24 +63,37 @@ def build_adapter(
     if section.method == "lora":
         return _wrap(base_model, LoraConfig(**lora), adapter_name)
     if encoder is None:
-        raise UserError("adapter.method=ilora needs a sequence encoder to guide its gate: fit one, or take method lora")
-    config = ILoraConfig(
+        raise UserError(
+            f"adapter.method={section.method} needs a sequence encoder to read histories: fit one, or take method lora"
+        )
+    config: LoraConfig
+    if section.method == "soft_token":
+        config = SoftTokenConfig(**lora, representation_size=encoder.hidden_size)
+    else:
+        config = _ilora_config(section, lora, encoder)
+    model = _wrap(base_model, config, adapter_name)
+    _reader(model).set_encoder(encoder, adapter_name)
+    return model
+
+
+def _ilora_config(section: AdapterSection, lora: dict[str, Any], encoder: SequenceEncoder) -> ILoraConfig:
+    return ILoraConfig(
         **lora,
         num_experts=section.num_experts,
         representation_size=encoder.hidden_size,
         gate_hidden_size=section.gate.hidden_size,
         gate_temperature=section.gate.temperature,
+        gate_type=section.gate.type,
+        gate_top_k=section.gate.top_k,
+        gate_per_layer=section.gate.per_layer,
     )
-    model = _wrap(base_model, config, adapter_name)
-    _tuner(model).set_encoder(encoder, adapter_name)
-    return model
 
 
-def _wrap(base_model: Any, config: LoraConfig, adapter_name: str) -> PeftModel:
+def _wrap(base_model: Any, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False) -> PeftModel:
     try:
         if not isinstance(base_model, PeftModel):
-            return get_peft_model(base_model, config, adapter_name=adapter_name)
-        base_model.add_adapter(adapter_name, config)
+            return get_peft_model(base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        base_model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
         return base_model
     except ValueError as error:  # PEFT's NoMatchingPeftModuleError among them
         raise UserError(f"adapter: {error}") from None
@@ -85,24 +103,37 @@ def _wrap(base_model: Any, config: LoraConfig, adapter_name: str) -> PeftModel:
 
 
 def accepts_history(model: Any) -> bool:
-    """Whether forward() and generate() take history_items: an instance-wise adapter, not a plain LoRA or base model."""
+    """Whether forward() and generate() take history_items: not those of a plain LoRA or a base model."""
+    return isinstance(getattr(model, "base_model", None), (ILoraModel, SoftTokenModel))
+
+
+def has_gate(model: Any) -> bool:
+    """Whether the model holds an instance-wise adapter, so that gate_weights() has an answer."""
     return isinstance(getattr(model, "base_model", None), ILoraModel)
 
 
 def gate_weights(model: PeftModel, history_items: torch.Tensor) -> torch.Tensor:
-    """Expert weights (B, K), float32, rows sum to 1, of histories (B, L), by the active adapter."""
+    """Weights of histories (B, L) by the active adapter's gate: (B, K), float32, or (B, layers, K) with one a layer."""
     return _tuner(model).gate_weights(history_items)
 
 
 def fit_gate_statistics(model: PeftModel, representations: torch.Tensor, adapter_name: str = "default") -> None:
-    """Set the gate's mean and deviation from representations (N, D) of the training examples."""
-    _tuner(model).gate[adapter_name].fit_statistics(representations)
+    """Mean and deviation of the gate, or of the soft token, from representations (N, D) of the training examples."""
+    tuner = _reader(model)
+    (tuner.gate if isinstance(tuner, ILoraModel) else tuner.soft_token)[adapter_name].fit_statistics(representations)
 
 
 def _tuner(model: PeftModel) -> ILoraModel:
-    if not accepts_history(model):
+    if not has_gate(model):
         raise ValueError(f"{type(model).__name__} holds no instance-wise adapter: it has no gate")
     return model.base_model  # type: ignore[return-value]  # PEFT declares a plain module; checked just above
+
+
+def _reader(model: PeftModel) -> ILoraModel | SoftTokenModel:
+    """The tuner that reads histories."""
+    if not accepts_history(model):
+        raise ValueError(f"{type(model).__name__} holds no adapter that reads histories")
+    return model.base_model  # type: ignore[return-value]  # as above
 
 
 # ---- written ----
@@ -150,26 +181,52 @@ def write_adapter(
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """The files of one adapter, into an existing folder; arguments and errors as `save_adapter`."""
-    lora, gate, encoder = _split(
+    lora, own, encoder = _split(
         get_peft_model_state_dict(model, state_dict, adapter_name=adapter_name, save_embedding_layers=False)
     )
-    _check_tensors({**lora, **gate, **encoder})
-    _save(lora, folder / LORA_WEIGHTS)
+    _check_tensors({**lora, **own, **encoder})
+    write_lora(lora, model, folder, adapter_name)
+    if not accepts_history(model):
+        return
+    tuner = _reader(model)
+    if isinstance(tuner, ILoraModel):
+        _save(own, folder / GATE_WEIGHTS)
+        _write_ilora(tuner, adapter_name, folder)
+    else:
+        _save(own, folder / TOKEN_WEIGHTS)
+        _write_soft_token(tuner, adapter_name, folder)
+    if adapter_name in tuner.sequence_encoder:
+        own_encoder = tuner.sequence_encoder[adapter_name]
+        (folder / ENCODER).mkdir(exist_ok=True)
+        write_encoder(encoder, describe(own_encoder, own_encoder.vocabulary_sha256), folder / ENCODER)
+
+
+def lora_weights(model: PeftModel, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The LoRA of an adapter, as it is named in adapter_model.safetensors; without gate, soft token and encoder."""
+    return _split(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))[0]
+
+
+def write_lora(weights: dict[str, torch.Tensor], model: PeftModel, folder: Path, adapter_name: str = "default") -> None:
+    """`weights` as an ordinary PEFT LoRA, with the config of the model's adapter and the base model that it fits.
+
+    Raises:
+        UserError: a tensor is empty or not finite.
+    """
+    _check_tensors(weights)
+    _save(weights, folder / LORA_WEIGHTS)
     _write_plain_config(model.peft_config[adapter_name], folder)
     write_json(folder / BASE_MODEL, _describe_base(model))
-    if accepts_history(model):
-        _save(gate, folder / GATE_WEIGHTS)
-        _write_ilora(_tuner(model), adapter_name, encoder, folder)
 
 
 def _split(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
-    """LoRA, gate and encoder weights; the latter two without their prefix."""
+    """LoRA, gate or soft token, and encoder weights; the latter two without their prefix."""
 
     def below(prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
-    lora = {key: value for key, value in weights.items() if not key.startswith((_GATE_PREFIX, _ENCODER_PREFIX))}
-    return lora, below(_GATE_PREFIX), below(_ENCODER_PREFIX)
+    prefixes = (_GATE_PREFIX, _TOKEN_PREFIX, _ENCODER_PREFIX)
+    lora = {key: value for key, value in weights.items() if not key.startswith(prefixes)}
+    return lora, below(_GATE_PREFIX) | below(_TOKEN_PREFIX), below(_ENCODER_PREFIX)
 
 
 def _check_tensors(weights: dict[str, torch.Tensor]) -> None:
@@ -228,7 +285,7 @@ def weights_sha256(base_model: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _write_ilora(tuner: ILoraModel, name: str, encoder_weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _write_ilora(tuner: ILoraModel, name: str, folder: Path) -> None:
     config = tuner.peft_config[name]
     encoder = dict(tuner.sequence_encoder.items()).get(name)
     scaling = next(m.scaling[name] for m in tuner.model.modules() if isinstance(m, LoraLayer) and name in m.scaling)
@@ -241,22 +298,41 @@ def _write_ilora(tuner: ILoraModel, name: str, encoder_weights: dict[str, torch.
         "representation_size": config.representation_size,
         "gate_hidden_size": config.gate_hidden_size,
         "gate_temperature": config.gate_temperature,
+        "gate_type": config.gate_type,
+        "gate_top_k": config.gate_top_k,
+        "gate_per_layer": config.gate_per_layer,
         "vocabulary_sha256": encoder.vocabulary_sha256 if encoder is not None else None,
         "history_max_items": encoder.max_items if encoder is not None else None,
     }
     write_json(folder / ILORA_CONFIG, document)
-    if encoder is not None:
-        (folder / ENCODER).mkdir(exist_ok=True)
-        write_encoder(encoder_weights, describe(encoder, encoder.vocabulary_sha256), folder / ENCODER)
+
+
+def _write_soft_token(tuner: SoftTokenModel, name: str, folder: Path) -> None:
+    encoder, token = dict(tuner.sequence_encoder.items()).get(name), tuner.soft_token[name]
+    document = {
+        "format_version": FORMAT_VERSION,
+        "representation_size": token.representation_size,
+        "hidden_size": token.hidden_size,
+        "vocabulary_sha256": encoder.vocabulary_sha256 if encoder is not None else None,
+        "history_max_items": encoder.max_items if encoder is not None else None,
+    }
+    write_json(folder / TOKEN_CONFIG, document)
 
 
 # ---- loaded ----
 
 
-def load_adapter(base_model: Any, folder: Path, adapter_name: str = "default", is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    base_model: Any,
+    folder: Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
     """The adapter of a folder on its base model; a PeftModel as `base_model` gets it as a further adapter.
 
-    A folder without ilora.json is a plain LoRA (also one that stock PEFT has written).
+    A folder without ilora.json and soft_token.json is a plain LoRA (also one that stock PEFT has written). With
+    `low_cpu_mem_usage` the layers are not drawn first, as in PEFT: the file's tensors take their place.
 
     Raises:
         UserError: a file is missing or damaged, or the adapter belongs to another base model.
@@ -266,15 +342,19 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str = "default", i
     config.inference_mode = not is_trainable
     check_base_model(base_model, folder)
     encoder = load_encoder(folder / ENCODER)[0] if (folder / ENCODER).is_dir() else None
-    model = _wrap(base_model, config, adapter_name)
+    model = _wrap(base_model, config, adapter_name, low_cpu_mem_usage)
     if encoder is not None:
-        _tuner(model).set_encoder(encoder, adapter_name)
-    load_weights(model, folder, adapter_name)
+        _reader(model).set_encoder(encoder, adapter_name)
+    load_weights(model, folder, adapter_name, low_cpu_mem_usage)
     return model if isinstance(base_model, PeftModel) else model.train(is_trainable)
 
 
-def load_weights(model: PeftModel, folder: Path, adapter_name: str = "default") -> None:
+def load_weights(
+    model: PeftModel, folder: Path, adapter_name: str = "default", low_cpu_mem_usage: bool = False
+) -> None:
     """Copy the weights of a saved adapter into an adapter of the same shape, in place.
+
+    With `low_cpu_mem_usage` they take the place of its tensors, which may be on the meta device.
 
     Raises:
         UserError: a file is missing or damaged, or has other tensors or shapes than the model's adapter.
@@ -282,25 +362,40 @@ def load_weights(model: PeftModel, folder: Path, adapter_name: str = "default") 
     folder = Path(folder)
     found = read_tensors(folder / LORA_WEIGHTS, "LoRA weights")
     if accepts_history(model):
-        gate = read_tensors(folder / GATE_WEIGHTS, "the weights of the gate")
-        found |= {_GATE_PREFIX + name: value for name, value in gate.items()}
-        if adapter_name in _tuner(model).sequence_encoder:
+        if has_gate(model):
+            prefix, own = _GATE_PREFIX, read_tensors(folder / GATE_WEIGHTS, "the weights of the gate")
+        else:
+            prefix, own = _TOKEN_PREFIX, read_tensors(folder / TOKEN_WEIGHTS, "the weights of the soft token")
+        found |= {prefix + name: value for name, value in own.items()}
+        if adapter_name in _reader(model).sequence_encoder:
             weights = load_encoder(folder / ENCODER)[0].state_dict()
             found |= {_ENCODER_PREFIX + name: value for name, value in weights.items()}
     wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     _check_fit(found, wanted, folder)
-    set_peft_model_state_dict(model, found, adapter_name=adapter_name)
+    set_peft_model_state_dict(model, found, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    if low_cpu_mem_usage and accepts_history(model):
+        _to_base_model(_reader(model), adapter_name)
+
+
+def _to_base_model(tuner: ILoraModel | SoftTokenModel, name: str) -> None:
+    """What the file's tensors took the place of lay beside the base model; PEFT moves back its layers only."""
+    device = tuner.model.get_input_embeddings().weight.device
+    own = tuner.gate if isinstance(tuner, ILoraModel) else tuner.soft_token
+    for modules in (own, tuner.sequence_encoder):
+        if name in modules and device.type != "meta":
+            modules[name].to(device)
 
 
 def check_vocabulary(folder: Path, vocabulary_sha256: str) -> None:
-    """Refuse an instance-wise adapter whose item indices mean other items; a plain LoRA has none and fits any.
+    """Refuse an adapter that reads histories whose item indices mean other items; a plain LoRA has none and fits any.
 
     Raises:
         UserError: the adapter's sequence encoder was fitted on another vocabulary.
     """
-    if not (Path(folder) / ILORA_CONFIG).is_file():
+    shapes = [Path(folder) / name for name in (ILORA_CONFIG, TOKEN_CONFIG) if (Path(folder) / name).is_file()]
+    if not shapes:
         return
-    own = read_json(Path(folder) / ILORA_CONFIG, "the shape of an instance-wise adapter").get("vocabulary_sha256")
+    own = read_json(shapes[0], "the shape of an adapter that reads histories").get("vocabulary_sha256")
     if own != vocabulary_sha256:
         raise UserError(
             f"{folder} was trained on item vocabulary {str(own)[:12]}…, this dataset has {vocabulary_sha256[:12]}…: "
@@ -309,7 +404,7 @@ def check_vocabulary(folder: Path, vocabulary_sha256: str) -> None:
 
 
 def _read_config(folder: Path) -> LoraConfig:
-    """ILoraConfig where the folder has the files of an instance-wise adapter, otherwise LoraConfig."""
+    """The config of the kind of adapter whose files the folder has: ILoraConfig, SoftTokenConfig or LoraConfig."""
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: a folder written by `recllm train` is expected")
     document = read_json(folder / LORA_CONFIG, "the config of a LoRA adapter")
@@ -318,11 +413,41 @@ def _read_config(folder: Path) -> LoraConfig:
     skipped = ("peft_type", "auto_mapping")
     known = {k: v for k, v in document.items() if k in LoraConfig.__dataclass_fields__ and k not in skipped}
     # A folder that has lost one of its files must not pass for a plain LoRA
+    if any((folder / name).exists() for name in (TOKEN_CONFIG, TOKEN_WEIGHTS)):
+        return SoftTokenConfig(**known, representation_size=_representation_size(folder))
     if not any((folder / name).exists() for name in (ILORA_CONFIG, GATE_WEIGHTS, ENCODER)):
         return LoraConfig(**known)
     ilora = read_json(folder / ILORA_CONFIG, "the shape of an instance-wise adapter")
     _check_ilora(ilora, known, folder)
-    return ILoraConfig(**known, **{name: ilora[name] for name in _GATE_SHAPE})
+    return ILoraConfig(**known, **{name: ilora[name] for name in _GATE_SHAPE | _GATE_KIND if name in ilora})
+
+
+def _representation_size(folder: Path) -> int:
+    """Of a soft token, from its checked soft_token.json."""
+    place = folder / TOKEN_CONFIG
+    document = read_json(place, "the shape of a soft token")
+    _check_format(place, document)
+    if not isinstance(document.get("representation_size"), int):
+        raise UserError(
+            f"{place}: representation_size is {document.get('representation_size')!r}, a number is expected"
+        )
+    _check_encoder_is_there(document, folder)
+    return int(document["representation_size"])
+
+
+def _check_format(place: Path, document: dict[str, Any]) -> None:
+    if document.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{place}: format_version is {document.get('format_version')}, this recllm reads {FORMAT_VERSION}: "
+            "use the version of recllm that wrote it"
+        )
+
+
+def _check_encoder_is_there(document: dict[str, Any], folder: Path) -> None:
+    if document.get("history_max_items") is not None and not (folder / ENCODER).is_dir():
+        raise UserError(
+            f"{folder / ENCODER} does not exist: the adapter was trained on its sequence encoder, copy it back"
+        )
 
 
 _GATE_SHAPE: dict[str, type | tuple[type, ...]] = {
@@ -331,28 +456,35 @@ _GATE_SHAPE: dict[str, type | tuple[type, ...]] = {
     "gate_hidden_size": int,
     "gate_temperature": (int, float),
 }
+# Absent in folders that were written before there were others than a shared softmax over all experts
+_GATE_KIND: dict[str, type | tuple[type, ...]] = {
+    "gate_type": str,
+    "gate_top_k": (int, type(None)),
+    "gate_per_layer": bool,
+}
 
 
 def _check_ilora(ilora: dict[str, Any], lora: dict[str, Any], folder: Path) -> None:
     place = folder / ILORA_CONFIG
-    if ilora.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{place}: format_version is {ilora.get('format_version')}, this recllm reads {FORMAT_VERSION}: "
-            "use the version of recllm that wrote it"
-        )
+    _check_format(place, ilora)
     for name, kind in _GATE_SHAPE.items():
         if not isinstance(ilora.get(name), kind):
             raise UserError(f"{place}: {name} is {ilora.get(name)!r}, a number is expected: train the adapter again")
+    for name, kind in _GATE_KIND.items():
+        if name in ilora and not isinstance(ilora[name], kind):
+            raise UserError(f"{place}: {name} is {ilora[name]!r}: copy the file as it was written, or train again")
+    if ilora.get("gate_type") == "sigmoid" and ilora["num_experts"] != ilora.get("r"):
+        raise UserError(
+            f"{place}: num_experts is {ilora['num_experts']}, a sigmoid gate has one for each rank, {ilora.get('r')}: "
+            "train again"
+        )
     for name in ("r", "lora_alpha"):
         if ilora.get(name) != lora.get(name):
             raise UserError(f"{place}: {name} is {ilora.get(name)}, but {lora.get(name)} in {LORA_CONFIG}: train again")
     scaling = lora["lora_alpha"] / (lora["r"] ** 0.5 if lora.get("use_rslora") else lora["r"])
     if ilora.get("scaling") != scaling:
         raise UserError(f"{place}: scaling is {ilora.get('scaling')}, r and lora_alpha give {scaling}: train again")
-    if ilora.get("history_max_items") is not None and not (folder / ENCODER).is_dir():
-        raise UserError(
-            f"{folder / ENCODER} does not exist: the gate was trained on its sequence encoder, copy it back"
-        )
+    _check_encoder_is_there(ilora, folder)
 
 
 def check_base_model(base_model: Any, folder: Path) -> None:
@@ -398,30 +530,5 @@ def _check_fit(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], 
         if value.shape != wanted[name].shape:
             raise UserError(
                 f"{folder}: {name} has shape {tuple(value.shape)}, the model needs {tuple(wanted[name].shape)}: "
-                "the adapter is for another base model or has another r"
+                "the adapter is for another base model, or has another r or gate"
             )
-
-
-# ---- folded ----
-
-
-@torch.no_grad()
-def export_user_adapter(model: PeftModel, weights: torch.Tensor, folder: Path, adapter_name: str = "default") -> None:
-    """One user as an ordinary LoRA: their gate weights (K,) folded into B. Stock PEFT and vLLM load and merge it.
-
-    B · (K · repeat(g) ⊙ A x) = (B · diag(K · repeat(g))) · A x
-
-    Raises:
-        UserError: `weights` is not one row of K numbers.
-    """
-    config = _tuner(model).peft_config[adapter_name]
-    if tuple(weights.shape) != (config.num_experts,):
-        raise UserError(f"gate weights have shape {tuple(weights.shape)}, one user's are ({config.num_experts},)")
-    factor = (weights.float() * config.num_experts).repeat_interleave(config.r // config.num_experts)  # (R,)
-    lora, _, _ = _split(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
-    _check_tensors(lora)
-    folded = {name: value * factor.to(value) if ".lora_B." in name else value for name, value in lora.items()}
-    with replacing_folder(Path(folder)) as staging:
-        _save(folded, staging / LORA_WEIGHTS)
-        _write_plain_config(config, staging)
-        write_json(staging / BASE_MODEL, _describe_base(model))

@@ -9,6 +9,8 @@ come from lengths, never from comparing ids with pad_token_id: a real eos would 
 
 import contextlib
 import fcntl
+import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,22 +18,26 @@ from typing import Any
 
 import torch
 import transformers
+from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from recllm.data import offline
 from recllm.errors import UserError
 from recllm.files import replacing_folder
 from recllm.recipe import ModelSection
 
+CPU_KERNEL = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers: use it for inference
+
 
 def load_base_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model (eval mode, in the section's dtype and attention) and its tokenizer.
+    """The model (eval mode, in the section's dtype and attention, quantised as it says) and its tokenizer.
 
     Raises:
-        UserError: no such folder or hub name, a damaged folder, code that would have to be trusted, a wrong dtype.
+        UserError: no such folder or hub name, a damaged folder, code that would have to be trusted, a wrong dtype;
+            quantisation without bitsandbytes.
     """
-    place = model_folder(section.name_or_path)
+    place, options = model_folder(section.name_or_path), _quantization(section)
     with _explaining(section.name_or_path):
         model = AutoModelForCausalLM.from_pretrained(
             place,
@@ -39,9 +45,63 @@ def load_base_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase
             attn_implementation=section.attn_implementation,
             local_files_only=Path(place).is_dir(),
             trust_remote_code=False,
+            **options,
         )
+    _only_kernels_that_fit(model)
     model.config.name_or_path = model.name_or_path = section.name_or_path  # what an adapter's config will name
     return model.eval(), load_tokenizer(section.name_or_path)
+
+
+def _quantization(section: ModelSection) -> dict[str, Any]:
+    """Options of from_pretrained. Linear layers are quantised while they are read; the head and embeddings are not.
+
+    4bit: NF4 with double quantisation (QLoRA: Dettmers et al., NeurIPS 2023). 8bit: LLM.int8 (Dettmers et al., NeurIPS
+    2022), which keeps columns with outliers in 16 bits; it looks for them in the whole batch, so that a row's last
+    digits may hang on its neighbours.
+    """
+    if section.quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization={section.quantization} needs bitsandbytes, which is not installed: run `pip install "
+            '"recllm[quant]"`, or leave model.quantization out'
+        )
+    if section.quantization == "8bit":
+        # it says at every layer of every forward that it computes in float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, section.dtype),
+    )
+    return {"quantization_config": config}
+
+
+def _only_kernels_that_fit(model: Any) -> None:
+    """Keep the CPU's 4-bit kernel away from layers that it cannot read, where bitsandbytes does not ask.
+
+    It wants rows of whole blocks, of 64 weights, and a multiple of 32 of them.
+    """
+    for module in model.modules():
+        if hasattr(module, CPU_KERNEL) and (module.in_features % 64 or module.out_features % 32):
+            setattr(module, CPU_KERNEL, False)
+
+
+def prepare_for_training(model: Any) -> Any:
+    """A quantised model with all that is not quantised (norms, embeddings, head) in float32; others are left alone.
+
+    As QLoRA trains: PEFT's prepare_model_for_kbit_training. Call it before the adapter is built.
+    """
+    if not getattr(model, "is_quantized", False):
+        return model
+    for module in model.modules():
+        if hasattr(module, CPU_KERNEL):
+            # bitsandbytes repacks a 4-bit weight in the first evaluation on a CPU, for a kernel without a gradient:
+            # from then on training would silently learn nothing below it
+            setattr(module, CPU_KERNEL, False)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer switches it on
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ A base model and an `ILoraConfig` enter; a PEFT model leaves whose forward() and
 
     history_items    (B, L) item indices, oldest first, -1 to the left: encoder and gate run inside
     representation   (B, D) what the sequence encoder says of each user: the gate runs inside
-    gate_weights     (B, K) used as they are (controls: uniform, shuffled, oracle)
+    gate_weights     (B, K) used as they are (controls: uniform, shuffled, oracle); (B, layers, K) with a gate a layer
 
 The method (Kong et al., "Customizing Language Models with Instance-wise LoRA for Sequential Recommendation", NeurIPS
 2024): a LoRA of rank R is cut into K experts of rank R/K and each user weighs them by a gate g,
@@ -12,13 +12,17 @@ The method (Kong et al., "Customizing Language Models with Instance-wise LoRA fo
     y = W x + (alpha / R) · B (K · repeat(g, R/K) ⊙ (A x))
 
 which is one product with the (B, T, R) activations and no loop over experts: expert k is rows (k-1)·R/K … k·R/K of A
-and the same columns of B. Uniform g gives K · 1/K = 1: the plain LoRA with the same weights.
+and the same columns of B. Uniform g gives K · 1/K = 1: the plain LoRA with the same weights. A sigmoid gate has a
+weight for each rank in place of K · repeat(g, R/K): 2 · sigmoid(z), which is 1 at z = 0. With gate_per_layer each
+decoder layer has its own g, and each LoRA layer takes that of the decoder layer it lies in.
 
 Importing this module makes "ILORA" known to PEFT. Gates travel in an object that belongs to the tuner and holds them
 for the length of one forward, never in a global; a layer that finds none there raises.
 """
 
 import functools
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Any
@@ -31,12 +35,15 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from recllm.errors import UserError
-from recllm.model.gate import Gate
-from recllm.model.sequence_encoder import SASRec
+from recllm.model.gate import Gate, check_finite, rank_factor
+from recllm.model.sequence_encoder import SequenceEncoder
 
 ILORA: Any = "ILORA"  # PeftType is a closed enum, but PEFT's mappings are keyed by anything that hashes like a str
+GATE_TYPES = ("softmax", "sigmoid")
 GATE_ARGUMENTS = ("history_items", "representation", "gate_weights")
 FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # a forward with one of these has many users in one row
+DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")  # in a module's name
+Rows = tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -47,20 +54,45 @@ class ILoraConfig(LoraConfig):
     representation_size: int = field(default=64, metadata={"help": "D: width of the sequence encoder's output"})
     gate_hidden_size: int = field(default=0, metadata={"help": "width of the gate's hidden layer; 0: one linear layer"})
     gate_temperature: float = field(default=1.0, metadata={"help": "divides the gate's logits"})
+    gate_type: str = field(default="softmax", metadata={"help": "softmax over K experts, or sigmoid a rank (K = r)"})
+    gate_top_k: int | None = field(default=None, metadata={"help": "softmax: the k largest experts, renormalised"})
+    gate_per_layer: bool = field(default=False, metadata={"help": "a gate for each decoder layer, not one for all"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ILORA
+        if self.gate_type == "sigmoid":
+            self.num_experts = self.r
         if self.num_experts < 1 or self.r % self.num_experts:
             raise UserError(
                 f"r={self.r} does not split into num_experts={self.num_experts} equal experts: "
                 f"take an r that is a multiple of num_experts"
             )
+        self._check_gate()
         refused = {name: reason for name, reason in _refusals().items() if getattr(self, name)}
         if self.bias != "none":
             refused["bias"] = "a trained bias is the same for every user"
         for name, reason in refused.items():
             raise UserError(f"{name}={getattr(self, name)!r} cannot be combined with an instance-wise LoRA: {reason}")
+
+    def _check_gate(self) -> None:
+        if self.gate_type not in GATE_TYPES:
+            raise UserError(f"gate_type={self.gate_type!r} is unknown: take one of {', '.join(GATE_TYPES)}")
+        if self.gate_temperature <= 0:
+            raise UserError(f"gate_temperature={self.gate_temperature} divides the logits: take a number above 0")
+        k, num_experts = self.gate_top_k, self.num_experts
+        if k is None:
+            return
+        if self.gate_type != "softmax" or not 1 <= k <= num_experts:
+            raise UserError(
+                f"gate_top_k={k} with gate_type={self.gate_type} and num_experts={num_experts}: it is for the softmax "
+                "gate, from 2 to num_experts"
+            )
+        if k == 1 < num_experts:
+            raise UserError(
+                "gate_top_k=1: the one expert's renormalised weight is always 1, so no gradient reaches the gate. Take "
+                "2 or more, or all experts with a low temperature"
+            )
 
 
 def _refusals() -> dict[str, str]:
@@ -79,18 +111,28 @@ def _refusals() -> dict[str, str]:
 
 
 class GateRows:
-    """The gates of the forward that is running: adapter name → (B, 1, R) factors of A x. Empty outside a forward."""
+    """The gates of the forward that is running.
+
+    by_adapter: adapter name → factors of A x, each (B, 1, R): one for all layers, or one for each decoder layer. Empty
+        outside a forward.
+    weights: adapter name → the weights that they were made of, (B, K) or (B, layers, K), with their gradient. They stay
+        until the next forward, for losses on the gate.
+    """
 
     def __init__(self) -> None:
-        self.by_adapter: dict[str, torch.Tensor] = {}
+        self.by_adapter: dict[str, Rows] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def __reduce__(self) -> tuple[type["GateRows"], tuple[()]]:
+        return GateRows, ()  # copied and pickled empty: a tensor inside a graph can be neither
 
 
 class UsingRows:
     """Context in which the layers see these rows. It can be entered again: a graph may be walked back twice."""
 
-    def __init__(self, state: GateRows, rows: dict[str, torch.Tensor]) -> None:
+    def __init__(self, state: GateRows, rows: "dict[str, Rows]") -> None:
         self.state, self.rows = state, rows
-        self.outer: list[dict[str, torch.Tensor]] = []
+        self.outer: list[dict[str, Rows]] = []
 
     def __enter__(self) -> None:
         self.outer.append(self.state.by_adapter)
@@ -103,22 +145,26 @@ class UsingRows:
 
 
 class ILoraVariant(LoraVariant):
-    """The formula of one layer. PEFT calls it in place of its own from every kind of linear layer, quantised or not."""
+    """The formula of one layer. PEFT calls it in place of its own from every kind of linear layer, quantised or not.
 
-    def __init__(self, state: GateRows) -> None:
-        self.state = state
+    `row`: which of the adapter's factors is this layer's; 0 where all share one.
+    """
+
+    def __init__(self, state: GateRows, row: int = 0) -> None:
+        self.state, self.row = state, row
 
     def supports_lora_conversion(self) -> bool:
-        """No: one user's gate can be folded (adapter.export_user_adapter), all users' cannot."""
+        """No: one user's gate can be folded (export.export_user_adapter), all users' cannot."""
         return False
 
     def forward(  # type: ignore[override]  # PEFT's is a static method; ours needs the tuner's state
         self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         """`result` (the base layer's output, (B, T, out)) plus the adapter's share for each row's gate."""
-        rows = self.state.by_adapter.get(active_adapter)
-        if rows is None:
+        given = self.state.by_adapter.get(active_adapter)
+        if given is None:
             raise RuntimeError(_NO_GATE.format(adapter=active_adapter))
+        rows = given[self.row]  # (B, 1, R)
         activations = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (B, T, R)
         if activations.dim() != 3 or activations.shape[0] != rows.shape[0]:
             raise RuntimeError(_NO_ROWS.format(activations=tuple(activations.shape), rows=rows.shape[0]))
@@ -128,7 +174,7 @@ class ILoraVariant(LoraVariant):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise UserError(
             "an instance-wise adapter cannot be merged: its weights differ from user to user. Fold one user's gate "
-            "with recllm.model.adapter.export_user_adapter and merge that"
+            "with recllm.model.export.export_user_adapter and merge that"
         )
 
     merge_safe = merge_unsafe = unmerge = _refuse  # type: ignore[assignment]  # PEFT's are static methods
@@ -154,7 +200,7 @@ class ILoraModel(LoraModel):
     model: Any  # PreTrainedModel
     peft_config: dict[str, Any]  # adapter name → ILoraConfig
     gate: Any  # nn.ModuleDict: adapter name → Gate
-    sequence_encoder: Any  # nn.ModuleDict: adapter name → SASRec
+    sequence_encoder: Any  # nn.ModuleDict: adapter name → SequenceEncoder
     trainable_encoders: set[str]
     gate_rows: GateRows
 
@@ -166,10 +212,11 @@ class ILoraModel(LoraModel):
         """Insert the LoRA layers, the adapter's gate, and our formula into each layer."""
         self._make_state()
         config = self.peft_config[adapter_name]
-        gate = Gate(config.representation_size, config.num_experts, config.gate_hidden_size, config.gate_temperature)
+        gate = _make_gate(config, model)
         parameter = next(model.parameters())
         trained = {name: self.gate[name].output.weight.requires_grad for name in self.gate}
-        self.gate[adapter_name] = gate if parameter.is_meta else gate.to(parameter.device)
+        on_meta = parameter.is_meta or gate.output.weight.is_meta  # the latter with low_cpu_mem_usage
+        self.gate[adapter_name] = gate if on_meta else gate.to(parameter.device)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._set_variants(model, adapter_name)
@@ -196,9 +243,10 @@ class ILoraModel(LoraModel):
             if adapter_name in module.lora_A:
                 if not isinstance(module.lora_A[adapter_name], nn.Linear):
                     raise UserError(f"target_modules includes {name}, which is not linear: leave it out")
-                module.lora_variant[adapter_name] = ILoraVariant(self.gate_rows)
+                row = _decoder_layer(name, self.gate[adapter_name])
+                module.lora_variant[adapter_name] = ILoraVariant(self.gate_rows, row)
 
-    def set_encoder(self, encoder: SASRec, adapter_name: str, trainable: bool = False) -> None:
+    def set_encoder(self, encoder: SequenceEncoder, adapter_name: str, trainable: bool = False) -> None:
         """Give an adapter its sequence encoder; `history_items` needs one. Frozen unless `trainable`.
 
         Raises:
@@ -276,7 +324,14 @@ class ILoraModel(LoraModel):
         representation: torch.Tensor | None = None,
         adapter_name: str | None = None,
     ) -> torch.Tensor:
-        """Expert weights (B, K), float32, of histories (B, L) or of representations (B, D); of the active adapter."""
+        """Weights of histories (B, L) or of representations (B, D), by the active adapter's gate or by another's.
+
+        (B, K), float32, or (B, layers, K) with a gate a layer.
+
+        Raises:
+            ValueError: neither given, a wrong shape, or no sequence encoder for history_items.
+            UserError: a representation that is not finite (not looked for in training on a GPU, nor when compiled).
+        """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         gate = self.gate[name]
         if representation is None:
@@ -286,6 +341,7 @@ class ILoraModel(LoraModel):
         if representation.dim() != 2 or representation.shape[1] != gate.representation_size:
             expected = f"(B, {gate.representation_size})"
             raise ValueError(f"representation has shape {tuple(representation.shape)}, {expected} is expected")
+        self._check_finite(representation, "representation")
         return gate(representation.to(gate.mean.device))
 
     def represent(self, history_items: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
@@ -294,23 +350,40 @@ class ILoraModel(LoraModel):
         if name not in self.sequence_encoder:
             raise ValueError(f'adapter "{name}" has no sequence encoder: call set_encoder, or pass representation=')
         encoder = self.sequence_encoder[name]
-        device = encoder.item_embedding.weight.device
-        with torch.autocast(device.type, enabled=False):
-            return encoder(history_items.to(device)).float()
+        with torch.autocast(encoder.device.type, enabled=False):
+            return encoder(history_items.to(encoder.device)).float()
 
-    def _rows(self, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Adapter name → (B, 1, R): K · repeat(g, R/K), the factor of A x."""
+    def _rows(self, given: dict[str, torch.Tensor]) -> dict[str, Rows]:
+        """Adapter name → factors of A x, each (B, 1, R): one, or one for each decoder layer."""
         ((argument, value),) = given.items()
-        rows = {}
+        weights, rows = {}, {}
         for name in self.active_adapters:
-            config = self.peft_config[name]
-            weights = value if argument == "gate_weights" else self.gate_weights(**{argument: value}, adapter_name=name)
-            if weights.dim() != 2 or weights.shape[1] != config.num_experts:
-                shape = tuple(weights.shape)
-                raise ValueError(f'gate_weights has shape {shape}, adapter "{name}" needs (B, {config.num_experts})')
-            factor = (weights.float() * config.num_experts).repeat_interleave(config.r // config.num_experts, dim=1)
-            rows[name] = factor.unsqueeze(1)
+            weights[name] = (
+                value if argument == "gate_weights" else self.gate_weights(**{argument: value}, adapter_name=name)
+            )
+            factor = self.factor(weights[name], name)  # (B, R) or (B, layers, R)
+            rows[name] = factor.unsqueeze(-2).unbind(1) if factor.dim() == 3 else (factor.unsqueeze(1),)
+        self.gate_rows.weights = weights
         return rows
+
+    def factor(self, weights: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What gate weights multiply A x by, float32: (B, K) → (B, R), or (B, layers, K) → (B, layers, R).
+
+        Raises:
+            ValueError: the weights do not have the shape of the adapter's gate.
+            UserError: they are not finite (not looked for in training on a GPU, nor when compiled).
+        """
+        config, gate = self.peft_config[adapter_name], self.gate[adapter_name]
+        if tuple(weights.shape[1:]) != gate.shape or weights.dim() < 2:
+            shape, wanted = tuple(weights.shape), ", ".join(map(str, gate.shape))
+            raise ValueError(f'gate_weights has shape {shape}, adapter "{adapter_name}" needs (B, {wanted})')
+        self._check_finite(weights, "gate_weights")
+        return rank_factor(weights, config.r, config.gate_type)
+
+    def _check_finite(self, rows: torch.Tensor, what: str) -> None:
+        # Looking makes a GPU wait, and a graph break when compiled. NaN then stays in its own row, and in the loss.
+        if not torch.compiler.is_compiling() and (rows.is_cpu or not self.training):
+            check_finite(rows, what)
 
     def _take(self, kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Gate arguments and the others."""
@@ -326,9 +399,16 @@ class ILoraModel(LoraModel):
     # ---- running ----
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, with one of the gate arguments. Without any, layers raise (unless disabled)."""
+        """The base model's forward, with one of the gate arguments. Without any, layers raise (unless disabled).
+
+        Raises:
+            UserError: a replica of nn.DataParallel: its threads would overwrite each other's gates.
+        """
+        if getattr(self, "_is_replica", False):
+            raise UserError("nn.DataParallel runs threads on one tuner: start one process a GPU with accelerate launch")
         given, kwargs = self._take(kwargs)
         if not given:
+            self.gate_rows.weights = {}
             return self.model(*args, **kwargs)
         with UsingRows(self.gate_rows, self._rows(given)):
             return self.model(*args, **kwargs)
@@ -338,8 +418,10 @@ class ILoraModel(LoraModel):
         given, kwargs = self._take(kwargs)
         if not given:
             return self.model.generate(*args, **kwargs)
-        copies = _copies_of_each_prompt(self.model, kwargs)
-        rows = {name: value.repeat_interleave(copies, dim=0) for name, value in self._rows(given).items()}
+        copies = copies_of_each_prompt(self.model, kwargs)
+        rows = {
+            name: tuple(row.repeat_interleave(copies, dim=0) for row in own) for name, own in self._rows(given).items()
+        }
         with UsingRows(self.gate_rows, rows):
             return self.model.generate(*args, **kwargs)
 
@@ -365,6 +447,50 @@ class ILoraModel(LoraModel):
             raise UserError("gradient checkpointing with use_reentrant=True loses the gate's gradient: set it to False")
         options |= {"use_reentrant": False, "context_fn": functools.partial(_checkpoint_contexts, self.gate_rows)}
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+        for module in self.model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, functools.partial) and "context_fn" in function.keywords:
+                module._gradient_checkpointing_func = functools.partial(
+                    _checkpoint, function
+                )  # copies, as no closure does
+
+
+def _make_gate(config: ILoraConfig, model: Any) -> Gate:
+    num_layers = None
+    if config.gate_per_layer:
+        if not hasattr(model, "config"):
+            raise UserError("gate_per_layer needs a transformers model: its config says how many layers it has")
+        num_layers = model.config.get_text_config().num_hidden_layers
+    return Gate(
+        config.representation_size,
+        config.num_experts,
+        config.gate_hidden_size,
+        config.gate_temperature,
+        config.gate_type,
+        config.gate_top_k,
+        num_layers,
+    )
+
+
+def _decoder_layer(name: str, gate: Gate) -> int:
+    """Which of the gate's rows a module takes: the number of the decoder layer in its name; 0 of a shared gate."""
+    if gate.num_layers is None:
+        return 0
+    found = DECODER_LAYER.search(name)
+    if found is None or int(found[1]) >= gate.num_layers:
+        raise UserError(
+            f"target_modules includes {name}, which lies in none of the {gate.num_layers} decoder layers: leave it "
+            "out, or share one gate (adapter.gate.per_layer=false)"
+        )
+    return int(found[1])
+
+
+def _checkpoint(eager: functools.partial[Any], function: Callable[..., Any], *args: Any) -> Any:
+    """torch.compile refuses contexts of checkpoints and needs none: the rows are inputs of the compiled stretch."""
+    if not torch.compiler.is_compiling():
+        return eager(function, *args)
+    options = {name: value for name, value in eager.keywords.items() if name != "context_fn"}
+    return eager.func(function, *args, **options)
 
 
 def _checkpoint_contexts(state: GateRows) -> tuple[UsingRows, UsingRows]:
@@ -372,7 +498,7 @@ def _checkpoint_contexts(state: GateRows) -> tuple[UsingRows, UsingRows]:
     return UsingRows(state, state.by_adapter), UsingRows(state, state.by_adapter)
 
 
-def _copies_of_each_prompt(model: Any, kwargs: dict[str, Any]) -> int:
+def copies_of_each_prompt(model: Any, kwargs: dict[str, Any]) -> int:
     """How often generate() repeats each prompt: transformers expands to max(num_beams, num_return_sequences).
 
     An argument counts first, then the config that was passed, and what that leaves open the model's own config fills.

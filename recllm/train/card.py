@@ -20,9 +20,13 @@ from recllm.recipe import Recipe
 METHODS = {
     "lora": "an ordinary LoRA: the same weights for every user",
     "ilora": (
-        "an instance-wise LoRA (Kong et al., NeurIPS 2024): a gate over {num_experts} experts of rank {rank} reads a "
+        "an instance-wise LoRA (Kong et al., NeurIPS 2024): {gate} reads a "
         "user's history through the sequence encoder. Stock PEFT and stock vLLM load it as an ordinary LoRA with "
-        "uniform gates; recllm.model.adapter.load_adapter loads it whole"
+        "uniform gates; recllm.load_adapter loads it whole"
+    ),
+    "soft_token": (
+        "a LoRA beside a soft token: what the sequence encoder says of a user's history is projected and added to the "
+        "prompt's first token. Stock PEFT and stock vLLM load the LoRA without it; recllm.load_adapter loads it whole"
     ),
 }
 
@@ -30,7 +34,7 @@ METHODS = {
 def model_card(recipe: Recipe, manifest: dict[str, Any], log_history: list[dict[str, Any]]) -> str:
     """README.md of an adapter folder, with the metadata block that hubs read."""
     adapter = recipe.adapter
-    method = METHODS[adapter.method].format(num_experts=adapter.num_experts, rank=adapter.r // adapter.num_experts)
+    method = METHODS[adapter.method].format(gate=_gate(recipe))
     return "\n".join(
         [
             "---",
@@ -52,6 +56,15 @@ def model_card(recipe: Recipe, manifest: dict[str, Any], log_history: list[dict[
             "",
         ]
     )
+
+
+def _gate(recipe: Recipe) -> str:
+    adapter = recipe.adapter
+    if adapter.gate.type == "sigmoid":
+        text = f"a sigmoid gate on each of {adapter.r} ranks"
+    else:
+        text = f"a gate over {adapter.num_experts} experts of rank {adapter.r // adapter.num_experts}"
+    return f"{text}, one for each layer," if adapter.gate.per_layer else text
 
 
 def _table(title: str, rows: dict[str, Any]) -> list[str]:

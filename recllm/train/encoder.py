@@ -1,10 +1,13 @@
 """Fits the sequence encoder: what guides the gate, and a baseline of every report.
 
-A dataset and the encoder section enter; a folder with the fitted SASRec (safetensors, its vocabulary's hash, the
-metrics of its best epoch) leaves. Targets are the TRAIN positions only; the VALID positions stop the training.
+A dataset and the encoder section enter, and item features for a content encoder; a folder with the fitted encoder
+(safetensors, its vocabulary's hash, the metrics of its best epoch) leaves. Targets are the TRAIN positions only; the
+VALID positions stop the training. Memory is bounded however long histories are: batches are cut by the items in them,
+and the loss over the catalogue runs piece by piece.
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from recllm.data.dataset import Dataset, pad_left
 from recllm.errors import UserError
-from recllm.model.sequence_encoder import SASRec, save_encoder
+from recllm.model.histories import batches, encode_histories
+from recllm.model.sequence_encoder import SequenceEncoder, make_encoder, save_encoder
 from recllm.recipe import EncoderSection
 from recllm.schema import TRAIN, VALID
 
@@ -25,6 +30,8 @@ SAMPLED_NEGATIVES = 8_192  # shared by a batch
 CUTOFF = 10  # of the metrics, as their names say
 VALIDATION_TARGETS = 10_000  # so many, by seeded choice, decide when to stop
 SCORES_AT_ONCE = 1 << 26  # numbers in one block of scores: 256 MiB in float32
+LONG_WINDOW = 512  # a batch holds at most batch_size windows of this length: fewer of longer ones
+LONG_QUADRATIC = 2_000  # items: beyond, attention over a whole history is worth a word
 
 
 class Window(NamedTuple):
@@ -49,35 +56,41 @@ def fit_encoder(
     seed: int,
     output: Path,
     exclude_history: bool = True,
+    item_features: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Train SASRec on the training positions and save the epoch with the best validation ndcg@10.
+    """Train the section's encoder on the training positions and save the epoch with the best validation ndcg@10.
 
-    SASRec (Kang & McAuley 2018) with the full softmax cross-entropy in place of one sampled negative, which is what
-    makes it a strong baseline (Klenitskiy & Vasilev 2023, arXiv:2309.07602).
+    Every type is trained with the full softmax cross-entropy in place of one sampled negative, which is what makes
+    SASRec a strong baseline (Klenitskiy & Vasilev 2023, arXiv:2309.07602).
+
+    Args:
+        dataset: what convert wrote.
+        section: the encoder's type, sizes and training.
+        max_items: of the history; what is older is not read.
+        seed: of weights, batches and the choice of validation targets.
+        output: the folder to write.
+        exclude_history: leave out what the user already had when validating, as the protocol's ranking does.
+        item_features: (num_items, F), for type content.
 
     Returns:
         The metrics of the saved epoch on at most VALIDATION_TARGETS targets: ndcg@10, hit_rate@10 and, for comparison,
         the most popular items' ndcg@10.
 
     Raises:
-        UserError: no training or no validation target, or a loss that is not finite.
+        UserError: no training or no validation target, a loss that is not finite, or as `make_encoder`.
     """
-    windows, held = training_windows(dataset, max_items), validation(dataset, max_items, exclude_history, seed)
-    _check(dataset, windows, held)
+    held = validation(dataset, max_items, exclude_history, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        encoder = SASRec(
-            num_items=dataset.num_items,
-            hidden_size=section.hidden_size,
-            num_layers=section.num_layers,
-            num_heads=section.num_heads,
-            max_items=max_items,
-            dropout=section.dropout,
-        ).to(device)
+        encoder = make_encoder(section, dataset.num_items, max_items, item_features).to(device)
+        windows = training_windows(dataset, encoder.reach)  # nothing older touches a state at a window's end
+        _check(dataset, windows, held)
+        _warn_of_cost(encoder, windows)
         metrics = _fit(encoder, section, windows, held, seed)
     popularity = _popularity(dataset).to(device)
-    metrics["popularity_ndcg@10"] = _metrics(lambda items: popularity.expand(len(items), -1), held, device)["ndcg@10"]
+    popular = _metrics(lambda rows: popularity.expand(len(held.targets[rows]), -1), held, device)
+    metrics["popularity_ndcg@10"] = popular["ndcg@10"]
     save_encoder(encoder.cpu().eval(), Path(output), dataset.vocabulary_sha256, {"metrics": metrics, "seed": seed})
     return metrics
 
@@ -121,7 +134,20 @@ def _check(dataset: Dataset, windows: list[Window], held: Held) -> None:
             )
 
 
-def _fit(encoder: SASRec, section: EncoderSection, windows: list[Window], held: Held, seed: int) -> dict[str, Any]:
+def _warn_of_cost(encoder: SequenceEncoder, windows: list[Window]) -> None:
+    longest = max(len(window.items) for window in windows)
+    quadratic = encoder.numbers_a_row(2 * longest) > 3 * encoder.numbers_a_row(longest)
+    if longest > LONG_QUADRATIC and quadratic:
+        print(
+            f"recllm: histories of {longest} items, and an encoder whose cost grows with the square of the length: "
+            "set encoder.window, or encoder.type=gru4rec",
+            file=sys.stderr,
+        )
+
+
+def _fit(
+    encoder: SequenceEncoder, section: EncoderSection, windows: list[Window], held: Held, seed: int
+) -> dict[str, Any]:
     generator = np.random.default_rng([seed, 0])
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=section.learning_rate, weight_decay=0.0)
     best: dict[str, Any] = {"ndcg@10": -1.0}
@@ -141,7 +167,7 @@ def _fit(encoder: SASRec, section: EncoderSection, windows: list[Window], held: 
 
 
 def _epoch(
-    encoder: SASRec,
+    encoder: SequenceEncoder,
     optimizer: torch.optim.Optimizer,
     windows: list[Window],
     batch_size: int,
@@ -150,7 +176,7 @@ def _epoch(
     """One pass; returns the mean cross-entropy a target in nats."""
     encoder.train()
     total, count = 0.0, 0
-    for items, targets in _batches(windows, batch_size, generator, next(encoder.parameters()).device):
+    for items, targets in _batches(windows, batch_size, generator, encoder):
         wanted = targets >= 0  # not padding
         loss = _cross_entropy(encoder, encoder.states(items)[wanted], targets[wanted], generator)
         if not torch.isfinite(loss):
@@ -163,27 +189,52 @@ def _epoch(
 
 
 def _batches(
-    windows: list[Window], batch_size: int, generator: np.random.Generator, device: torch.device
+    windows: list[Window], batch_size: int, generator: np.random.Generator, encoder: SequenceEncoder
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of windows of like length, in random order, left-padded with -1: (B, L) items and (B, L) targets."""
+    """Batches of windows of like length, in random order, left-padded with -1: (B, L) items and (B, L) targets.
+
+    At most `batch_size` windows; of long ones fewer, so that a batch's memory is bounded.
+    """
     shuffled = generator.permutation(len(windows))
     lengths = np.array([len(windows[i].items) for i in shuffled])
     order = shuffled[np.argsort(lengths, kind="stable")]
-    starts = np.arange(0, len(order), batch_size)
-    for start in generator.permutation(starts):
-        rows = [windows[i] for i in order[start : start + batch_size]]
+    parts = list(batches(np.sort(lengths).tolist(), encoder, batch_size, longest=batch_size * LONG_WINDOW))
+    for number in generator.permutation(np.arange(len(parts))):
+        rows = [windows[i] for i in order[parts[number]]]
         items, targets = pad_left([row.items for row in rows]), pad_left([row.targets for row in rows])
-        yield torch.from_numpy(items).to(device), torch.from_numpy(targets).to(device)
+        yield torch.from_numpy(items).to(encoder.device), torch.from_numpy(targets).to(encoder.device)
 
 
 def _cross_entropy(
-    encoder: SASRec, states: torch.Tensor, targets: torch.Tensor, generator: np.random.Generator
+    encoder: SequenceEncoder, states: torch.Tensor, targets: torch.Tensor, generator: np.random.Generator
 ) -> torch.Tensor:
     """Mean cross-entropy of (N, D) states against (N,) targets: over all items, or over the target and a sample."""
+    table = encoder.item_embedding.weight
     if encoder.num_items <= FULL_SOFTMAX_ITEMS:
-        return functional.cross_entropy(encoder.scores(states).float(), targets)
+        return _in_pieces(_full_cross_entropy, states, targets, table, width=encoder.num_items)
     drawn = torch.from_numpy(generator.integers(encoder.num_items, size=SAMPLED_NEGATIVES)).to(targets.device)
-    return sampled_cross_entropy(states, targets, drawn, encoder.item_embedding.weight)
+
+    def sampled(states: torch.Tensor, targets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return sampled_cross_entropy(states, targets, drawn, table)
+
+    return _in_pieces(sampled, states, targets, table, width=SAMPLED_NEGATIVES)
+
+
+def _full_cross_entropy(states: torch.Tensor, targets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy((states @ table.T).float(), targets)
+
+
+def _in_pieces(
+    loss: Callable[..., torch.Tensor], states: torch.Tensor, targets: torch.Tensor, table: torch.Tensor, width: int
+) -> torch.Tensor:
+    """A mean loss over (N, D) states whose scores (N, width) are made, and in backward made again, block by block."""
+    rows = max(1, SCORES_AT_ONCE // width)
+    if len(states) <= rows:
+        return loss(states, targets, table)
+    total = states.new_zeros((), dtype=torch.float32)
+    for some, wanted in zip(states.split(rows), targets.split(rows)):
+        total = total + checkpoint(loss, some, wanted, table, use_reentrant=False) * len(wanted)
+    return total / len(targets)
 
 
 def sampled_cross_entropy(
@@ -200,25 +251,26 @@ def sampled_cross_entropy(
 
 
 @torch.no_grad()
-def evaluate_encoder(encoder: SASRec, held: Held) -> dict[str, float]:
+def evaluate_encoder(encoder: SequenceEncoder, held: Held) -> dict[str, float]:
     """ndcg@10 and hit_rate@10 of the held targets over the whole catalogue; ties rank the target last."""
     encoder.eval()
-    device = next(encoder.parameters()).device
-    return _metrics(lambda items: encoder.scores(encoder(items)), held, device)
+    read = encode_histories(encoder, held.histories)  # (N, D)
+    return _metrics(lambda rows: encoder.scores(read[rows].to(encoder.device)), held, encoder.device)
 
 
 def _metrics(
-    score: Callable[[torch.Tensor], torch.Tensor], held: Held, device: torch.device, batch_size: int = 256
+    score: Callable[[slice], torch.Tensor], held: Held, device: torch.device, batch_size: int = 256
 ) -> dict[str, float]:
-    """Metrics of a scorer: histories (B, L) → (B, num_items)."""
+    """Metrics of a scorer: which of the held targets (B of them) → (B, num_items)."""
     ranks: list[torch.Tensor] = []
-    start, rows = 0, 1  # the first block tells how many items there are
+    start, count = 0, 1  # the first block tells how many items there are
     while start < len(held.targets):
-        items = torch.from_numpy(pad_left(held.histories[start : start + rows])).to(device)
-        targets = torch.from_numpy(held.targets[start : start + rows]).to(device)
-        scores = score(items).to(torch.float32, copy=True)
-        ranks.append(_ranks(scores, items if held.exclude_history else None, targets).cpu())
-        start, rows = start + rows, max(1, min(batch_size, SCORES_AT_ONCE // scores.shape[1]))
+        rows = slice(start, start + count)
+        excluded = torch.from_numpy(pad_left(held.histories[rows])).to(device) if held.exclude_history else None
+        targets = torch.from_numpy(held.targets[rows]).to(device)
+        scores = score(rows).to(torch.float32, copy=True)
+        ranks.append(_ranks(scores, excluded, targets).cpu())
+        start, count = start + count, max(1, min(batch_size, SCORES_AT_ONCE // scores.shape[1]))
     return _summary(torch.cat(ranks).numpy())
 
 

@@ -8,6 +8,7 @@ import pytest
 from recllm.recipe import Recipe
 
 NUM_ITEMS, NUM_USERS = 40, 60
+GENRES = ("Action", "Action|Comedy", "Comedy", "Drama")  # of a quarter of the ring each
 
 
 class Made(NamedTuple):
@@ -16,6 +17,7 @@ class Made(NamedTuple):
     encoder: Path
     adapter: Path  # instance-wise, random weights
     plain: Path  # plain LoRA
+    kinds: dict[str, Path]  # other kinds: soft_token, sigmoid, per_layer
 
 
 def write_log(folder: Path) -> None:
@@ -27,8 +29,10 @@ def write_log(folder: Path) -> None:
             item = (start + step) % NUM_ITEMS
             lines.append(f"u{user},i{item},{1000 + 10 * step + user},{5 if item % 2 else 1}")
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
-    items = [f"i{item},Film {item}" for item in range(NUM_ITEMS)]
-    (folder / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n")
+    items = [f"i{item},Film {item},{GENRES[item * len(GENRES) // NUM_ITEMS]}" for item in range(NUM_ITEMS)]
+    (folder / "items.csv").write_text("\n".join(["item_id,title,genres", *items]) + "\n")
+    users = [f"u{user},{'MF'[user % 2]}" for user in range(NUM_USERS)]
+    (folder / "users.csv").write_text("\n".join(["user_id,gender", *users]) + "\n")
 
 
 def make_recipe(folder: Path, model: Path, **changes) -> Recipe:
@@ -38,6 +42,7 @@ def make_recipe(folder: Path, model: Path, **changes) -> Recipe:
         "data": {
             "interactions": {"path": str(folder / "log.csv")},
             "items": {"path": str(folder / "items.csv")},
+            "users": {"path": str(folder / "users.csv")},
         },
         "filter": {"like_at": 3},
         "protocol": {
@@ -69,7 +74,7 @@ def made(tmp_path_factory, tiny_model_folder) -> Made:
     from recllm.model.adapter import build_adapter, save_adapter
     from recllm.model.base_model import load_base_model
     from recllm.model.sequence_encoder import SASRec, load_encoder, save_encoder
-    from recllm.recipe import AdapterSection
+    from recllm.recipe import AdapterSection, GateSection
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("evaluate")
@@ -80,13 +85,25 @@ def made(tmp_path_factory, tiny_model_folder) -> Made:
     torch.manual_seed(0)
     encoder = SASRec(dataset.num_items, 8, num_layers=1, num_heads=1, max_items=20)
     save_encoder(encoder, folder / "encoder", dataset.vocabulary_sha256, {})
-    for name, section in {"adapter": recipe.adapter, "plain": AdapterSection(method="lora", r=4)}.items():
+    kinds = {
+        "soft_token": AdapterSection(method="soft_token", r=4),
+        "sigmoid": AdapterSection(r=4, gate=GateSection(type="sigmoid")),
+        "per_layer": AdapterSection(r=4, num_experts=2, gate=GateSection(per_layer=True)),
+    }
+    for name, section in {"adapter": recipe.adapter, "plain": AdapterSection(method="lora", r=4), **kinds}.items():
         base, _ = load_base_model(recipe.model)
         model = build_adapter(base, section, load_encoder(folder / "encoder")[0])
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                if "lora_" in key or "gate." in key:
+                if "lora_" in key or "gate." in key or "soft_token." in key:
                     parameter.normal_(std=0.3)
         save_adapter(model, folder / name, items=folder / "dataset/items.parquet", manifest=dataset.manifest)
     (folder / "adapter/training_log.json").write_text('[{"step": 1, "loss": 2.5}]')
-    return Made(recipe, folder / "dataset", folder / "encoder", folder / "adapter", folder / "plain")
+    return Made(
+        recipe,
+        folder / "dataset",
+        folder / "encoder",
+        folder / "adapter",
+        folder / "plain",
+        {name: folder / name for name in kinds},
+    )

@@ -72,7 +72,14 @@ def metrics() -> dict[str, Any]:
             "cold: never in training"
         },
         "examples": [_example(number) for number in range(10)],
+        "against_plain": [
+            comparison(name, "nats", nats - SYSTEMS["plain"][2], 0.05, 0.001) | {"a": name, "b": "plain"}
+            for name, (kind, _, nats) in SYSTEMS.items()
+            if kind in ("adapter", "control") and name != "plain"
+        ],
         "gate": _gate(),
+        "experts": _experts(),
+        "notes": [],
         "training_log": [_log(step) for step in range(5, 151, 5)],
     }
 
@@ -177,6 +184,7 @@ def _system(name: str) -> dict[str, Any]:
         "name": name,
         "kind": kind,
         "has_gate": name.startswith("ilora"),
+        "method": "ilora" if name.startswith("ilora") else "lora" if name == "plain" else None,
         "task": "next_item",
         "description": f"what {name} is",
         "num_examples": EXAMPLES,
@@ -262,7 +270,62 @@ def _gate() -> dict[str, Any]:
         "mean_entropy": float(entropy.mean()),
         "max_entropy": float(np.log(EXPERTS)),
         "deviation": weights.std(0).tolist(),
+        "type": "softmax",
+        "uniform": 1 / EXPERTS,
+        "collapse": {
+            "num_users": EXAMPLES,
+            "entropy": 0.97,
+            "largest_mean": 0.34,
+            "top_expert_share": 0.4,
+            "stuck_experts": 0.0,
+            "collapsed_layers": 0.0,
+            "collapsed": False,
+        },
+        "num_layers": None,
+        "layer_means": None,
     }
+
+
+GENRES = ("Drama", "Comedy", "Action", "Thriller", "Romance", "Adventure", "Sci-Fi", "War", "Crime", "Children's")
+
+
+def _experts() -> dict[str, Any]:
+    draw = np.random.default_rng(11)
+
+    def group(name: str, spread: float) -> dict[str, Any]:
+        lifts = [
+            {"value": v, "low": v / 1.2, "high": v * 1.2} for v in np.exp(spread * draw.normal(size=EXPERTS)).tolist()
+        ]
+        return {"name": name, "share": 0.2, "num_users": 100, "lifts": lifts}
+
+    parts = [{"name": "genres", "what": "items", "groups": [group(name, 0.35) for name in GENRES]}]
+    buckets = {
+        "history length": ("1-5", "6-10", "11-20", "21-50"),
+        "head items in the history": ("≤ 40%", "40% to 65%", "> 65%"),
+        "time since the last interaction": ("≤ 2 hours", "2 hours to 3 days", "> 3 days"),
+    }
+    parts += [
+        {"name": name, "what": "users", "groups": [group(value, 0.15) for value in values]}
+        for name, values in buckets.items()
+    ]
+    return {
+        "system": "ilora",
+        "num_users": EXAMPLES,
+        "item_groups": {"column": "genres", "separator": "|", "guessed": True},
+        "notes": [],
+        "parts": parts,
+    }
+
+
+def layered() -> dict[str, Any]:
+    """The same run with a collapsed gate a layer."""
+    document = metrics()
+    draw = np.random.default_rng(5)
+    means = draw.dirichlet(np.ones(EXPERTS) * 3, size=30)
+    document["gate"] |= {"num_layers": 30, "layer_means": means.tolist()}
+    collapse = {"collapsed": True, "collapsed_layers": 0.8, "largest_mean": 0.97, "stuck_experts": 0.75}
+    document["gate"]["collapse"] |= collapse
+    return document
 
 
 def _log(step: int) -> dict[str, float]:
@@ -324,4 +387,5 @@ def _gates() -> pa.Table:
 if __name__ == "__main__":
     from recllm.evaluate import report
 
-    report.write(write(Path(sys.argv[1]), closed_task() if "--like" in sys.argv else None))
+    made = {"--like": closed_task, "--layers": layered}
+    report.write(write(Path(sys.argv[1]), made[sys.argv[2]]() if len(sys.argv) > 2 else None))

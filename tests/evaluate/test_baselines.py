@@ -129,7 +129,9 @@ def test_sasrec_scores_with_the_history_it_was_fitted_for(made):
     dataset = Dataset.open(made.dataset)
     table = dataset.examples("test")
     wanted = Examples.of(table)
-    scores = baselines.sasrec(dataset, made.encoder, batch_size=7)(wanted)
+    name, score = baselines.sequence_encoder(dataset, made.encoder, batch_size=7)
+    scores = score(wanted)
+    assert name == "sasrec"
     encoder, _ = load_encoder(made.encoder)
     history = dataset.history(int(wanted.user_index[3]), int(wanted.history_end[3]), 20)
     with torch.no_grad():
@@ -142,4 +144,4 @@ def test_an_encoder_of_another_vocabulary_is_refused(made, tmp_path):
 
     save_encoder(SASRec(40, 8, num_layers=1, num_heads=1), tmp_path / "other", "0" * 64, {})
     with pytest.raises(UserError, match=r"000000000000….*fit it again"):
-        baselines.sasrec(Dataset.open(made.dataset), tmp_path / "other")
+        baselines.sequence_encoder(Dataset.open(made.dataset), tmp_path / "other")

@@ -17,9 +17,9 @@ SCHEMA = pa.schema([PREDICTIONS.field(name) for name in COLUMNS])
 
 @pytest.fixture(scope="module")
 def reports(made, tmp_path_factory):
-    """Two runs: SASRec alone and popularity alone, the latter on fewer users."""
+    """Two runs: the sequence encoder alone and popularity alone, the latter on fewer users."""
     folder, made_reports = tmp_path_factory.mktemp("reports"), []
-    for name, count in {"sasrec": 30, "popularity": 20}.items():
+    for name, count in {"sequence_encoder": 30, "popularity": 20}.items():
         section = made.recipe.evaluate.model_copy(update={"baselines": [name], "max_examples": count})
         recipe = made.recipe.model_copy(update={"name": f"run of {name}", "evaluate": section})
         evaluate(recipe, made.dataset, made.encoder, None, folder / name)
@@ -85,7 +85,7 @@ def test_reports_are_compared_on_what_they_share(reports):
     by_id = [{r["example_id"]: r["rank"] == 1 for r in part if r["task"] == "next_item"} for part in rows]
     shared = by_id[0].keys() & by_id[1].keys()
     difference = np.mean([by_id[0][e] for e in shared]) - np.mean([by_id[1][e] for e in shared])
-    line = next(line for line in text.splitlines() if "run of sasrec (sasrec)" in line)
+    line = next(line for line in text.splitlines() if "run of sequence_encoder (sasrec)" in line)
     assert f"{difference:.4f}" in line
 
 

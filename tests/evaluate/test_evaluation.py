@@ -168,6 +168,165 @@ def test_no_log_is_no_error(tmp_path):
     assert training_log(None) == []
 
 
+# ---- whom experts serve, other gates, soft tokens ----
+
+
+def names_of(document, task="next_item"):
+    return [system["name"] for system in document["systems"] if system["task"] == task]
+
+
+def evaluate_kind(made, tmp_path, kind, adapters=None, **changes):
+    section = made.recipe.evaluate.model_copy(update={"baselines": [], "adapters": adapters or {}, **changes})
+    recipe = made.recipe.model_copy(update={"evaluate": section})
+    return evaluate(recipe, made.dataset, made.encoder, made.kinds[kind], tmp_path / "report")
+
+
+def test_experts_are_described_by_genres_and_users(report):
+    folder, document = report
+    found = document["experts"]
+    assert found["item_groups"] == {"column": "genres", "separator": "|", "guessed": True}
+    assert found["num_users"] == 10
+    parts = {part["name"]: part for part in found["parts"]}
+    assert {group["name"] for group in parts["genres"]["groups"]} <= {"Action", "Comedy", "Drama"}
+    assert [group["name"] for group in parts["gender"]["groups"]] == ["F", "M"]
+    assert all(len(group["lifts"]) == 2 for part in found["parts"] for group in part["groups"])
+    assert "Whom each expert serves" in (folder / "report.html").read_text()
+
+
+def test_collapse_is_that_of_the_gate_module(report):
+    import torch
+
+    from recllm.model.gate import collapse
+
+    folder, document = report
+    weights = np.array(pq.read_table(folder / "gates.parquet")["weights"].to_pylist())
+    assert document["gate"]["collapse"] == pytest.approx(collapse(torch.tensor(weights)), abs=1e-6)
+    assert document["gate"]["uniform"] == 1 / 2
+
+
+def test_nats_are_compared_with_every_plain_lora(report):
+    _, document = report
+    tests = [test for test in document["against_plain"] if test["task"] == "next_item"]
+    assert [(test["a"], test["b"]) for test in tests] == [
+        ("ilora", "stock"), ("ilora_uniform", "stock"), ("ilora_shuffled", "stock"),
+    ]  # fmt: skip
+    for test in tests:
+        values = [entry(document, test[side])["metrics"]["nats"]["value"] for side in ("a", "b")]
+        assert test["difference"] == pytest.approx(values[0] - values[1])
+        assert test["p_holm"] >= test["p_value"]
+
+
+def test_segments_have_the_rank_in_the_catalogue_where_a_system_has_one(report):
+    _, document = report
+    for values in document["segments"]["next_item"].values():
+        for found in values.values():
+            assert "full ndcg@3" in found["sasrec"]
+            assert "full ndcg@3" not in found["ilora"]
+
+
+def test_a_soft_token_has_its_own_controls_and_no_gate(made, tmp_path):
+    document = evaluate_kind(made, tmp_path, "soft_token", {"lora": str(made.plain)})
+    assert names_of(document) == ["soft_token", "lora", "soft_token_shuffled", "soft_token_without_token"]
+    assert document["gate"] is document["experts"] is None
+    assert not (tmp_path / "report/gates.parquet").exists()
+    nats = [entry(document, name)["metrics"]["nats"]["value"] for name in names_of(document)]
+    assert len({round(value, 6) for value in nats}) == 4
+    assert "adds a soft token" in (tmp_path / "report/report.html").read_text()
+    assert {test["a"] for test in document["against_plain"]} == {*names_of(document)} - {"lora"}
+    assert entry(document, "soft_token")["method"] == "soft_token"
+
+
+def test_without_its_token_the_adapter_is_the_plain_lora_of_the_same_weights(made, tmp_path):
+    shutil.copytree(made.kinds["soft_token"], tmp_path / "plain")
+    for name in ("soft_token.json", "soft_token.safetensors"):
+        (tmp_path / "plain" / name).unlink()
+    shutil.rmtree(tmp_path / "plain/sequence_encoder")
+    document = evaluate_kind(
+        made, tmp_path, "soft_token", {"plain": str(tmp_path / "plain")}, controls=["without_token"]
+    )
+    without, plain = entry(document, "soft_token_without_token"), entry(document, "plain")
+    assert without["metrics"]["nats"]["value"] == pytest.approx(plain["metrics"]["nats"]["value"], abs=1e-5)
+
+
+def test_a_control_that_does_not_apply_is_left_out_with_a_sentence(made, tmp_path):
+    document = evaluate_kind(made, tmp_path, "soft_token", controls=["uniform", "shuffled"])
+    assert names_of(document) == ["soft_token", "soft_token_shuffled"]
+    said = "No uniform control: a soft token has no gate, it is switched off by without_token."
+    assert document["notes"] == [said]
+    assert said in (tmp_path / "report/report.html").read_text()
+
+
+def test_a_sigmoid_gate_is_uniform_at_one_half(made, tmp_path):
+    shutil.copytree(made.kinds["sigmoid"], tmp_path / "plain")
+    for name in ("ilora.json", "gate.safetensors"):
+        (tmp_path / "plain" / name).unlink()
+    shutil.rmtree(tmp_path / "plain/sequence_encoder")
+    document = evaluate_kind(made, tmp_path, "sigmoid", {"plain": str(tmp_path / "plain")}, controls=["uniform"])
+    uniform, plain = entry(document, "ilora_uniform"), entry(document, "plain")
+    assert uniform["metrics"]["nats"]["value"] == pytest.approx(plain["metrics"]["nats"]["value"], abs=1e-4)
+    assert (document["gate"]["type"], document["gate"]["uniform"], document["gate"]["num_experts"]) == (
+        "sigmoid",
+        0.5,
+        4,
+    )
+    assert 0 < document["gate"]["mean_entropy"] <= document["gate"]["max_entropy"] == pytest.approx(log(4))
+    assert len(document["experts"]["parts"][0]["groups"][0]["lifts"]) == 4
+
+
+def test_one_gate_a_layer_is_shown_by_layer_and_described_by_its_mean(made, tmp_path):
+    document = evaluate_kind(made, tmp_path, "per_layer")
+    gate = document["gate"]
+    assert (gate["num_layers"], np.shape(gate["layer_means"])) == (2, (2, 2))
+    assert np.mean(gate["layer_means"], axis=0) == pytest.approx(gate["mean_weights"])
+    rows = pq.read_table(tmp_path / "report/gates.parquet").to_pylist()
+    for row in rows:
+        assert np.mean(row["layer_weights"], axis=0) == pytest.approx(row["weights"], abs=1e-6)
+    assert (tmp_path / "report/plots/gate-layers.svg").is_file()
+    nats = {round(entry(document, name)["metrics"]["nats"]["value"], 6) for name in names_of(document)}
+    assert len(nats) == 3
+
+
+def test_each_different_history_is_encoded_once(made, tmp_path, monkeypatch):
+    from recllm.model import sequence_encoder
+
+    before, calls = sequence_encoder.encode_histories, []
+
+    def counted(*args, **kwargs):
+        calls.append(len(args[1]))
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(sequence_encoder, "encode_histories", counted)
+    evaluate(made.recipe.model_copy(update={"evaluate": made.recipe.evaluate.model_copy(update={"baselines": []})}),
+             made.dataset, made.encoder, made.adapter, tmp_path / "report")  # fmt: skip
+    assert calls == [20]  # two tasks; neither the controls nor the generated answers read the histories again
+
+
+@pytest.mark.parametrize("kind", ["gru4rec", "content"])
+def test_the_encoder_stands_under_its_own_type_and_ranks_the_catalogue(made, tmp_path, kind):
+    import torch
+
+    from recllm.model.sequence_encoder import make_encoder, save_encoder
+    from recllm.recipe import EncoderSection
+
+    dataset = Dataset.open(made.dataset)
+    section = EncoderSection(type=kind, hidden_size=8, num_layers=1, num_heads=1)
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) if kind == "content" else None
+    save_encoder(make_encoder(section, 40, 20, features), tmp_path / "encoder", dataset.vocabulary_sha256, {})
+    baselines = {"baselines": ["sequence_encoder", "random"]}
+    recipe = made.recipe.model_copy(update={"evaluate": made.recipe.evaluate.model_copy(update=baselines)})
+    document = evaluate(recipe, made.dataset, tmp_path / "encoder", None, tmp_path / "report")
+    assert names_of(document) == [kind, "random"]
+    assert 0 <= entry(document, kind)["full_catalogue"]["hit_rate@1"]["value"] <= 1
+    assert "sequence encoder of this run" in entry(document, kind)["description"]
+
+
+def test_the_old_name_of_the_encoder_says_its_new_one(tmp_path):
+    from recllm.recipe import load_recipe
+
+    with pytest.raises(UserError, match='"sasrec" is called "sequence_encoder" now'):
+        load_recipe("movielens/next_item_ilora", ["evaluate.baselines=[sasrec]"])
+
+
 # ---- bad input: refused before anything is scored, the old report untouched ----
 
 
@@ -261,6 +420,11 @@ def test_a_prompt_that_the_model_has_no_room_for_is_refused(made, tmp_path, no_s
 
     monkeypatch.setattr(TransformersEngine, "__init__", narrow)
     refuse(made, tmp_path, "the model reads at most 20: lower prompt.max_items")
+
+
+def test_item_groups_that_items_do_not_have_are_refused(made, tmp_path, no_scoring):
+    section = made.recipe.evaluate.model_copy(update={"item_groups": "flavour by |"})
+    refuse(made, tmp_path, "flavour", recipe=made.recipe.model_copy(update={"evaluate": section}))
 
 
 def test_a_run_without_any_system_is_refused(made, tmp_path, no_scoring):

@@ -212,7 +212,7 @@ def test_items_that_share_their_text_are_told(tmp_path: Path) -> None:
 
 
 def test_few_users_have_no_interval_no_test_and_nothing_bold(tmp_path: Path) -> None:
-    document = synthetic.metrics() | {"examples": []}
+    document = synthetic.metrics() | {"examples": [], "experts": None}
     undefined = {"low": None, "high": None}
     for test in document["comparisons"]:
         test |= {**undefined, "p_value": None, "p_holm": None, "num_users": 1, "num_examples": 1}
@@ -228,7 +228,7 @@ def test_few_users_have_no_interval_no_test_and_nothing_bold(tmp_path: Path) -> 
 
 
 def test_disjoint_intervals_of_four_users_make_nothing_bold(tmp_path: Path) -> None:
-    document = synthetic.metrics() | {"comparisons": [], "examples": []}
+    document = synthetic.metrics() | {"comparisons": [], "examples": [], "experts": None}
     (best,) = [system for system in document["systems"] if system["name"] == "item_to_item"]
     best["metrics"]["hit_rate@1"] = synthetic.estimate(0.9)
     written(tmp_path, document)
@@ -438,9 +438,107 @@ def test_what_training_did_is_read_from_the_base_model(outcome: str, said: str) 
 
 def test_a_collapsed_gate_is_named() -> None:
     document = synthetic.metrics()
-    document["gate"] |= {"mean_weights": [0.97, 0.01, 0.01, 0.01], "mean_entropy": 0.1}
+    assert "has collapsed" not in "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
+    document["gate"]["collapse"] |= {"collapsed": True, "largest_mean": 0.97, "stuck_experts": 0.75}
     text = "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
-    assert "The gate has collapsed: expert 0 holds 97% of the weight." in text
+    assert "The gate has collapsed: one expert holds 97% of the mean weight, and 75% of the experts" in text
+
+
+def test_a_collapsed_gate_is_a_warning_before_the_results(folder: Path, tmp_path: Path) -> None:
+    assert "Collapsed gate" not in html(folder)
+    page = written(tmp_path, synthetic.layered())
+    assert page.index("Collapsed gate") < page.index("What the numbers say")
+    assert "**Collapsed gate**" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "one gate for each of 30 layers" in page
+    assert "has collapsed in 80% of the layers; mean over layers: one expert holds 97%" in page
+    assert "layer 29" in (tmp_path / "plots" / "gate-layers.svg").read_text(encoding="utf-8")
+
+
+# ---- whom each expert serves ----
+
+
+def test_experts_have_pictures_with_readable_values_and_a_table(folder: Path) -> None:
+    picture = (folder / "plots" / "experts-items.svg").read_text(encoding="utf-8")
+    groups = synthetic.metrics()["experts"]["parts"][0]["groups"]
+    for group in groups:
+        assert group["name"].replace("'", "&apos;") in picture or group["name"] in picture
+        for lift in group["lifts"]:
+            assert f">{lift['value']:.2f}</text>" in picture
+            assert f"{lift['low']:.2f} to {lift['high']:.2f}" in html(folder)
+    assert "guessed, evaluate.item_groups names another" in html(folder)
+
+
+def test_experts_that_nothing_distinguishes_are_called_that(tmp_path: Path) -> None:
+    document = synthetic.metrics()
+    for part in document["experts"]["parts"]:
+        for group in part["groups"]:
+            group["lifts"] = [{"value": 1.1, "low": 0.9, "high": 1.3}] * 4
+    page = written(tmp_path, document)
+    assert "Nothing distinguishes the experts" in page
+    assert "Expert 0 serves" not in page
+
+
+def test_the_surest_share_of_an_expert_is_told_not_the_largest() -> None:
+    document = synthetic.metrics()["experts"] | {"parts": [{"name": "genres", "what": "items", "groups": []}]}
+    unsure, sure = {"value": 3.0, "low": 1.1, "high": 8.2}, {"value": 1.5, "low": 1.4, "high": 1.6}
+    for name, lift in (("Western", unsure), ("Drama", sure)):
+        document["parts"][0]["groups"].append({"name": name, "share": 0.1, "num_users": 9, "lifts": [lift]})
+    (sentence,) = reading.about_experts(document)
+    assert sentence.text.startswith(
+        "Expert 0 serves histories with 1.50 times [1.40, 1.60] the usual share of Drama; 1 more"
+    )
+
+
+def test_too_few_users_are_said_so() -> None:
+    found = synthetic.metrics()["experts"] | {"num_users": 3}
+    for part in found["parts"]:
+        for group in part["groups"]:
+            group["lifts"] = [{"value": 2.0, "low": None, "high": None}] * 4
+    assert [s.text for s in reading.about_experts(found)] == ["3 users are too few to say whom each expert serves."]
+
+
+def test_many_experts_are_cut_to_those_that_vary_most() -> None:
+    shown = pictures.shown_experts(plots.np.arange(40.0))
+    assert shown.tolist() == list(range(28, 40))
+
+
+def test_heat_colours_are_told_apart_from_even_in_both_directions() -> None:
+    assert [plots.heat_colour(r) for r in (0.0, 0.5, 0.8, 1.0, 1.04, 1.06, 9.0)] == [
+        "below_4", "below_4", "below_2", "even", "even", "above_1", "above_4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_ink_is_legible_on_every_heat_colour(theme: int) -> None:
+    def luminance(colour: str) -> float:  # WCAG 2.1
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    ink = luminance(plots.PALETTE["ink"][theme])
+    for name, colours in plots.PALETTE.items():
+        if name.startswith(("above_", "below_", "even")):
+            bright, dark = sorted((ink, luminance(colours[theme])), reverse=True)
+            assert (bright + 0.05) / (dark + 0.05) >= 4.5, name
+
+
+def test_nats_against_plain_lora_have_a_table(folder: Path) -> None:
+    assert "Nats against plain LoRA" in html(folder)
+    assert "ilora_shuffled − plain" in html(folder)
+
+
+def test_a_soft_token_is_spoken_of_as_one() -> None:
+    document = synthetic.metrics()
+    tests = only(document["comparisons"], {UNIFORM: "ahead"})
+    for entry in document["systems"] + tests:
+        for key in ("name", "a", "b"):
+            if str(entry.get(key, "")).startswith("ilora"):
+                entry[key] = entry[key].replace("ilora", "soft_token").replace("_uniform", "_without_token")
+        entry["method"] = "soft_token" if entry.get("method") == "ilora" else entry.get("method")
+    document["comparisons"], document["main_system"] = tests, {"next_item": "soft_token"}
+    text = "\n".join(sentence.text for sentence in reading.read(document, "next_item"))
+    assert "Measured in nats, a soft token of another user does as well" in text
+    assert "against no soft token" in text
 
 
 # ---- pictures ----
@@ -455,8 +553,8 @@ def test_a_system_keeps_its_colour_and_differs_from_the_others() -> None:
 
 
 def test_colours_become_variables_that_the_page_defines(folder: Path) -> None:
-    defined = set(re.findall(r"--([a-z_]+):#", html(folder)))
-    assert set(re.findall(r"var\(--([a-z_]+)\)", html(folder))) - {"c"} <= defined | {"page", "soft"}
+    defined = set(re.findall(r"--([a-z_0-9]+):#", html(folder)))
+    assert set(re.findall(r"var\(--([a-z_0-9]+)\)", html(folder))) - {"c"} <= defined | {"page", "soft"}
     for light, _ in plots.PALETTE.values():
         assert html(folder).count(light) <= 2  # the style sheet's own lines: no picture keeps a literal colour
     assert len({light for light, _ in plots.PALETTE.values()}) == len(plots.PALETTE)

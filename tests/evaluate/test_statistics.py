@@ -154,3 +154,42 @@ def test_holm_only_raises_and_keeps_the_order(p_values):
     found = statistics.holm(p_values)
     assert (found >= np.array(p_values) - 1e-12).all()
     assert (np.diff(found[np.argsort(p_values, kind="stable")]) >= 0).all()
+
+
+# ---- lifts ----
+
+
+def test_a_lift_is_the_weighted_share_over_the_share_of_all():
+    weights = np.array([[0.8, 0.2], [0.5, 0.5], [0.1, 0.9], [0.6, 0.4], [0.3, 0.7]])
+    shares = np.array([[1.0], [0.0], [0.5], [0.25], [0.0]])
+    ((first, second),) = statistics.bootstrap_lifts(weights, shares, np.random.default_rng(0))
+    assert first.value == pytest.approx((0.8 + 0.05 + 0.15) / 2.3 / 0.35)
+    assert second.value == pytest.approx((0.2 + 0.45 + 0.1) / 2.7 / 0.35)
+
+
+def test_lifts_of_an_even_gate_are_one_without_any_doubt():
+    shares = np.random.default_rng(1).random((30, 4))
+    found = statistics.bootstrap_lifts(np.full((30, 3), 1 / 3), shares, np.random.default_rng(0))
+    for lift in (lift for row in found for lift in row):
+        assert lift == pytest.approx((1, 1, 1))
+
+
+def test_intervals_of_lifts_hold_for_all_at_once():
+    # independent weights and shares: no lift is off 1, so an interval that leaves it out is wrong; there are 40 a run
+    wrong = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        found = statistics.bootstrap_lifts(rng.dirichlet([3] * 4, 100), rng.random((100, 10)), rng, samples=200)
+        wrong += any(lift.low > 1 or lift.high < 1 for row in found for lift in row)
+    assert wrong / 40 <= 0.15  # one by one, nine runs in ten would have such an interval
+
+
+def test_what_cannot_be_resampled_has_no_interval():
+    rng = np.random.default_rng(0)
+    ((few,),) = statistics.bootstrap_lifts(np.ones((4, 1)), np.ones((4, 1)), rng)
+    assert few.value == 1
+    assert np.isnan(few.low)
+    one_user, nobody = np.eye(20)[:, :1], np.zeros((20, 1))
+    rare, never = statistics.bootstrap_lifts(rng.random((20, 1)), np.concatenate([one_user, nobody], axis=1), rng)
+    assert np.isnan(rare[0].low)  # missing from many resamples
+    assert np.isnan(never[0].value)

@@ -202,5 +202,5 @@ def test_a_prompt_without_answers_is_refused(tiny_llama, tiny_tokenizer):
 
 
 def test_an_instance_wise_adapter_without_histories_is_refused(gated, tiny_tokenizer):
-    with pytest.raises(UserError, match="histories or the gate weights"):
+    with pytest.raises(UserError, match="representations or gate weights"):
         TransformersEngine(gated, tiny_tokenizer, 1).score(PROMPTS, ANSWERS)

@@ -37,7 +37,7 @@ def adapter(tiny_llama: Any, encoder: Any) -> Callable[..., Any]:
         seed: int = 0, trained: bool = True, base_model: Any = None, name: str = "default", **section: Any
     ) -> Any:
         section = {"method": "ilora", "r": 8, "lora_alpha": 16, "num_experts": 4} | section
-        own_encoder = encoder(seed) if section["method"] == "ilora" else None
+        own_encoder = encoder(seed) if section["method"] != "lora" else None
         base_model = tiny_llama() if base_model is None else base_model
         model = build_adapter(base_model, AdapterSection(**section), own_encoder, name).eval()
         if own_encoder is not None:
@@ -55,7 +55,7 @@ def _randomise(model: Any, seed: int, name: str = "default") -> None:
     for key, parameter in model.named_parameters():
         if f".{name}." not in key or "sequence_encoder" in key:
             continue
-        scale = 1.0 if key.startswith("base_model.gate.") else 0.2
+        scale = 1.0 if key.startswith(("base_model.gate.", "base_model.soft_token.")) else 0.2
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 

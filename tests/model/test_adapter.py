@@ -14,7 +14,6 @@ from recllm.model.adapter import (
     accepts_history,
     build_adapter,
     check_vocabulary,
-    export_user_adapter,
     gate_weights,
     load_adapter,
     load_weights,
@@ -45,15 +44,31 @@ def _edit(path: Path, **changes: Any) -> None:
 # ---- round trips ----
 
 
+GATES = {
+    "softmax": GateSection(),
+    "mlp": GateSection(hidden_size=6, temperature=0.7),
+    "top_k": GateSection(top_k=2),
+    "sigmoid": GateSection(type="sigmoid"),
+    "per_layer": GateSection(per_layer=True, top_k=3),
+    "sigmoid_per_layer": GateSection(type="sigmoid", per_layer=True, hidden_size=6),
+}
+
+
+@pytest.fixture(params=GATES.values(), ids=GATES.keys())
+def gate(request: Any) -> GateSection:
+    """Each kind of gate."""
+    return request.param
+
+
 @pytest.mark.parametrize("name", ["default", "other"])
-@pytest.mark.parametrize("hidden_size", [0, 6])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_saved_and_loaded_under_any_name_gives_the_same_logits(
     adapter: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor, name: str,
-    hidden_size: int,
+    gate: GateSection, low_cpu_mem_usage: bool,
 ) -> None:  # fmt: skip
-    model = adapter(gate=GateSection(hidden_size=hidden_size, temperature=0.7))
+    model = adapter(gate=gate)
     save_adapter(model, tmp_path / "adapter")
-    loaded = load_adapter(tiny_llama(), tmp_path / "adapter", adapter_name=name)
+    loaded = load_adapter(tiny_llama(), tmp_path / "adapter", adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(gate_weights(loaded, histories), gate_weights(model, histories))
     assert torch.equal(
         _logits(loaded, tokens, history_items=histories), _logits(model, tokens, history_items=histories)
@@ -82,19 +97,21 @@ def test_loaded_for_training(saved: Path, tiny_llama: Any, tokens: torch.Tensor,
     assert model.base_model.gate["default"].output.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_a_further_adapter_joins_a_model(
-    saved: Path, adapter: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor
-) -> None:
-    save_adapter(adapter(seed=5), tmp_path / "second")
+    saved: Path, adapter: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor, gate: GateSection,
+    low_cpu_mem_usage: bool,
+) -> None:  # fmt: skip
+    save_adapter(adapter(seed=5, gate=gate), tmp_path / "second")
     model = adapter()
     expected = _logits(model, tokens, history_items=histories)
-    load_adapter(model, tmp_path / "second", adapter_name="second")
+    load_adapter(model, tmp_path / "second", adapter_name="second", low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(_logits(model, tokens, history_items=histories), expected)  # the first stays active …
     assert model.base_model.gate["default"].output.weight.requires_grad  # … and trainable
     model.set_adapter("second")
-    assert torch.equal(
-        _logits(model, tokens, history_items=histories), _logits(adapter(seed=5), tokens, history_items=histories)
-    )
+    alone = adapter(seed=5, gate=gate)
+    assert torch.equal(_logits(model, tokens, history_items=histories), _logits(alone, tokens, history_items=histories))
+    assert not any(p.is_meta for p in model.parameters())
 
 
 def test_stock_peft_loads_it_as_the_lora_under_uniform_gates(
@@ -125,13 +142,39 @@ def test_a_folder_of_stock_peft_loads(adapter: Any, tiny_llama: Any, tmp_path: P
 def test_what_is_in_the_folder(saved: Path, adapter: Any, tmp_path: Path) -> None:
     assert json.loads((saved / "ilora.json").read_text()) == {
         "format_version": 1, "num_experts": 4, "r": 8, "lora_alpha": 16, "scaling": 16 / 8, "representation_size": 16,
-        "gate_hidden_size": 0, "gate_temperature": 1.0, "vocabulary_sha256": "v" * 64, "history_max_items": 8,
+        "gate_hidden_size": 0, "gate_temperature": 1.0, "gate_type": "softmax", "gate_top_k": None,
+        "gate_per_layer": False, "vocabulary_sha256": "v" * 64, "history_max_items": 8,
     }  # fmt: skip
     (tmp_path / "items").write_bytes(b"parquet")
     save_adapter(adapter(), saved, items=tmp_path / "items", manifest={"seed": 0}, card="# A card\n")
     assert (saved / "items.parquet").read_bytes() == b"parquet"
     assert json.loads((saved / "manifest.json").read_text()) == {"seed": 0}
     assert (saved / "README.md").read_text() == "# A card\n"
+
+
+def test_a_folder_from_before_there_were_kinds_of_gates_loads(
+    saved: Path, adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    document = json.loads((saved / "ilora.json").read_text())
+    kinds = ("gate_type", "gate_top_k", "gate_per_layer")
+    (saved / "ilora.json").write_text(json.dumps({k: v for k, v in document.items() if k not in kinds}))
+    loaded = load_adapter(tiny_llama(), saved)
+    config = loaded.peft_config["default"]
+    assert [getattr(config, kind) for kind in kinds] == ["softmax", None, False]
+    assert torch.equal(
+        _logits(loaded, tokens, history_items=histories), _logits(adapter(), tokens, history_items=histories)
+    )
+
+
+def test_stock_peft_loads_every_kind(
+    adapter: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor, gate: GateSection
+) -> None:
+    model = adapter(gate=gate)
+    save_adapter(model, tmp_path / "adapter")
+    stock = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
+    own = model.base_model.gate["default"]
+    uniform = torch.full((3, *own.shape), own.uniform)
+    assert torch.equal(_logits(stock, tokens), _logits(model, tokens, gate_weights=uniform))
 
 
 def test_statistics_survive_saving(saved: Path, adapter: Any) -> None:
@@ -150,28 +193,6 @@ def test_weights_load_in_place(saved: Path, adapter: Any, tokens: torch.Tensor, 
     assert torch.equal(
         _logits(model, tokens, history_items=histories), _logits(adapter(), tokens, history_items=histories)
     )
-
-
-# ---- one user ----
-
-
-def test_one_users_adapter_is_an_ordinary_lora(
-    adapter: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor
-) -> None:
-    model = adapter()
-    weights = gate_weights(model, histories).detach()
-    for user in range(3):
-        export_user_adapter(model, weights[user], tmp_path / "user")
-        stock = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "user"))
-        same = tokens[user : user + 1]
-        expected = _logits(model, same, history_items=histories[user : user + 1])
-        torch.testing.assert_close(_logits(stock, same), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(_logits(stock.merge_and_unload(), same), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_one_users_weights_are_one_row(adapter: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"\(4,\)"):
-        export_user_adapter(adapter(), torch.rand(2, 4), tmp_path / "user")
 
 
 # ---- what a model is ----
@@ -322,7 +343,11 @@ def test_a_lost_encoder_is_said(saved: Path, tiny_llama: Any) -> None:
     [({"num_experts": 3}, "r=8 does not split into num_experts=3"), ({"r": 16}, "r is 16"),
      ({"scaling": 1.0}, "scaling is 1"), ({"lora_alpha": 8}, "lora_alpha is 8"),
      ({"format_version": 2}, "format_version is 2"), ({"num_experts": None}, "num_experts"),
-     ({"representation_size": 8}, "16 numbers a user")],
+     ({"representation_size": 8}, "16 numbers a user"), ({"gate_type": "tanh"}, "'tanh' is unknown"),
+     ({"gate_type": None}, "gate_type is None"), ({"gate_top_k": 2.5}, "gate_top_k is 2.5"),
+     ({"gate_top_k": 9}, "gate_top_k=9"), ({"gate_per_layer": "yes"}, "gate_per_layer is 'yes'"),
+     ({"gate_type": "sigmoid"}, "num_experts is 4, a sigmoid gate has one for each rank, 8"),
+     ({"gate_per_layer": True}, r"gate.output.bias has shape \(4,\), the model needs \(8,\)")],
 )  # fmt: skip
 def test_ilora_json_that_does_not_fit(saved: Path, tiny_llama: Any, changes: dict[str, Any], words: str) -> None:
     _edit(saved / "ilora.json", **changes)

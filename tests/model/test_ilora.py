@@ -1,4 +1,5 @@
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import GenerationConfig
 from recllm.errors import UserError
 from recllm.model.adapter import build_adapter, gate_weights, load_adapter, save_adapter
 from recllm.model.gate import Gate
-from recllm.model.ilora import ILoraConfig
+from recllm.model.ilora import DECODER_LAYER, ILoraConfig
 from recllm.recipe import AdapterSection
 
 MASK = torch.tensor([[1] * 7, [0, 0] + [1] * 5, [0] + [1] * 6])
@@ -36,7 +37,50 @@ def _plain_twin(model: Any, tiny_llama: Any, **section: Any) -> Any:
     return twin
 
 
+GATES: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "mlp": {"hidden_size": 5, "temperature": 0.5},
+    "top_k": {"top_k": 2},
+    "sigmoid": {"type": "sigmoid"},
+    "per_layer": {"per_layer": True},
+    "top_k_per_layer": {"top_k": 2, "per_layer": True, "hidden_size": 5},
+    "sigmoid_per_layer": {"type": "sigmoid", "per_layer": True},
+}
+
+
+@pytest.fixture(params=GATES.values(), ids=GATES.keys())
+def gate(request: Any) -> dict[str, Any]:
+    """Each kind of gate, as the recipe's gate section says it."""
+    return request.param
+
+
+def _uniform(model: Any, rows: int = 3) -> torch.Tensor:
+    own = model.base_model.gate["default"]
+    return torch.full((rows, *own.shape), own.uniform)
+
+
+def _layer_of(name: str) -> int:
+    return int(name.split("layers.")[1].split(".")[0])
+
+
+def _user_factor(weights: torch.Tensor, gate: dict[str, Any], layer: int) -> torch.Tensor:
+    """One user's factor of A x in a decoder layer, written out: (8,)."""
+    weights = weights[layer] if gate.get("per_layer") else weights
+    return 2 * weights if gate.get("type") == "sigmoid" else (4 * weights).repeat_interleave(2)
+
+
 # ---- the invariants of the method ----
+
+
+def test_uniform_gates_of_every_kind_are_plain_lora_exactly(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    model = adapter(gate=gate)
+    expected = _logits(_plain_twin(model, tiny_llama), tokens)
+    assert torch.equal(_logits(model, tokens, gate_weights=_uniform(model)), expected)
+    start = adapter(gate=gate, trained=False)  # the gate's start is uniform for everybody, with top_k too
+    representation = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(start.base_model.gate_weights(representation=representation), _uniform(start))
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 4, 8])
@@ -61,21 +105,22 @@ def test_one_expert_is_plain_lora(adapter: Any, tiny_llama: Any, tokens: torch.T
 
 
 def test_an_empty_history_is_plain_lora_exactly(
-    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
 ) -> None:
-    model = adapter()
+    model = adapter(gate=gate)
     twin = _plain_twin(model, tiny_llama)
     assert torch.equal(_logits(model, tokens, history_items=histories)[2], _logits(twin, tokens)[2])
 
 
 def test_b_of_zero_is_the_base_model(
-    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
 ) -> None:
-    assert torch.equal(_logits(adapter(trained=False), tokens, history_items=histories), _logits(tiny_llama(), tokens))
+    model = adapter(trained=False, gate=gate)
+    assert torch.equal(_logits(model, tokens, history_items=histories), _logits(tiny_llama(), tokens))
 
 
-def test_users_differ(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
-    model, same = adapter(), tokens[:1].expand(3, -1)
+def test_users_differ(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]) -> None:
+    model, same = adapter(gate=gate), tokens[:1].expand(3, -1)
     with torch.no_grad():
         logits = model(input_ids=same, history_items=histories).logits
     assert not torch.allclose(logits[0], logits[1], atol=1e-2)
@@ -83,31 +128,33 @@ def test_users_differ(adapter: Any, tokens: torch.Tensor, histories: torch.Tenso
 
 
 def test_one_gate_folded_into_b_is_that_users_model(
-    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
 ) -> None:
-    model = adapter()
+    model = adapter(gate=gate)
     weights = gate_weights(model, histories).detach()
     together = _logits(model, tokens, history_items=histories)
     for user in range(3):
         twin = _plain_twin(model, tiny_llama)
-        factor = (4 * weights[user]).repeat_interleave(2)
         with torch.no_grad():
-            for layer in _layers(twin):
-                layer.lora_B["default"].weight *= factor
+            for name, module in twin.named_modules():
+                if isinstance(module, LoraLayer):
+                    module.lora_B["default"].weight *= _user_factor(weights[user], gate, _layer_of(name))
         # merged: the oracle is an ordinary Llama without any adapter code
         torch.testing.assert_close(together[user], _logits(twin.merge_and_unload(), tokens)[user], **CLOSE)
 
 
-def test_the_fused_layer_equals_a_loop_over_experts(adapter: Any) -> None:
-    model = adapter()
-    layer = _layers(model)[0]
-    x, weights = torch.randn(3, 5, 32), torch.rand(3, 4)
+def test_the_fused_layer_equals_a_loop_over_experts(adapter: Any, gate: dict[str, Any]) -> None:
+    model = adapter(gate=gate)
+    layer = _layers(model)[-1]  # down_proj of decoder layer 1
+    x, weights = torch.randn(3, 5, 64), torch.rand(_uniform(model).shape)
+    own = weights[:, 1] if gate.get("per_layer") else weights  # (3, K)
+    num_experts = own.shape[1]
+    factor, rank = (2, 1) if gate.get("type") == "sigmoid" else (num_experts, 8 // num_experts)
     expected = layer.base_layer(x)
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (8, 32), (out, 8)
-    for expert in range(4):
-        rows = slice(2 * expert, 2 * expert + 2)
-        update = x @ a[rows].T @ b[:, rows].T
-        expected = expected + 4 * (16 / 8) * weights[:, expert, None, None] * update
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (8, 64), (32, 8)
+    for expert in range(num_experts):
+        rows = slice(rank * expert, rank * (expert + 1))
+        expected = expected + factor * (16 / 8) * own[:, expert, None, None] * (x @ a[rows].T @ b[:, rows].T)
     seen: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: (x,))
     capture = layer.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -119,8 +166,27 @@ def test_the_fused_layer_equals_a_loop_over_experts(adapter: Any) -> None:
     torch.testing.assert_close(seen[0], expected, **CLOSE)
 
 
-def test_batch_equals_single_rows(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
-    model = adapter()
+def test_each_decoder_layer_has_its_own_row(adapter: Any, tokens: torch.Tensor) -> None:
+    model = adapter(gate={"per_layer": True})
+    weights = torch.zeros(3, 2, 4)
+    weights[:, 1, 2] = 1.0  # the third expert alone, of decoder layer 1 alone
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                expert = torch.zeros(8)
+                expert[4:6] = 4.0 if _layer_of(name) == 1 else 0.0
+                module.full = module.lora_B["default"].weight.clone()
+                module.lora_B["default"].weight *= expert
+        expected = _logits(model, tokens, gate_weights=_uniform(model))
+        for module in _layers(model):
+            module.lora_B["default"].weight.copy_(module.full)
+    torch.testing.assert_close(_logits(model, tokens, gate_weights=weights), expected, **CLOSE)
+
+
+def test_batch_equals_single_rows(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    model = adapter(gate=gate)
     together = _logits(model, tokens, history_items=histories)
     for row in range(3):
         real = MASK[row].bool()
@@ -129,8 +195,10 @@ def test_batch_equals_single_rows(adapter: Any, tokens: torch.Tensor, histories:
         torch.testing.assert_close(together[row, real], alone[0], **CLOSE)
 
 
-def test_cached_decoding_equals_uncached(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
-    model = adapter()
+def test_cached_decoding_equals_uncached(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    model = adapter(gate=gate)
     options = {"input_ids": tokens, "attention_mask": MASK, "history_items": histories, "max_new_tokens": 12}
     options |= {"do_sample": False, "eos_token_id": None}
     cached, uncached = (model.generate(use_cache=flag, **options) for flag in (True, False))
@@ -156,8 +224,10 @@ def _gradients(model: Any, tokens: torch.Tensor, histories: torch.Tensor) -> dic
     return found | {"loss": (first + 2 * second).detach()}
 
 
-def test_checkpointing_on_equals_off(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
-    model = adapter()
+def test_checkpointing_on_equals_off(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    model = adapter(gate=gate)
     plain = _gradients(model, tokens, histories)
     model.gradient_checkpointing_enable()
     checkpointed = _gradients(model, tokens, histories)
@@ -199,17 +269,17 @@ def test_reentrant_checkpointing_is_refused(adapter: Any) -> None:
 
 
 def test_the_gate_has_no_gradient_on_the_first_step_and_one_on_the_second(
-    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
 ) -> None:
-    model = adapter(trained=False).train()
-    gate = model.base_model.gate["default"].output.weight
+    model = adapter(trained=False, gate=gate).train()
+    weight = model.base_model.gate["default"].output.weight
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(input_ids=tokens, labels=tokens, history_items=histories).loss.backward()
-    assert torch.equal(gate.grad, torch.zeros_like(gate))  # B is zero, so nothing reaches the gate
+    assert torch.equal(weight.grad, torch.zeros_like(weight))  # B is zero, so nothing reaches the gate
     optimizer.step()
     optimizer.zero_grad()
     model(input_ids=tokens, labels=tokens, history_items=histories).loss.backward()
-    assert gate.grad.abs().max() > 0
+    assert (weight.grad.abs().amax(1) > 0).all()  # every expert: with top_k too, all are tied at the start
 
 
 def test_what_is_trained(adapter: Any) -> None:
@@ -236,9 +306,9 @@ def test_an_encoder_can_be_trained_along(
 
 
 def test_bf16_base_keeps_gate_and_encoder_in_fp32(
-    tiny_llama: Any, encoder: Any, tokens: torch.Tensor, histories: torch.Tensor
+    tiny_llama: Any, encoder: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
 ) -> None:
-    model = build_adapter(tiny_llama().to(torch.bfloat16), AdapterSection(), encoder())
+    model = build_adapter(tiny_llama().to(torch.bfloat16), AdapterSection(gate=gate), encoder())
     tuner = model.base_model
     assert {p.dtype for p in [*tuner.gate.parameters(), *tuner.sequence_encoder.parameters()]} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -249,14 +319,28 @@ def test_bf16_base_keeps_gate_and_encoder_in_fp32(
     assert tuner.gate["default"].output.weight.grad.dtype == torch.float32
 
 
+def test_a_bf16_model_under_uniform_gates_is_plain_lora_exactly(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    """No autocast: the base model in bf16, and the LoRA too, as engines cast it."""
+    model = adapter(gate=gate)
+    fp32 = _logits(model, tokens, history_items=histories)
+    twin = _plain_twin(model, tiny_llama).to(torch.bfloat16)
+    model.to(torch.bfloat16)
+    assert torch.equal(_logits(model, tokens, gate_weights=_uniform(model)), _logits(twin, tokens))
+    real = MASK.bool()
+    bf16 = _logits(model, tokens, history_items=histories).float()
+    assert (bf16 - fp32)[real].norm() / fp32[real].norm() < 0.1
+
+
 # ---- generate ----
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_beams_see_their_own_users_gate(
-    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, options: dict[str, int]
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, options: dict[str, int], gate: dict[str, Any]
 ) -> None:
-    model = adapter()
+    model = adapter(gate=gate)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None} | options
     together = model.generate(input_ids=tokens, attention_mask=MASK, history_items=histories, **options)
     copies = options.get("num_return_sequences", 1)
@@ -293,6 +377,94 @@ def test_what_a_passed_config_leaves_open_the_models_own_fills(
     assert model.generate(input_ids=tokens, history_items=histories, generation_config=config).shape[0] == 3
 
 
+def test_sampling_sees_each_users_gate(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    model, same = adapter(gate=gate), tokens[:1].expand(3, -1)
+    options = {"max_new_tokens": 5, "do_sample": True, "top_k": 1, "eos_token_id": None}  # so that it can be foretold
+    together = model.generate(input_ids=same, history_items=histories, num_return_sequences=2, **options)
+    for row in range(3):
+        alone = model.generate(input_ids=same[:1], history_items=histories[row : row + 1], **options)
+        assert torch.equal(together[2 * row : 2 * row + 2], alone.expand(2, -1))
+    assert len({tuple(row) for row in together.tolist()}) > 1
+
+
+# ---- the weights of the last forward ----
+
+
+def test_a_loss_on_the_gate_reaches_it(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    model = adapter(gate=gate).train()
+    model.gradient_checkpointing_enable()
+    model(input_ids=tokens, labels=tokens, history_items=histories)
+    weights = model.base_model.gate_rows.weights["default"]
+    assert torch.equal(weights, gate_weights(model, histories))
+    assert model.base_model.gate_rows.by_adapter == {}
+    (weights * torch.rand(weights.shape)).sum().backward()
+    assert model.base_model.gate["default"].output.weight.grad.abs().max() > 0
+    with model.disable_adapter():
+        model(input_ids=tokens)
+    assert model.base_model.gate_rows.weights == {}  # of this forward there are none
+
+
+# ---- compiled ----
+
+
+@pytest.fixture
+def _fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+FEW = ["q_proj", "down_proj"]  # modules with a LoRA: tracing takes its time
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("argument", ["history_items", "representation", "gate_weights"])
+def test_compiled_in_one_graph(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, argument: str) -> None:
+    _check_compiled(adapter(target_modules=FEW), tokens, histories, argument)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("kind", ["top_k_per_layer", "sigmoid"])  # between them they pass every line
+def test_other_gates_compile_in_one_graph(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, kind: str
+) -> None:
+    _check_compiled(adapter(gate=GATES[kind], target_modules=FEW), tokens, histories, "representation")
+
+
+def _check_compiled(model: Any, tokens: torch.Tensor, histories: torch.Tensor, argument: str) -> None:
+    tuner = model.base_model
+    given = {
+        "history_items": histories,
+        "representation": tuner.represent(histories).detach(),
+        "gate_weights": gate_weights(model, histories).detach(),
+    }[argument]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # fullgraph: a graph break is an error
+    for value in (given, given.roll(1, 0)):  # rows are inputs of the graph, not constants in it
+        expected, weights = model(input_ids=tokens, **{argument: value}).logits, tuner.gate_rows.weights["default"]
+        torch.testing.assert_close(compiled(input_ids=tokens, **{argument: value}).logits, expected, **CLOSE)
+        torch.testing.assert_close(tuner.gate_rows.weights["default"], weights)
+        assert tuner.gate_rows.weights["default"].requires_grad == (argument != "gate_weights")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_training_with_checkpointing(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter(target_modules=["q_proj"], base_model=tiny_llama(num_hidden_layers=1))
+    model.config.use_cache = False
+    expected = _gradients(model, tokens, histories)
+    model.gradient_checkpointing_enable()
+    found = _gradients(torch.compile(model, backend="aot_eager"), tokens, histories)
+    for name, gradient in expected.items():
+        actual = found[name if name == "loss" else f"_orig_mod.{name}"]
+        torch.testing.assert_close(actual, gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
 # ---- several adapters, none ----
 
 
@@ -322,6 +494,25 @@ def test_two_adapters_in_one_model(adapter: Any, tokens: torch.Tensor, histories
     assert torch.equal(_logits(both, tokens, history_items=histories), alone[1])
 
 
+def test_adapters_with_other_kinds_of_gates_in_one_model(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    shared, alone = (_logits(adapter(seed=s, gate=g), tokens, history_items=histories) for s, g in ((0, {}), (5, gate)))
+    both = adapter(seed=5, name="second", gate=gate, base_model=adapter(seed=0, name="first"))
+    for name, expected in (("first", shared), ("second", alone), ("first", shared)):
+        both.set_adapter(name)
+        assert torch.equal(_logits(both, tokens, history_items=histories), expected)
+    both.base_model.set_adapter(["first", "second"])  # at once: each layer adds both, each with its own gate
+    together = _logits(both, tokens, history_items=histories)
+    weights = both.base_model.gate_rows.weights
+    for name in ("first", "second"):
+        assert torch.equal(weights[name], both.base_model.gate_weights(histories, adapter_name=name))
+    both.base_model.set_adapter(["second", "first"])
+    torch.testing.assert_close(_logits(both, tokens, history_items=histories), together, **CLOSE)
+    assert not torch.allclose(together, shared, atol=1e-2)
+    assert not torch.allclose(together, alone, atol=1e-2)
+
+
 def test_models_do_not_share_gates(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
     # the released code hands gates over in a global list
     first, second = adapter(), adapter()
@@ -343,6 +534,29 @@ def test_a_copy_has_its_own_gates(adapter: Any, tokens: torch.Tensor, histories:
     assert twin.base_model.gate_rows is not model.base_model.gate_rows
     expected = _logits(model, tokens, history_items=histories)
     assert torch.equal(_logits(twin, tokens, history_items=histories), expected)
+
+
+def test_a_copy_after_training_with_checkpointing_has_its_own_gates(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter().train()
+    model.gradient_checkpointing_enable()
+    model(
+        input_ids=tokens, labels=tokens, history_items=histories
+    )  # leaves weights inside a graph, which none can copy
+    twin = copy.deepcopy(model)
+    assert twin.base_model.gate_rows.weights == {}
+    expected, found = (_gradients(m, tokens, histories) for m in (model, twin))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+    assert pickle.loads(pickle.dumps(model.base_model.gate_rows)).by_adapter == {}
+
+
+def test_replicas_of_data_parallel_are_refused(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    # its threads would write the gates of several parts of a batch into one place
+    replica = adapter().base_model._replicate_for_data_parallel()
+    with pytest.raises(UserError, match="accelerate launch"):
+        replica(input_ids=tokens, history_items=histories)
 
 
 def test_an_error_inside_leaves_no_gates_behind(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
@@ -369,20 +583,45 @@ def test_packed_rows_are_refused(adapter: Any, tokens: torch.Tensor, histories: 
         adapter()(input_ids=tokens[:1], history_items=histories[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
 
 
-def test_arguments_of_a_wrong_shape(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
-    model = adapter()
-    with pytest.raises(ValueError, match=r"\(B, 4\)"):
-        model(input_ids=tokens, gate_weights=torch.rand(3, 5))
+def test_arguments_of_a_wrong_shape(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
+) -> None:
+    model = adapter(gate=gate)
+    shape = model.base_model.gate["default"].shape
+    wanted = rf"\(B, {', '.join(map(str, shape))}\)"
+    for wrong in ((3, 5), (3, 2, 5), (3, 3, 4), (3,), (*shape,), (3, 1, *shape), (3, *shape, 1)):
+        if wrong != (3, *shape):
+            with pytest.raises(ValueError, match=wanted):
+                model(input_ids=tokens, gate_weights=torch.rand(wrong))
     with pytest.raises(ValueError, match=r"\(B, 16\)"):
         model(input_ids=tokens, representation=torch.rand(3, 5))
     with pytest.raises(ValueError, match="pass one of"):
-        model(input_ids=tokens, history_items=histories, gate_weights=torch.rand(3, 4))
+        model(input_ids=tokens, history_items=histories, gate_weights=torch.rand(3, *shape))
+    with pytest.raises(RuntimeError, match="one row for each of 2"):
+        model(input_ids=tokens, gate_weights=torch.rand(2, *shape))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_refused(
+    adapter: Any, tokens: torch.Tensor, gate: dict[str, Any], number: float
+) -> None:
+    model = adapter(gate=gate)
+    representation, weights = torch.rand(3, 16), _uniform(model)
+    representation[1, 3] = weights[2, ..., 0] = number
+    for call in (model.forward, model.generate):
+        with pytest.raises(UserError, match="representation: row 1 of 3"):
+            call(input_ids=tokens, representation=representation)
+        with pytest.raises(UserError, match="gate_weights: row 2 of 3"):
+            call(input_ids=tokens, gate_weights=weights)
+    torch.nn.init.constant_(model.base_model.gate["default"].output.bias, float("nan"))
+    with pytest.raises(UserError, match="gate_weights: row 0 of 3"):  # a gate that has blown up
+        model.train()(input_ids=tokens, representation=torch.rand(3, 16))
 
 
 def test_representation_and_weights_are_the_histories(
-    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
 ) -> None:
-    model = adapter()
+    model = adapter(gate=gate)
     expected = _logits(model, tokens, history_items=histories)
     representation = model.base_model.represent(histories)
     assert torch.equal(_logits(model, tokens, representation=representation), expected)
@@ -413,9 +652,58 @@ def test_config_refuses_what_changes_the_formula(options: dict[str, Any]) -> Non
         ILoraConfig(r=8, num_experts=4, target_modules=["q_proj"], **options)
 
 
-def test_config_refuses_ranks_that_do_not_split() -> None:
+@pytest.mark.parametrize("options", [{}, {"gate_top_k": 2}, {"gate_per_layer": True}])
+def test_config_refuses_ranks_that_do_not_split(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="r=6 does not split into num_experts=4"):
-        ILoraConfig(r=6, num_experts=4)
+        ILoraConfig(r=6, num_experts=4, **options)
+
+
+def test_a_sigmoid_has_as_many_experts_as_ranks(adapter: Any) -> None:
+    assert ILoraConfig(r=6, num_experts=4, gate_type="sigmoid").num_experts == 6
+    assert adapter(r=6, num_experts=4, gate={"type": "sigmoid"}).base_model.gate["default"].shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gate_type": "tanh"}, "'tanh' is unknown"), ({"gate_temperature": 0.0}, "gate_temperature=0.0"),
+        ({"gate_top_k": 0}, "gate_top_k=0"), ({"gate_top_k": 5}, "gate_top_k=5 .* num_experts=4"),
+        ({"gate_top_k": 2, "gate_type": "sigmoid"}, "softmax"), ({"gate_top_k": 1}, "no gradient reaches the gate"),
+    ],
+)  # fmt: skip
+def test_config_refuses_gates_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        ILoraConfig(r=8, num_experts=4, **options)
+    assert ILoraConfig(r=8, num_experts=1, gate_top_k=1).gate_top_k == 1
+
+
+def test_a_gate_a_layer_needs_numbered_layers(adapter: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="lm_head, which lies in none of the 2 decoder layers"):
+        adapter(gate={"per_layer": True}, target_modules=["q_proj", "lm_head"])
+    model = adapter()
+    expected = _logits(model, tokens, history_items=histories)
+    with pytest.raises(UserError, match="lm_head"):  # the adapter that was there goes on
+        adapter(gate={"per_layer": True}, target_modules=["q_proj", "lm_head"], base_model=model, name="second")
+    assert torch.equal(_logits(model, tokens, history_items=histories), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.7.self_attn.q_proj", 7), ("transformer.h.3.mlp.fc_in", 3), ("model.decoder.block.0.fc", 0),
+        ("model.language_model.layers.2.mlp.experts.5.up_proj", 2),
+    ],
+)  # fmt: skip
+def test_the_decoder_layer_stands_in_a_modules_name(name: str, layer: int) -> None:
+    found = DECODER_LAYER.search(name)
+    assert found is not None
+    assert int(found[1]) == layer
+
+
+def test_no_decoder_layer_in_a_name() -> None:
+    assert not any(
+        DECODER_LAYER.search(name) for name in ("lm_head", "model.layers", "mlp.experts.3.up", "xlayers.1.q")
+    )
 
 
 def test_embeddings_are_refused(tiny_llama: Any, encoder: Any) -> None:
@@ -457,8 +745,8 @@ def test_gates_and_encoders_are_submodules(adapter: Any) -> None:
 
 @pytest.mark.slow
 def test_merged_per_user_oracle_on_smollm2(smollm2: str, encoder: Any, randomise: Any, tmp_path: Any) -> None:
-    from recllm.model.adapter import export_user_adapter
     from recllm.model.base_model import load_base_model
+    from recllm.model.export import export_user_adapter
     from recllm.recipe import ModelSection
 
     section = ModelSection(name_or_path=smollm2, dtype="float32")

@@ -1,14 +1,35 @@
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from recllm.errors import UserError
-from recllm.model.sequence_encoder import SASRec, attention_mask, load_encoder, save_encoder
+from recllm.model import histories as histories_module
+from recllm.model.adapter import build_adapter, load_adapter, save_adapter
+from recllm.model.encoders import sasrec as sasrec_module
+from recllm.model.histories import ENTRY_BYTES, batches
+from recllm.model.sequence_encoder import (
+    ContentEncoder,
+    Gru4Rec,
+    RepresentationCache,
+    SASRec,
+    SequenceEncoder,
+    attention_mask,
+    encode_histories,
+    load_encoder,
+    make_encoder,
+    save_encoder,
+)
+from recllm.recipe import AdapterSection, EncoderSection
+
+KINDS = ("sasrec", "windowed", "gru4rec", "content")
 
 
 def _sasrec(max_items: int = 8, **sizes: Any) -> SASRec:
@@ -16,30 +37,50 @@ def _sasrec(max_items: int = 8, **sizes: Any) -> SASRec:
     return SASRec(20, 16, max_items=max_items, **sizes).eval()
 
 
-def test_shapes() -> None:
-    encoder, items = _sasrec(), torch.tensor([[1, 2, 3], [-1, 4, 5]])
+def _encoder(kind: str, max_items: int = 8, **section: Any) -> SequenceEncoder:
+    torch.manual_seed(0)
+    features = torch.randn(20, 24) if kind == "content" else None
+    if kind == "windowed":
+        kind, section = "sasrec", {"window": 3} | section
+    sizes = EncoderSection(**{"type": kind, "hidden_size": 16, "dropout": 0.2} | section)
+    return make_encoder(sizes, 20, max_items, features).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes(kind: str) -> None:
+    encoder, items = _encoder(kind), torch.tensor([[1, 2, 3], [-1, 4, 5]])
     assert encoder.states(items).shape == (2, 3, 16)
     assert encoder(items).shape == (2, 16)
     assert torch.equal(encoder(items), encoder.states(items)[:, -1])
     assert encoder.scores(encoder(items)).shape == (2, 20)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 19), min_size=1, max_size=8), st.integers(0, 8))
-def test_left_padding_changes_nothing(history: list[int], padding: int) -> None:
-    encoder = _sasrec(max_items=16)
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 19), min_size=1, max_size=8), st.integers(0, 8))
+def test_left_padding_changes_nothing(kind: str, history: list[int], padding: int) -> None:
+    encoder = _encoder(kind, max_items=16)
     plain = encoder(torch.tensor([history]))
     padded = encoder(torch.tensor([[-1] * padding + history]))
     torch.testing.assert_close(padded, plain)
 
 
-def test_a_long_history_is_cut_to_its_newest_items() -> None:
-    encoder, items = _sasrec(max_items=4), torch.arange(10)[None]
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_gives_zero_states_and_leaves_those_of_the_items(kind: str) -> None:
+    encoder = _encoder(kind)
+    padded = encoder.states(torch.tensor([[-1, -1, 4, 5]]))
+    assert torch.equal(padded[:, :2], torch.zeros(1, 2, 16))
+    torch.testing.assert_close(padded[:, 2:], encoder.states(torch.tensor([[4, 5]])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_history_is_cut_to_its_newest_items(kind: str) -> None:
+    encoder, items = _encoder(kind, max_items=4), torch.arange(10)[None]
     assert torch.equal(encoder(items), encoder(items[:, -4:]))
 
 
-def test_states_look_back_only() -> None:
-    encoder, items = _sasrec(), torch.tensor([[1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_look_back_only(kind: str) -> None:
+    encoder, items = _encoder(kind), torch.tensor([[1, 2, 3, 4, 5]])
     changed = items.clone()
     changed[0, 3] = 9
     before, after = encoder.states(items), encoder.states(changed)
@@ -47,20 +88,23 @@ def test_states_look_back_only() -> None:
     assert not torch.allclose(before[:, 3:], after[:, 3:])
 
 
-def test_order_matters() -> None:
-    encoder = _sasrec()
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_matters(kind: str) -> None:
+    encoder = _encoder(kind)
     assert not torch.allclose(encoder(torch.tensor([[1, 2, 3]])), encoder(torch.tensor([[2, 1, 3]])))
 
 
-def test_batch_equals_single_rows() -> None:
-    encoder = _sasrec()
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_equals_single_rows(kind: str) -> None:
+    encoder = _encoder(kind)
     rows = torch.tensor([[1, 2, 3], [-1, -1, 7], [-1, 4, 5]])
     torch.testing.assert_close(encoder(rows), torch.cat([encoder(row[None]) for row in rows]))
 
 
-@pytest.mark.parametrize("length", [0, 1, 5])
-def test_an_empty_history_gives_zeros_and_no_nan(length: int) -> None:
-    encoder = _sasrec().train()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [0, 1, 5, 8])
+def test_an_empty_history_gives_zeros_and_no_nan(kind: str, length: int) -> None:
+    encoder = _encoder(kind).train()
     items = torch.full((2, length), -1)
     assert torch.equal(encoder(items), torch.zeros(2, 16))
 
@@ -71,15 +115,17 @@ def test_every_position_may_look_at_something() -> None:
     assert mask.any(-1).all()  # a softmax over nothing is NaN in older torch
 
 
-def test_padding_gives_finite_gradients() -> None:
-    encoder = _sasrec().train()
-    encoder(torch.tensor([[-1, -1, -1], [-1, 1, 2]])).sum().backward()
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_gives_finite_gradients(kind: str) -> None:
+    encoder = _encoder(kind).train()
+    encoder.states(torch.tensor([[-1] * 6, [-1, 1, 2, 3, 4, 5]])).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
 
 
-def test_it_learns_the_next_item() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_the_next_item(kind: str) -> None:
     # item i is followed by i + 1: after a few steps the successor ranks first
-    encoder = _sasrec().train()
+    encoder = _encoder(kind).train()
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-2)
     starts = torch.arange(12)[:, None]
     items = starts + torch.arange(8)  # (12, 8)
@@ -94,11 +140,20 @@ def test_it_learns_the_next_item() -> None:
     assert encoder.scores(encoder(items[:, :4])).argmax(-1).tolist() == items[:, 4].tolist()
 
 
-def test_items_outside_the_vocabulary() -> None:
-    with pytest.raises(UserError, match="20 items"):
-        _sasrec()(torch.tensor([[1, 20]]))
+@pytest.mark.parametrize("kind", KINDS)
+def test_items_outside_the_vocabulary(kind: str) -> None:
+    encoder = _encoder(kind)
+    for items in ([[1, 20]], [[20, *[1] * 30]]):  # beyond the history's cut too
+        with pytest.raises(UserError, match="20 items"):
+            encoder(torch.tensor(items))
+        with pytest.raises(UserError, match="20 items"):
+            encoder.states(torch.tensor(items))
     with pytest.raises(UserError, match="-2"):
-        _sasrec()(torch.tensor([[-2, 1]]))
+        encoder(torch.tensor([[-2, 1]]))
+    with pytest.raises(UserError, match="20 items"):
+        encode_histories(encoder, [np.array([1, 2]), np.array([20])])
+    with pytest.raises(UserError, match="-1"):
+        encode_histories(encoder, [np.array([-1, 2])])  # histories are not padded
 
 
 def test_heads_must_divide_the_width() -> None:
@@ -106,15 +161,30 @@ def test_heads_must_divide_the_width() -> None:
         SASRec(20, 16, num_heads=3)
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    encoder, items = _sasrec(), torch.tensor([[1, 2, 3]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(tmp_path: Path, kind: str) -> None:
+    encoder, items = _encoder(kind), torch.tensor([[1, 2, 3]])
     save_encoder(encoder, tmp_path / "encoder", "abc", {"metrics": {"ndcg@10": 0.5}, "seed": 3})
     loaded, info = load_encoder(tmp_path / "encoder")
     assert torch.equal(loaded(items), encoder(items))
     assert not loaded.training
     assert loaded.vocabulary_sha256 == info["vocabulary_sha256"] == "abc"
     assert info["metrics"] == {"ndcg@10": 0.5}
-    assert (info["type"], info["num_items"], info["hidden_size"], info["max_items"]) == ("sasrec", 20, 16, 8)
+    assert (info["num_items"], info["hidden_size"], info["max_items"]) == (20, 16, 8)
+    assert (type(loaded), info["type"]) == (type(encoder), "sasrec" if kind == "windowed" else kind)
+    assert loaded.sizes() == encoder.sizes()
+    assert torch.equal(loaded.scores(loaded(items)), encoder.scores(encoder(items)))
+
+
+def test_an_encoder_of_the_first_format_still_loads(tmp_path: Path) -> None:
+    encoder = _sasrec()
+    save_encoder(encoder, tmp_path / "encoder", "abc", {})
+    sizes = tmp_path / "encoder" / "encoder.json"
+    old = {name: value for name, value in json.loads(sizes.read_text()).items() if name != "window"}
+    assert set(old) == {"type", "vocabulary_sha256", *SASRec.SIZES} - {"window"}
+    sizes.write_text(json.dumps(old))
+    items = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load_encoder(tmp_path / "encoder")[0](items), encoder(items))
 
 
 def test_bad_folders(tmp_path: Path) -> None:
@@ -137,3 +207,293 @@ def test_bad_folders(tmp_path: Path) -> None:
     (folder / "encoder.json").write_text(json.dumps({k: v for k, v in sizes.items() if k != "num_items"}))
     with pytest.raises(UserError, match="num_items"):
         load_encoder(folder)
+    (folder / "encoder.json").write_text(json.dumps(sizes | {"type": "mamba"}))
+    with pytest.raises(UserError, match=r'"mamba".*gru4rec'):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, kind: str) -> None:
+    encoder = _encoder(kind)
+    with torch.no_grad():
+        encoder.norm.bias[3] = float("nan")
+    with pytest.raises(UserError, match=r"not finite .*\[5, 6\].*fit it again"):
+        encode_histories(encoder, [np.array([5, 6])])
+    save_encoder(encoder, tmp_path / "encoder", "abc", {})
+    with pytest.raises(UserError, match=r"norm\.bias.*not finite"):
+        load_encoder(tmp_path / "encoder")
+
+
+def test_sections_that_do_not_fit_their_type() -> None:
+    with pytest.raises(UserError, match=r"encoder\.window=4"):
+        make_encoder(EncoderSection(type="gru4rec", window=4), 20, 8)
+    with pytest.raises(UserError, match="item_features"):
+        make_encoder(EncoderSection(type="content"), 20, 8)
+    with pytest.raises(UserError, match=r"\(19, 24\).*\(20, 24\)"):
+        make_encoder(EncoderSection(type="content"), 20, 8, torch.randn(19, 24))
+    with pytest.raises(UserError, match="finite: False"):
+        make_encoder(EncoderSection(type="content"), 20, 8, torch.full((20, 24), float("nan")))
+
+
+# ---- a window ----
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 31, 33, 64, 97])
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_windowed_attention_is_masked_full_attention(length: int, window: int, monkeypatch) -> None:
+    encoder = _sasrec(max_items=100, window=window, dropout=0.0).double().train()
+    items = torch.randint(0, 20, (3, length), generator=torch.Generator().manual_seed(1))
+    items[1, : length // 2] = -1
+    items[2, :-1] = -1
+
+    def run() -> list[torch.Tensor]:
+        encoder.zero_grad()
+        states = encoder.states(items)
+        (states * torch.linspace(-1, 1, 16)).sum().backward()
+        return [states.detach(), *(p.grad.clone() for p in encoder.parameters())]
+
+    def full(real: torch.Tensor, window: int) -> Any:
+        return functools.partial(functional.scaled_dot_product_attention, attn_mask=attention_mask(real, window))
+
+    windowed = run()
+    monkeypatch.setattr(sasrec_module, "attention_over", full)
+    torch.testing.assert_close(windowed, run(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_state_sees_as_far_as_its_layers_hand_on() -> None:
+    encoder = _sasrec(max_items=100, window=4)  # 2 layers: 8 items back
+    assert encoder.reach == 9
+    items = torch.randint(0, 19, (1, 60), generator=torch.Generator().manual_seed(0))
+    changes = []
+    for back in (8, 9):
+        changed = items.clone()
+        changed[0, -1 - back] = 19
+        changes.append(not torch.allclose(encoder(items), encoder(changed)))
+    assert changes == [True, False]
+    torch.testing.assert_close(encoder(items), encoder.states(items)[:, -1])
+
+
+def test_windowed_states_take_memory_linear_in_the_length() -> None:
+    shapes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **kwargs or {})
+            shapes.extend(t.numel() for t in (result if isinstance(result, tuple) else (result,)) if torch.is_tensor(t))
+            return result
+
+    def largest(length: int, window: int) -> int:
+        encoder = _sasrec(max_items=length, window=window)
+        shapes.clear()
+        with Watch(), torch.no_grad():
+            encoder.states(torch.zeros(1, length, dtype=torch.long))
+        return max(shapes)
+
+    assert largest(2048, 32) <= 2.1 * largest(1024, 32)
+    assert largest(2048, 0) == 4 * largest(1024, 0)  # the mask alone
+
+
+# ---- a recurrent state ----
+
+
+def test_an_early_item_of_ten_thousand_reaches_a_gru4rec_and_no_window_below_it() -> None:
+    items = torch.randint(0, 19, (1, 10_000), generator=torch.Generator().manual_seed(0))
+    changed = items.clone()
+    changed[0, 10:15] = 19
+    for kind, reached in (("gru4rec", True), ("windowed", False)):
+        encoder = _encoder(kind, max_items=10_000)
+        with torch.no_grad():
+            assert torch.equal(encoder(items), encoder(changed)) != reached
+    short = _encoder("gru4rec", max_items=9_000)
+    with torch.no_grad():
+        assert torch.equal(short(items), short(changed))
+
+
+def test_a_gru4rec_is_torchs_gru_over_the_items() -> None:
+    encoder = _encoder("gru4rec")
+    assert isinstance(encoder, Gru4Rec)
+    items = torch.tensor([[-1, -1, 3, 4, 5]])
+    states, _ = encoder.gru(encoder.item_embedding(items[:, 2:]) * 4.0)  # √D
+    torch.testing.assert_close(encoder.states(items)[:, 2:], encoder.norm(states))
+
+
+# ---- items by their text ----
+
+
+def test_items_of_equal_text_are_one_to_a_content_encoder() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(20, 24)
+    features[7] = features[3]
+    encoder = make_encoder(EncoderSection(type="content", hidden_size=16), 20, 8, features).eval()
+    assert isinstance(encoder, ContentEncoder)
+    table = encoder.item_embedding.weight
+    assert torch.equal(table[7], table[3])
+    assert not torch.allclose(table[7], table[4])
+    assert torch.equal(encoder(torch.tensor([[1, 7]])), encoder(torch.tensor([[1, 3]])))
+    scores = encoder.scores(encoder(torch.tensor([[1, 2]])))
+    torch.testing.assert_close(scores[:, 7], scores[:, 3])
+
+
+def test_a_new_item_is_scored_by_its_text() -> None:
+    # even items are followed by items of group 1, odd ones by group 0; item 19 (group 1) is never seen in training
+    torch.manual_seed(0)
+    features = 0.3 * torch.randn(20, 24)
+    features[::2, :4] += 2
+    features[1::2, 4:8] += 2
+    encoder = make_encoder(EncoderSection(type="content", hidden_size=16, dropout=0.0), 20, 8, features).train()
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        items = torch.randint(0, 9, (16, 6), generator=generator) * 2 + torch.arange(6) % 2  # even, odd, even, …
+        loss = functional.cross_entropy(
+            encoder.scores(encoder.states(items[:, :-1])).flatten(0, 1), items[:, 1:].flatten()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    encoder.eval()
+    with torch.no_grad():
+        after_even, after_odd = encoder.scores(encoder(torch.tensor([[1, 4], [4, 1]])))
+        assert after_even[19] > after_even[0:18:2].max()  # before every item of the other group
+        assert after_odd[19] < after_odd[0:18:2].min()
+        assert not torch.allclose(encoder(torch.tensor([[4, 19]])), encoder(torch.tensor([[4, 18]])), atol=1e-2)
+
+
+def test_features_are_standardised_and_kept_in_half_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(20, 24, dtype=torch.float32) + 1000.0  # in half precision this would be mostly rounding
+    features[:, 5] = 3.0
+    encoder = make_encoder(EncoderSection(type="content", hidden_size=16), 20, 8, features)
+    kept = encoder.item_embedding.features
+    assert kept.dtype == torch.float16
+    assert torch.equal(kept[:, 5], torch.zeros(20, dtype=torch.float16))
+    wanted = (features - features.mean(0)) / features.std(0, correction=0)
+    torch.testing.assert_close(kept[:, :5].float(), wanted[:, :5], rtol=1e-3, atol=1e-3)
+    save_encoder(encoder, tmp_path / "encoder", "abc", {})
+    assert load_encoder(tmp_path / "encoder")[0].item_embedding.features.dtype == torch.float16
+
+
+# ---- many histories ----
+
+
+class Counting(Gru4Rec):
+    """Counts the rows that it encodes."""
+
+    rows: list[tuple[int, ...]]
+
+    def forward(self, items: torch.Tensor) -> torch.Tensor:
+        self.rows = [*getattr(self, "rows", []), tuple(items.shape)]
+        return super().forward(items)
+
+    @property
+    def encoded(self) -> int:
+        return sum(rows for rows, _ in self.rows)
+
+
+def _counting(max_items: int = 50) -> Counting:
+    torch.manual_seed(0)
+    return Counting(20, 16, max_items=max_items, dropout=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_many_histories_are_those_one_by_one(kind: str, batch_size: int) -> None:
+    encoder = _encoder(kind, max_items=30).train()  # in training, dropout must not touch them
+    generator = np.random.default_rng(0)
+    many = [generator.integers(0, 20, size).astype(np.int32) for size in (5, 0, 40, 1, 30, 5, 12, 7)]
+    many.append(many[0].copy())
+    found = encode_histories(encoder, many, batch_size)
+    assert (found.dtype, found.shape, found.requires_grad, encoder.training) == (torch.float32, (9, 16), False, True)
+    encoder.eval()
+    for history, row in zip(many, found):
+        torch.testing.assert_close(row, encoder(torch.from_numpy(history).long()[None])[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[1], torch.zeros(16))
+
+
+def test_no_history_gives_no_row() -> None:
+    assert encode_histories(_counting(), []).shape == (0, 16)
+
+
+def test_equal_histories_are_encoded_once() -> None:
+    encoder = _counting(max_items=3)
+    many = [np.array([1, 2, 3]), np.array([9, 1, 2, 3], dtype=np.int32), np.array([3, 2, 1]), np.array([1, 2, 3])]
+    found = encode_histories(encoder, many)
+    assert encoder.encoded == 2  # the older items are not read: the first two are the same history
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[3])
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_the_cache_answers_across_calls_until_the_encoder_changes() -> None:
+    encoder, cache = _counting(), RepresentationCache()
+    many = [np.array([1, 2, 3]), np.array([4, 5])]
+    first = encode_histories(encoder, many, cache=cache)
+    assert torch.equal(encode_histories(encoder, many[::-1], cache=cache), first.flip(0))
+    assert (encoder.encoded, cache.hits, cache.misses) == (2, 2, 2)
+    encode_histories(encoder, [np.array([4, 6]), many[0]], cache=cache)
+    assert encoder.encoded == 3
+    with torch.no_grad():
+        encoder.gru.weight_hh_l0.mul_(2)
+    changed = encode_histories(encoder, many, cache=cache)
+    assert encoder.encoded == 5
+    assert not torch.allclose(changed, first)
+    other = Gru4Rec(20, 16, max_items=50).eval()
+    assert torch.equal(encode_histories(other, many, cache=cache), encode_histories(other, many))
+
+
+def test_the_cache_forgets_the_least_recently_used() -> None:
+    encoder, cache = _counting(), RepresentationCache(max_bytes=2 * (4 * 16 + ENTRY_BYTES))
+    one, two, three = (np.array([n]) for n in (1, 2, 3))
+    for history in (one, two, one, three):  # three pushes out two: one was asked for again
+        encode_histories(encoder, [history], cache=cache)
+    assert (len(cache), encoder.encoded) == (2, 3)
+    assert cache.num_bytes <= cache.max_bytes
+    encode_histories(encoder, [one, three], cache=cache)
+    assert encoder.encoded == 3
+    encode_histories(encoder, [two], cache=cache)
+    assert encoder.encoded == 4
+
+
+def test_a_remembered_row_does_not_keep_its_batch() -> None:
+    cache = RepresentationCache()
+    encode_histories(_counting(), [np.array([n]) for n in range(20)], cache=cache)
+    row = cache.get(next(iter(cache._known)))
+    assert row is not None
+    assert row.untyped_storage().nbytes() == 4 * 16
+
+
+def test_long_histories_come_in_fewer_rows(monkeypatch) -> None:
+    encoder = _counting(max_items=1000)
+    monkeypatch.setattr(histories_module, "NUMBERS_AT_ONCE", 2 * encoder.numbers_a_row(100))
+    generator = np.random.default_rng(0)
+    encode_histories(
+        encoder, [generator.integers(0, 20, size) for size in [100] * 5 + [10] * 40 + [900]], batch_size=16
+    )
+    assert sorted(encoder.rows) == [(1, 100), (1, 900), (2, 100), (2, 100), (8, 10), (16, 10), (16, 10)]
+
+
+def test_batches_hold_every_row_once_in_order() -> None:
+    lengths = sorted(np.random.default_rng(0).integers(0, 60, 100).tolist())
+    parts = list(batches(lengths, _counting(), 7, longest=100))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(100))
+    for part in parts:
+        rows = part.stop - part.start
+        assert rows <= 7
+        assert rows == 1 or rows * lengths[part.stop - 1] <= 100
+    assert list(batches([], _counting(), 7)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_saved_with_every_kind_and_loaded_again(tmp_path: Path, tiny_llama: Any, kind: str) -> None:
+    encoder, items = _encoder(kind), torch.tensor([[-1, 2, 3], [4, 5, 6], [-1, -1, -1]])
+    encoder.vocabulary_sha256 = "v" * 64
+    model = build_adapter(tiny_llama(), AdapterSection(r=4, num_experts=2), encoder).eval()
+    torch.nn.init.normal_(model.base_model.gate["default"].output.weight)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(tiny_llama(), tmp_path / "adapter")
+    assert type(loaded.base_model.sequence_encoder["default"]) is type(encoder)
+    with torch.no_grad():
+        gates = loaded.base_model.gate_weights(items)
+        assert torch.equal(gates, model.base_model.gate_weights(items))
+    assert not torch.allclose(gates[0], gates[1])
+    assert torch.equal(gates[2], torch.full((2,), 0.5))

@@ -1,16 +1,21 @@
 import itertools
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from recllm import stages
+from recllm.convert.pipeline import convert
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.model.sequence_encoder import SASRec, load_encoder
-from recllm.recipe import EncoderSection
+from recllm.model.adapter import build_adapter, fit_gate_statistics
+from recllm.model.sequence_encoder import ContentEncoder, SASRec, encode_histories, load_encoder, make_encoder
+from recllm.recipe import AdapterSection, EncoderSection
 from recllm.schema import TEST, TRAIN, UNUSED, VALID
 from recllm.train import encoder as module
 from recllm.train.encoder import (
@@ -22,6 +27,9 @@ from recllm.train.encoder import (
     validation,
 )
 
+from .conftest import NUM_ITEMS, recipe_of
+
+KINDS = {"sasrec": {}, "windowed": {"window": 3}, "gru4rec": {"type": "gru4rec"}, "content": {"type": "content"}}
 SECTION = EncoderSection(hidden_size=16, num_layers=1, batch_size=16, max_epochs=25, dropout=0.1, learning_rate=5e-3)
 
 
@@ -73,12 +81,17 @@ def test_a_large_validation_split_is_sampled_by_seed(dataset: Dataset, monkeypat
     assert pairs[1] != pairs[2]
 
 
-def test_it_learns_the_ring_and_beats_popularity(dataset: Dataset, tmp_path):
-    metrics = fit_encoder(dataset, SECTION, 12, 0, tmp_path / "encoder", exclude_history=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_the_ring_and_beats_popularity(dataset: Dataset, tmp_path, kind: str):
+    section = EncoderSection(**SECTION.model_dump() | KINDS[kind])
+    features = torch.randn(NUM_ITEMS, 40, generator=torch.Generator().manual_seed(0)) if kind == "content" else None
+    output = tmp_path / "encoder"
+    metrics = fit_encoder(dataset, section, 12, 0, output, exclude_history=False, item_features=features)
     assert metrics["ndcg@10"] > 0.8
     assert metrics["ndcg@10"] > 2 * metrics["popularity_ndcg@10"]
     encoder, info = load_encoder(tmp_path / "encoder")
     assert info["vocabulary_sha256"] == dataset.vocabulary_sha256
+    assert info["type"] == section.type
     saved = evaluate_encoder(encoder, validation(dataset, 12, exclude_history=False))
     assert saved["ndcg@10"] == pytest.approx(metrics["ndcg@10"])  # the best epoch was kept, not the last
 
@@ -185,3 +198,126 @@ def test_no_validation_target_is_an_error(dataset: Dataset, tmp_path):
 def test_a_diverging_learning_rate_is_an_error(dataset: Dataset, tmp_path):
     with pytest.raises(UserError, match=r"lower encoder\.learning_rate"):
         fit_encoder(dataset, SECTION.model_copy(update={"learning_rate": 1e30}), 12, 0, tmp_path / "encoder")
+
+
+# ---- items by their text ----
+
+
+def test_a_recipe_with_a_content_encoder_has_its_base_model_read_the_titles(
+    log_folder, tiny_model_folder, tmp_path, capsys
+):
+    changes = {"encoder": {"type": "content", "hidden_size": 16, "num_layers": 1, "max_epochs": 1}}
+    model = {"name_or_path": str(tiny_model_folder), "dtype": "float32"}
+    recipe = recipe_of(log_folder, **changes, model=model, output_dir=str(tmp_path / "run"))
+    stages.run_stage(recipe, "convert")
+    assert stages.run_stage(recipe, "encoder")
+    assert (recipe.output / "item_features" / "features.safetensors").is_file()
+    encoder, _ = load_encoder(recipe.output / "encoder")
+    assert isinstance(encoder, ContentEncoder)
+    assert encoder.item_embedding.features.float().std() > 0.9
+    assert not stages.run_stage(recipe, "encoder")
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})})
+    assert stages.fingerprint(other, "encoder") != stages.fingerprint(recipe, "encoder")
+    features = recipe.output / "item_features" / "features.json"
+    before = features.stat().st_mtime_ns
+    deeper = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"hidden_size": 8})})
+    assert stages.run_stage(deeper, "encoder")
+    assert features.stat().st_mtime_ns == before  # the titles were not read again
+
+
+# ---- long histories ----
+
+
+def test_long_windows_come_in_fewer_rows(dataset: Dataset, monkeypatch):
+    monkeypatch.setattr(module, "LONG_WINDOW", 4)
+    encoder = make_encoder(SECTION, dataset.num_items, 12)
+    windows = training_windows(dataset, 12)
+    rows = [items.shape for items, _ in module._batches(windows, 8, np.random.default_rng(0), encoder)]
+    assert sum(count for count, _ in rows) == len(windows)
+    assert all(count <= 8 and count * length <= 8 * 4 for count, length in rows)
+    assert max(length for _, length in rows) == 12
+
+
+def test_a_loss_in_pieces_is_the_loss_and_has_its_gradients(monkeypatch):
+    encoder = make_encoder(SECTION, 30, 12)
+    generator = torch.Generator().manual_seed(0)
+    states, targets = torch.randn(50, 16, generator=generator), torch.randint(0, 30, (50,), generator=generator)
+
+    def run() -> list[torch.Tensor]:
+        encoder.zero_grad()
+        leaf = states.clone().requires_grad_()
+        loss = module._cross_entropy(encoder, leaf, targets, np.random.default_rng(0))
+        loss.backward()
+        return [loss.detach(), leaf.grad, encoder.item_embedding.weight.grad.clone()]
+
+    for full_softmax in (50_000, 10):
+        monkeypatch.setattr(module, "FULL_SOFTMAX_ITEMS", full_softmax)
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", 1 << 26)
+        whole = run()
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", 30 * 7)
+        torch.testing.assert_close(run(), whole, rtol=1e-5, atol=1e-7)
+
+
+def test_windows_of_a_windowed_encoder_are_as_long_as_it_reaches(dataset: Dataset, tmp_path, monkeypatch):
+    lengths = []
+    real = module.training_windows
+    monkeypatch.setattr(module, "training_windows", lambda *given: lengths.append(given[1]) or real(*given))
+    section = EncoderSection(**SECTION.model_dump() | {"window": 3, "max_epochs": 1})
+    fit_encoder(dataset, section, 1000, 0, tmp_path / "encoder")
+    assert lengths == [4]  # one layer: the item itself and three before it
+
+
+def test_attention_over_very_long_histories_is_pointed_out(dataset: Dataset, monkeypatch, capsys):
+    monkeypatch.setattr(module, "LONG_QUADRATIC", 10)
+    windows = training_windows(dataset, 1000)
+    monkeypatch.setattr(SASRec, "numbers_a_row", lambda _, length: length**2)
+    module._warn_of_cost(make_encoder(SECTION, 24, 1000), windows)
+    assert "gru4rec" in capsys.readouterr().err
+    module._warn_of_cost(make_encoder(EncoderSection(type="gru4rec"), 24, 1000), windows)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def long_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two users with 10,003 interactions each, with 30 of 40 items."""
+    folder = tmp_path_factory.mktemp("long")
+    generator = np.random.default_rng(0)
+    (folder / "items.csv").write_text("item_id,title\n" + "".join(f"i{n:02d},Film number {n:02d}\n" for n in range(40)))
+    rows = [
+        f"u{user},i{item:02d},{step}"
+        for user in range(2)
+        for step, item in enumerate(generator.integers(30, size=10_003))
+    ]
+    (folder / "log.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+def test_ten_thousand_events_reach_the_gate_while_the_prompt_shows_ten(long_log: Path, tiny_llama):
+    task = {"task": "next_item", "template": "next_item/films", "max_train_targets": 1}
+    recipe = recipe_of(long_log, history={"max_items": 10_000}, prompt={"max_items": 10}, tasks=[task])
+    convert(recipe, recipe.output / "dataset", workers=1)
+    dataset = Dataset.open(recipe.output / "dataset")
+    section = EncoderSection(type="gru4rec", hidden_size=16, num_layers=1, max_epochs=1)
+    fit_encoder(dataset, section, 10_000, 0, recipe.output / "encoder")
+    encoder, _ = load_encoder(recipe.output / "encoder")
+
+    (example, *_) = dataset.examples("test").to_pylist()
+    assert json.dumps(example["prompt"]).count("Film number") == 10
+    history = dataset.history(example["user_index"], example["history_end"], 10_000)
+    assert len(history) == 10_000
+
+    early = history.copy()
+    early[100:110] = (early[100:110] + 1) % 30
+    states = encode_histories(encoder, [history, early, history[-10:], history[:5000]])
+    again = encode_histories(encoder, [history, history[-7:]], batch_size=1)[0]
+    moved = (states[0] - states[1]).abs().max()  # 9,900 steps later there is little left of it, but no rounding
+    assert moved > 1e-5
+    assert (states[0] - again).abs().max() < moved / 10
+    model = build_adapter(tiny_llama(), AdapterSection(r=4, num_experts=2), encoder)
+    fit_gate_statistics(model, states)
+    torch.nn.init.normal_(model.base_model.gate["default"].output.weight)
+    items = torch.from_numpy(np.stack([history, early])).long()
+    gates = model.base_model.gate_weights(items)
+    assert not torch.equal(gates[0], gates[1])
+    given = model.base_model.gate_weights(representation=states[:2])
+    torch.testing.assert_close(gates, given, rtol=0, atol=1e-3)

@@ -1,0 +1,1 @@
+"""Sequence encoders: one module each, behind the small interface of interface.py."""

@@ -1,0 +1,57 @@
+"""`recllm export` on a whole run: an ordinary LoRA of one user, or a few for all."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from recllm.cli import main
+
+
+@pytest.fixture
+def trained(tiny_recipe: Path) -> Path:
+    """The recipe of a run whose adapter is trained."""
+    for verb in ("convert", "train"):
+        assert main([verb, str(tiny_recipe)]) == 0
+    return tiny_recipe
+
+
+def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_llama) -> None:
+    from peft import PeftModel
+
+    recipe, user, out = str(trained), str(tmp_path / "user"), tmp_path / "prototypes"
+    assert main(["export", recipe, "--user", "u7", "--output", user]) == 0
+    PeftModel.from_pretrained(tiny_llama(), user)
+    capsys.readouterr()
+
+    assert main(["export", recipe, "--prototypes", "3", "--output", str(out), "--examples", "8"]) == 0
+    said = capsys.readouterr().out
+    document = json.loads((out / "prototypes.json").read_text())
+    assert document["users"] == sum(entry["users"] for entry in document["prototypes"]) == 60
+    assert document["cost"]["examples"] == 8
+    assert f"a held-out answer loses {document['cost']['nats_lost']:.4f} nats" in said
+    for entry in document["prototypes"]:
+        PeftModel.from_pretrained(tiny_llama(), str(out / entry["folder"]))
+    assert pq.read_table(out / "assignment.parquet")["user_id"].to_pylist()[0].startswith("u")
+
+    # what cannot be is said before anything long, and takes nothing away
+    assert main(["export", recipe, "--user", "nobody", "--output", user]) == 2
+    assert 'no user "nobody" among its 60' in capsys.readouterr().err
+    assert main(["export", recipe, "--prototypes", "61", "--output", str(out)]) == 2
+    assert "61 prototypes" in capsys.readouterr().err
+    assert main(["export", recipe, "--prototypes", "0", "--output", str(out)]) == 2
+    assert main(["export", recipe, "--user", "u7", "--output", str(tmp_path / "run")]) == 2
+    assert "no earlier export" in capsys.readouterr().err
+    assert (out / "prototypes.json").is_file()
+
+
+def test_export_before_training(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tiny_recipe), "--user", "u7", "--output", str(tmp_path / "user")]) == 2
+    assert "run `recllm convert`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--user", "u1", "--prototypes", "2"]])
+def test_one_of_the_two_is_asked_for(tiny_recipe: Path, options: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(tiny_recipe), "--output", "x", *options])
