@@ -1,0 +1,481 @@
+"""Does the gate help on real data? SmolLM2-135M on MovieLens, plain LoRA against instance-wise LoRA at equal steps.
+
+    python scripts/reproduce/movielens.py                                      ML-100K, windows of 5 titles, 3 seeds
+    python scripts/reproduce/movielens.py --windows 2 5 10 --arms lora ilora soft_token
+    python scripts/reproduce/movielens.py --data ml-1m=shared/data/ml-1m-dbpedia         MovieLens-1M
+    python scripts/reproduce/movielens.py --estimate                           seconds a step here, minutes a cell
+    python scripts/reproduce/movielens.py --evaluate                           then 20 candidates, with the baselines
+    python scripts/reproduce/movielens.py --report                             eval/reference/movielens_gate.md
+
+A cell is one adapter: r = 8 on all linear modules, bf16 base, dense windows of n titles, batch 8, 300 steps. A prompt
+is one instruction, so within a window a title is predicted from at most n − 1 titles before it, while the gate reads up
+to 200 items before the window. Measured is nats a held-out title: all held-out positions of a user, tiled into windows
+as the training positions are. Held out is, with `--protocol temporal` (default), what is newer than the global cut-off
+of temporal_20 and behind a user's first test position; with `--protocol last_20`, the last 20% of each user, for
+comparison with the first run (it leaks across users: most targets are older than others' training interactions).
+
+Arms: lora; ilora; soft_token (plain LoRA with the same representation in the input); sigmoid (a gate for each rank);
+shuffled (trained and asked with the representations of other users). ilora@uniform and ilora@shuffled are the trained
+ilora adapter under control gates. A gate trained uniform is the plain LoRA, to the last bit: it has no arm.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from evidence import (
+    Cell,
+    Cells,
+    Plan,
+    Tables,
+    against,
+    comparison_rows,
+    fit,
+    machine_line,
+    markdown,
+    same_start,
+    score,
+    this_machine,
+    trained_parameters,
+)
+
+from recllm import files, schema
+from recllm.convert.pipeline import convert
+from recllm.convert.targets import Sequences, find_targets
+from recllm.convert.templates import load_template
+from recllm.data.dataset import Dataset, pad_left
+from recllm.evaluate.evaluation import evaluate, table_text
+from recllm.evaluate.language_model import swapped_rows
+from recllm.model.adapter import accepts_history, build_adapter, fit_gate_statistics, save_adapter
+from recllm.model.base_model import load_base_model
+from recllm.model.sequence_encoder import load_encoder
+from recllm.recipe import Recipe, load_recipe
+from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, tokenize
+from recllm.train.encoder import fit_encoder
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "eval" / "reference" / "movielens_gate.md"
+KEY = ("data", "protocol", "window", "arm", "seed")
+ARMS = ("lora", "ilora", "soft_token", "shuffled", "sigmoid")
+TEMPLATE = "next_item/films"
+MAX_ITEMS = 200
+TAIL = 0.2  # of a user's interactions, held out by protocol last_20
+
+
+class Run(NamedTuple):
+    """Everything that the arms of one data set, window and seed share."""
+
+    arguments: argparse.Namespace
+    data: str
+    window: int
+    seed: int
+    folder: Path
+    encoder_folder: Path
+    recipe: Recipe
+    dataset: Dataset
+    tokenizer: Any
+    collator: Collator
+    train: TokenizedExamples
+    held: TokenizedExamples
+    titles: list[int]  # held-out titles of each window
+
+
+def main() -> None:
+    """Run what is missing, evaluate where asked, report."""
+    arguments = _arguments()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    cells = Cells(arguments.work / "cells.jsonl", KEY)
+    if not arguments.report:
+        for seed in arguments.seeds:  # a whole seed first: a run that is stopped has something to compare
+            for window in arguments.windows:
+                run_arms(arguments, cells, window, seed)
+    text = report(cells)
+    print(text)
+    if arguments.report:
+        files.write_text(arguments.output, text)
+
+
+def run_arms(arguments: argparse.Namespace, cells: Cells, window: int, seed: int) -> None:
+    """The missing arms of a window and seed, then the evaluation of those that are there."""
+    data = arguments.data.split("=")[0]
+    done = cells.read()
+    missing = [arm for arm in arguments.arms if (data, arguments.protocol, window, arm, seed) not in done]
+    if not missing and not arguments.evaluate:
+        return
+    run = prepare(arguments, data, window, seed)
+    if arguments.estimate:
+        estimate(run)
+        return
+    for arm in missing:
+        started = time.monotonic()
+        for cell in reversed(fit_arm(run, arm)):  # the arm's own cell last: it marks all of them as done
+            cells.add(cell | {"wall_s": round(time.monotonic() - started, 1)})
+            _say(f"window {window} seed {seed} {cell['arm']}: {_per_title(cell):.4f} nats a title")
+        _say(f"  {time.monotonic() - started:.0f} s")
+    if arguments.evaluate:
+        evaluate_arms(run)
+
+
+def _per_title(cell: Cell) -> float:
+    return float(np.average(cell["nats"], weights=cell["titles"]))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- data ----
+
+
+def prepare(arguments: argparse.Namespace, data: str, window: int, seed: int) -> Run:
+    """Convert and fit the encoder where that is not done, and tokenise."""
+    shared = Path(arguments.work) / f"{data}-{arguments.protocol}-seed{seed}"
+    folder = shared / f"window{window}"
+    recipe = make_recipe(arguments, data, window, seed, folder)
+    if not (folder / "dataset").is_dir():
+        with contextlib.redirect_stdout(sys.stderr):
+            convert(recipe, folder / "dataset", workers=None)
+    dataset = Dataset.open(folder / "dataset")
+    encoder_folder = shared / "encoder"  # the windows share split and vocabulary
+    if not encoder_folder.is_dir():
+        fit_encoder(dataset, recipe.encoder, MAX_ITEMS, seed, encoder_folder)
+    _, tokenizer = load_base_model(recipe.model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    train = tokenize(dataset.example_batches("train", COLUMNS), tokenizer, 2048, "train")
+    held, titles = held_out(dataset, tokenizer, window, arguments.max_windows)
+    shared_parts = (recipe, dataset, tokenizer, Collator(int(pad)), train, held, titles)
+    return Run(arguments, data, window, seed, folder, encoder_folder, *shared_parts)
+
+
+def make_recipe(arguments: argparse.Namespace, data: str, window: int, seed: int, folder: Path) -> Recipe:
+    """The shipped recipe of the data set with this window, protocol and seed."""
+    name = "movielens_1m/next_item_ilora" if data == "ml-1m" else "movielens/next_item_ilora"
+    overrides = [
+        f"seed={seed}",
+        f"output_dir={folder}",
+        f"prompt.max_items={window}",
+        f"tasks.0.dense_window={window}",
+        f"history.max_items={MAX_ITEMS}",
+        f"model.name_or_path={arguments.model}",
+        f"model.dtype={arguments.dtype}",
+        f"encoder.max_epochs={arguments.encoder_epochs}",
+        *arguments.set,
+    ]
+    recipe = load_recipe(name, [*_paths(arguments.data), *overrides])
+    if arguments.protocol == "temporal":
+        return recipe
+    rows = write_tail_rows(recipe, folder.parent)
+    split = {"method": "given", "min_history": 1, "given": {name: str(path) for name, path in rows.items()}}
+    protocol = recipe.protocol.model_dump() | {"name": "last_20", "split": split}
+    return Recipe.model_validate(recipe.model_dump() | {"protocol": protocol})
+
+
+def _paths(data: str) -> list[str]:
+    """Overrides that point the recipe of MovieLens-1M at a folder (shared/data/ml-1m-dbpedia)."""
+    name, _, path = data.partition("=")
+    if name != "ml-1m":
+        return []
+    shipped = load_recipe("movielens_1m/next_item_ilora").data
+    old = Path(shipped.items.path).parent  # the files keep their places within the folder
+    logs = [shipped.interactions.path] if isinstance(shipped.interactions.path, str) else shipped.interactions.path
+    moved = [str(Path(path) / Path(log).relative_to(old)) for log in logs]
+    overrides = [
+        f"data.interactions.path={json.dumps(moved)}",
+        f"data.items.path={Path(path) / Path(shipped.items.path).name}",
+    ]
+    if shipped.items.id_map:
+        overrides.append(f"data.items.id_map.path={Path(path) / Path(shipped.items.id_map.path).relative_to(old)}")
+    return overrides
+
+
+def write_tail_rows(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    """Rows of split.given that make the last TAIL of each user test and the position before it valid.
+
+    A user's interactions behind a given target are not trained on, so one target, the first of the tail, is enough.
+    """
+    temporal = folder / "order"  # the project's own reading, filtering and order
+    if not temporal.is_dir():
+        with contextlib.redirect_stdout(sys.stderr):
+            convert(recipe, temporal, workers=None)
+    dataset = Dataset.open(temporal)
+    sequences, item_ids = dataset.sequences, dataset.items["item_id"].to_pylist()
+    rows: dict[str, list[dict[str, Any]]] = {"valid": [], "test": []}
+    for user, user_id in enumerate(sequences.user_ids.to_pylist()):
+        items = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
+        first = len(items) - round(TAIL * len(items))
+        if first < 3 or first >= len(items):
+            continue
+        for split, place in (("valid", first - 1), ("test", first)):
+            history = [item_ids[item] for item in items[:place]]
+            rows[split].append({"user": user_id, "history": history, "target": item_ids[items[place]]})
+    paths = {split: folder / f"{split}.jsonl" for split in rows}
+    for split, path in paths.items():
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows[split]))
+    return paths
+
+
+def held_out(dataset: Dataset, tokenizer: Any, window: int, max_windows: int) -> tuple[TokenizedExamples, list[int]]:
+    """Windows over everything from each user's first test position on, written as training windows are.
+
+    Also how many titles each has. Of more than `max_windows` a choice is taken, the same for every seed.
+    """
+    sequences = dataset.sequences
+    users = np.repeat(np.arange(sequences.num_users), np.diff(sequences.offsets))
+    tested = np.flatnonzero(sequences.splits == schema.TEST)
+    first = np.full(sequences.num_users, np.iinfo(np.int64).max)
+    np.minimum.at(first, users[tested], tested)
+    roles = np.where(np.arange(len(users)) >= first[users], schema.TRAIN, schema.UNUSED).astype(np.int8)
+    number = np.arange(sequences.num_users)
+    flat = Sequences(
+        sequences.offsets,
+        sequences.items,
+        sequences.timestamps,
+        roles,
+        None,
+        number.astype(np.int32),
+        sequences.user_keys,
+        sequences.user_ids,  # type: ignore[arg-type]
+    )
+    found = find_targets(flat, schema.TRAIN, dense_window=window)
+    if len(found) > max_windows:  # the same for all seeds and arms
+        found = found.take(np.sort(np.random.default_rng(0).choice(len(found), max_windows, replace=False)))
+    text = str(load_template(TEMPLATE, "next_item", dense=True).phrasings[0].window).split("%}")[-1].strip()
+    rows = []
+    for user, start, stop in zip(found.row.tolist(), found.start.tolist(), found.stop.tolist()):
+        items = sequences.items[sequences.offsets[user] + start : sequences.offsets[user] + stop]
+        lines = "".join(f"{dataset.titles[item]}\n" for item in items)
+        messages = [{"role": "user", "content": text}], [{"role": "assistant", "content": lines}]
+        rows.append((f"held/{user}/{start}", user, start, *messages))
+    columns = [pl.Series(name, values) for name, values in zip(COLUMNS, zip(*rows))]
+    table = pl.DataFrame(columns).to_arrow().cast(_example_types())
+    return tokenize(table.to_batches(), tokenizer, 2048, "test"), (found.stop - found.start).tolist()
+
+
+def _example_types() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([schema.EXAMPLES.field(name) for name in COLUMNS])
+
+
+# ---- cells ----
+
+
+def fit_arm(run: Run, arm: str) -> list[Cell]:
+    """Train one arm, keep its adapter, and score the held-out windows; of ilora also under control gates."""
+    model, trained, held = set_up(run, arm)
+    plan = Plan(run.arguments.steps, run.arguments.batch_size, 1e-3, 3e-3, run.seed)
+    log = fit(model, run.train, run.collator, trained, plan, f"window {run.window} seed {run.seed} {arm}")
+    if arm != "shuffled":
+        save_adapter(model, run.folder / arm, items=run.dataset.folder / "items.parquet", manifest=run.dataset.manifest)
+    found = [_cell(run, arm, model, held, log)]
+    if arm == "ilora":
+        uniform = {"gate_weights": torch.full((len(run.held), model.peft_config["default"].num_experts), 0.0)}
+        uniform["gate_weights"] += 1 / uniform["gate_weights"].shape[1]
+        found.append(_cell(run, "ilora@uniform", model, uniform, log))
+        found.append(_cell(run, "ilora@shuffled", model, _shuffled(run, run.held, held), log))
+    return found
+
+
+def set_up(run: Run, arm: str) -> tuple[Any, Tables, Tables]:
+    """A fresh adapter, and what it is given for the training and the held-out windows."""
+    torch.manual_seed(run.seed)
+    base, _ = load_base_model(run.recipe.model)
+    encoder, _ = load_encoder(run.encoder_folder)
+    method = arm if arm in ("lora", "soft_token") else "ilora"
+    section = run.recipe.adapter.model_copy(update={"method": method})
+    if arm == "sigmoid":
+        section = section.model_copy(update={"gate": section.gate.model_copy(update={"type": "sigmoid"})})
+    model = build_adapter(base, section, encoder).to(run.arguments.device)
+    same_start(model, run.seed)
+    if run.arguments.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not accepts_history(model):
+        return model, {}, {}
+    trained, held = ({"representation": states(run, examples)} for examples in (run.train, run.held))
+    if arm == "shuffled":
+        trained, held = _shuffled(run, run.train, trained), _shuffled(run, run.held, held)
+    fit_gate_statistics(model, trained["representation"].cpu())
+    return model, trained, held
+
+
+@torch.no_grad()
+def states(run: Run, examples: TokenizedExamples) -> torch.Tensor:
+    """(N, D): what the encoder says of everything before each window."""
+    encoder, _ = load_encoder(run.encoder_folder)
+    found = torch.empty(len(examples), encoder.hidden_size)
+    order = np.argsort(examples.history_ends, kind="stable")
+    for start in range(0, len(order), 256):
+        rows = order[start : start + 256]
+        users, ends = examples.user_indices[rows], examples.history_ends[rows]
+        histories = [run.dataset.history(int(user), int(end), MAX_ITEMS) for user, end in zip(users, ends)]
+        found[torch.from_numpy(rows)] = encoder(torch.from_numpy(pad_left(histories)))
+    return found
+
+
+def _shuffled(run: Run, examples: TokenizedExamples, tables: Tables) -> Tables:
+    """Each example with the row of another user."""
+    rows = swapped_rows(examples.user_indices, np.random.default_rng([run.seed, 1]))
+    if rows is None:
+        raise RuntimeError("all examples are of one user: nobody to swap with")
+    return {name: table[torch.from_numpy(rows)] for name, table in tables.items()}
+
+
+def _cell(run: Run, arm: str, model: Any, tables: Tables, log: dict[str, float]) -> Cell:
+    nats, _ = score(model, run.held, run.collator, tables, 2 * run.arguments.batch_size)
+    titles = np.array(run.titles)
+    return {
+        "data": run.data,
+        "protocol": run.arguments.protocol,
+        "window": run.window,
+        "arm": arm,
+        "seed": run.seed,
+        "parameters": trained_parameters(model),
+        "nats": [round(value, 4) for value in (nats / titles).tolist()],
+        "titles": run.titles,
+        "same_people": True,
+        "users": run.held.user_indices.tolist(),
+        "history": run.held.history_ends.tolist(),
+        "steps": run.arguments.steps,
+        "model": run.arguments.model,
+        "machine": this_machine(run.arguments.device),
+        **log,
+    }
+
+
+def evaluate_arms(run: Run) -> None:
+    """The report's metrics over 20 candidates with the baselines, all adapters of a window and seed in one report."""
+    folders = {arm: run.folder / arm for arm in ("ilora", *ARMS) if (run.folder / arm).is_dir()}
+    report_folder = run.folder / "report"
+    if "ilora" not in folders or (report_folder / "metrics.json").is_file():
+        return
+    others = {f"{arm}_arm": str(folder) for arm, folder in folders.items() if arm != "ilora"}
+    section = run.recipe.evaluate.model_copy(update={"adapters": others, "max_examples": run.arguments.max_examples})
+    recipe = run.recipe.model_copy(update={"evaluate": section})
+    with contextlib.redirect_stdout(sys.stderr):
+        evaluate(recipe, run.dataset.folder, run.encoder_folder, folders["ilora"], report_folder)
+    for arm in folders:  # half a gigabyte a seed otherwise; the report stays
+        if not run.arguments.keep:
+            shutil.rmtree(folders[arm])
+
+
+def estimate(run: Run) -> None:
+    """Minutes a cell on this machine, from a few steps and a few held-out windows."""
+    model, trained, held = set_up(run, "ilora")
+    began = time.process_time()
+    log = fit(model, run.train, run.collator, trained, Plan(4, run.arguments.batch_size, 1e-3, 3e-3, run.seed))
+    cpu_s = (time.process_time() - began) / 4
+    count = min(32, len(run.held))
+    few = _first(run.held, count)
+    started = time.perf_counter()
+    score(model, few, run.collator, {name: table[:count] for name, table in held.items()}, 2 * run.arguments.batch_size)
+    scoring = (time.perf_counter() - started) / count * len(run.held)
+    minutes = (run.arguments.steps * log["step_s"] + scoring) / 60
+    print(
+        f"window {run.window}: {len(run.train)} training and {len(run.held)} held-out windows ("
+        f"{sum(run.titles)} titles, "
+        f"{len(np.unique(run.held.user_indices))} users); {log['step_s']:.2f} s a step "
+        f"({cpu_s:.2f} CPU-s), {scoring:.0f} s a scoring: "
+        f"{minutes:.1f} minutes a cell (ilora {minutes + 2 * scoring / 60:.1f} with its two controls)"
+    )
+
+
+def _first(examples: TokenizedExamples, count: int) -> TokenizedExamples:
+    rows = [examples[row] for row in range(count)]
+    tokens = np.concatenate([row.input_ids for row in rows])
+    columns = [np.array([len(row.input_ids) for row in rows])]
+    columns += [
+        np.array(part)[:count] for part in (examples.completion_tokens, examples.user_indices, examples.history_ends)
+    ]
+    return TokenizedExamples(tokens, *columns)
+
+
+# ---- the report ----
+
+
+def report(cells: Cells) -> str:
+    """The tables of all finished cells, as Markdown."""
+    found = list(cells.read().values())
+    if not found:
+        return f"no finished cell in {cells.path}: run without --report first"
+    steps = sorted({cell["steps"] for cell in found})
+    lines = ["# MovieLens: does the gate help?", ""]
+    lines += [
+        f"Command: `python scripts/reproduce/movielens.py`, seeds {sorted({cell['seed'] for cell in found})}, "
+        f"{steps} steps. {machine_line(found)} {', '.join(sorted({cell['model'] for cell in found}))}.",
+        "Nats a held-out title, lower is better, 95% bootstrap intervals over users; differences are to plain LoRA on",
+        "the same titles, p is Holm's over the arms of a table. Seeds change batches, initialisation, encoder and",
+        "phrasings, not the held-out titles: a user's titles under all seeds are resampled together.",
+        "",
+    ]
+    groups = dict.fromkeys((cell["data"], cell["protocol"], cell["window"]) for cell in found)
+    for group in sorted(groups):
+        here = [cell for cell in found if (cell["data"], cell["protocol"], cell["window"]) == group]
+        lines += [*_group(group, here), ""]
+    for path in sorted(cells.path.parent.glob("*/window*/report/metrics.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        lines += [
+            f"## {path.parents[2].name}, {path.parents[1].name}: 20 candidates",
+            "",
+            "```",
+            table_text(document).strip(),
+            "```",
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _group(group: tuple[str, str, int], cells: list[Cell]) -> list[str]:
+    data, protocol, window = group
+    arms = {arm: [c for c in cells if c["arm"] == arm] for arm in (*ARMS, "ilora@uniform", "ilora@shuffled")}
+    title = f"## {data}, protocol {protocol}, windows of {window} titles, the gate reads up to {MAX_ITEMS} items"
+    if not arms["lora"]:
+        return [title, "", "Plain LoRA is not finished."]
+    first = arms["lora"][0]
+    size = f"{sum(first['titles'])} titles in {len(first['users'])} windows of {len(set(first['users']))} users"
+    header = ["arm", "nats a title", "against plain LoRA", "by seed", "trained parameters"]
+    lines = [title, "", f"{size}.", "", markdown(header, comparison_rows(arms, "lora")), ""]
+    for other in ("soft_token", "shuffled", "ilora@shuffled", "ilora@uniform"):
+        gap = against(arms["ilora"], arms[other])
+        if gap:
+            lines.append(f"- ilora against {other}: {gap.text(gap.p_value).replace(' | ', '; by seed ')}")
+    return lines
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence/movielens"))
+    parser.add_argument("--output", type=Path, default=REPORT)
+    parser.add_argument("--data", default="ml-100k", help="ml-100k, or ml-1m=FOLDER with its files")
+    parser.add_argument("--protocol", default="temporal", choices=["temporal", "last_20"])
+    parser.add_argument("--windows", type=int, nargs="+", default=[5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=["lora", "ilora", "soft_token", "shuffled"], choices=ARMS)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-windows", type=int, default=800, help="held-out windows at most")
+    parser.add_argument("--encoder-epochs", type=int, default=200)
+    parser.add_argument("--model", default="offline://smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, where memory is short")
+    parser.add_argument("--evaluate", action="store_true", help="20 candidates and the baselines, by recllm evaluate")
+    parser.add_argument("--max-examples", type=int, default=200, help="users that --evaluate scores")
+    parser.add_argument("--keep", action="store_true", help="keep the adapters after --evaluate")
+    parser.add_argument("--estimate", action="store_true", help="time a few steps and stop")
+    parser.add_argument("--report", action="store_true", help="write the report from the cells that are there")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the recipe")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
