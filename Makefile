@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/pip install --disable-pip-version-check -e ".[dev]"
+	env -u CUDA_HOME DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check -e ".[dev,deepspeed,quant]"
 	touch $@
 
 quickstart: $(VENV)/installed

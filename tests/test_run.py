@@ -74,6 +74,7 @@ def test_a_broken_record_makes_a_stage_run_again(tiny_recipe) -> None:
         ("protocol.bootstrap.samples=500", {"evaluate"}),
         ("protocol.ranking.exclude_history=false", {"encoder", "evaluate"}),
         ("encoder.hidden_size=4", {"encoder"}),
+        ("encoder.joint_learning_rate=1e-3", {"train"}),
         ("adapter.r=2", {"train"}),
         ("train.max_steps=2", {"train"}),
         ("evaluate.batch_size=2", {"evaluate"}),

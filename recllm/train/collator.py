@@ -1,7 +1,7 @@
 """Examples → batches.
 
 Arrow batches of examples (schema.EXAMPLES) and a tokenizer enter; left-padded tensors leave, with the loss on the
-completion only and, for an instance-wise adapter, the histories that its gate reads.
+completion only and what the adapter reads of each user: histories, representations or gate weights.
 """
 
 from array import array
@@ -31,6 +31,16 @@ class Row(NamedTuple):
     completion_tokens: int  # how many of them, at the end, carry the loss
     user_index: int
     history_end: int  # the gate reads positions [0, history_end) of this user
+    given: tuple[str, Array] | None = None  # a forward argument of the adapter and this row's value of it
+
+
+def without_loss(index: int) -> int:
+    """The index under which TokenizedExamples has the same example without loss.
+
+    >>> without_loss(0)
+    -1
+    """
+    return ~index
 
 
 class TokenizedExamples(torch.utils.data.Dataset):
@@ -42,6 +52,8 @@ class TokenizedExamples(torch.utils.data.Dataset):
         """`tokens` holds the ids of all N examples, one after the other; the others are (N,), as in `Row`."""
         self.lengths, self.completion_tokens = lengths, completion_tokens
         self.user_indices, self.history_ends = user_indices, history_ends
+        self.argument: str | None = None
+        self.table: Array = np.empty(0)  # with `argument`: see give()
         self._tokens = tokens
         self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -49,12 +61,25 @@ class TokenizedExamples(torch.utils.data.Dataset):
         """Number of examples."""
         return len(self.lengths)
 
+    def give(self, argument: str, table: Array) -> None:
+        """Have each row carry its own line of `table` (N, …): what the adapter's forward gets as `argument`.
+
+        "representation" (N, D) or "gate_weights" (N, K); the table may be memory-mapped.
+
+        Raises:
+            UserError: it does not have one line for each example.
+        """
+        if len(table) != len(self):
+            raise UserError(f"{argument} has {len(table)} rows, the examples are {len(self)}: give one row for each")
+        self.argument, self.table = argument, table
+
     def __getitem__(self, index: int) -> Row:
-        """One example."""
-        tokens = self._tokens[self._offsets[index] : self._offsets[index + 1]]
-        return Row(
-            tokens, int(self.completion_tokens[index]), int(self.user_indices[index]), int(self.history_ends[index])
-        )
+        """One example; ~index (`without_loss`) is the same example with no loss on any token."""
+        example = ~index if index < 0 else index
+        tokens = self._tokens[self._offsets[example] : self._offsets[example + 1]]
+        completion = 0 if index < 0 else int(self.completion_tokens[example])
+        given = None if self.argument is None else (self.argument, self.table[example])
+        return Row(tokens, completion, int(self.user_indices[example]), int(self.history_ends[example]), given)
 
 
 def tokenize(
@@ -149,7 +174,9 @@ class Collator:
 
     input_ids, attention_mask, position_ids, labels are (B, T) int64; labels are -100 outside the completion.
     logits_to_keep is the longest completion + 1: the language-model head runs over so many last positions only.
-    history_items (B, L) int64, item indices oldest first, -1 to the left of shorter histories; only with `histories`.
+    representation (B, D) or gate_weights (B, …) float32 where the examples carry them (`TokenizedExamples.give`);
+    otherwise, and only with `histories`, history_items (B, L) int64: item indices oldest first, -1 to the left of
+    shorter histories.
     """
 
     def __init__(self, pad_token_id: int, histories: Dataset | None = None, max_items: int = 200) -> None:
@@ -169,9 +196,12 @@ class Collator:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "labels": torch.where(from_the_end <= completions[:, None], input_ids, IGNORE),
-            "logits_to_keep": int(completions.max()) + 1,
+            "logits_to_keep": max(int(completions.max()), 1) + 1,
         }
-        if self.histories is not None:
+        if given := [row.given for row in rows if row.given is not None]:
+            values = np.stack([np.asarray(value, dtype=np.float32) for _, value in given])
+            batch[given[0][0]] = torch.from_numpy(values)
+        elif self.histories is not None:
             histories = [self.histories.history(row.user_index, row.history_end, self.max_items) for row in rows]
             batch["history_items"] = torch.from_numpy(pad_left(histories))
         return batch

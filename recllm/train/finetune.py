@@ -14,24 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import PartialState
-from accelerate.utils import tqdm
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from recllm import files
 from recllm.convert.templates import load_template
-from recllm.data.dataset import Dataset, pad_left
+from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.model.adapter import build_adapter, fit_gate_statistics, load_adapter, save_adapter
-from recllm.model.base_model import load_base_model
-from recllm.model.sequence_encoder import SASRec, load_encoder
+from recllm.model.adapter import accepts_history, build_adapter, fit_gate_statistics, load_adapter, save_adapter
+from recllm.model.base_model import load_base_model, prepare_for_training
+from recllm.model.sequence_encoder import SequenceEncoder, load_encoder
+from recllm.model.servable import servable_text
 from recllm.recipe import Recipe
+from recllm.train import engines
 from recllm.train.card import model_card
 from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, tokenize
-from recllm.train.trainer import AdapterTrainer, last_checkpoint
+from recllm.train.representations import encode_examples, representation_table, statistics_examples
+from recllm.train.trainer import ENCODER, GATE, SOFT_TOKEN, AdapterTrainer, last_checkpoint
 
 OURS = {  # keys of TrainingArguments that a recipe may not set, and why
     "output_dir": "checkpoints go beside the adapter: set output_dir at the top of the recipe",
@@ -64,8 +67,8 @@ NO_WEIGHT = (  # beginnings of keys of `train:` that do not touch the weights: t
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
 )
-STATISTICS_HISTORIES = 50_000  # mean and deviation of so many are as good as those of all
 PROBE_ROWS = 2
+Array = npt.NDArray[Any]
 RELOADED = "reloaded"
 TOLERANCE = 1e-5  # of the reloaded adapter's logits, relative to their largest: the same weights give the same numbers
 
@@ -78,37 +81,50 @@ def train(
     *,
     resume: bool = True,
     allow_template_mismatch: bool = False,
+    gate_inputs: dict[str, Array] | None = None,
 ) -> Path:
-    """Fine-tune the recipe's adapter and write it to `output`.
+    """Fine-tune the recipe's adapter and write it to `output`; all processes of a launch call it.
+
+    Args:
+        recipe: the run.
+        dataset_folder: what `recllm convert` wrote.
+        encoder_folder: the fitted sequence encoder; not read for a plain LoRA.
+        output: the adapter folder; checkpoints and logs go beside it.
+        resume: go on from the last checkpoint of this very run, if there is one.
+        allow_template_mismatch: train on a dataset of other templates than the recipe's.
+        gate_inputs: for controls: "representation" (N, D) or "gate_weights" (N, K), a row a training example, in place
+            of what the encoder says.
 
     Raises:
-        UserError: anything of recipe, dataset and encoder that does not fit together, before any long work;
+        UserError: anything of recipe, dataset, encoder and launch that does not fit together, before any long work;
             a loss that is not finite; a saved adapter that does not give the logits of the trained one.
     """
     output = Path(output)
     dataset = Dataset.open(Path(dataset_folder))
     checkpoints = output.parent / "checkpoints"
     arguments = training_arguments(recipe, checkpoints)
+    engines.check_launch()
     encoder = check_inputs(recipe, dataset, Path(encoder_folder), allow_template_mismatch)
     set_seed(recipe.seed)
     base_model, tokenizer = load_base_model(recipe.model)
-    model = build_adapter(base_model, recipe.adapter, encoder)
+    model = build_adapter(prepare_for_training(base_model), recipe.adapter, encoder)
+    if PartialState().is_main_process:
+        print(f"recllm: {servable_text(base_model.config, model.peft_config['default'])}", file=sys.stderr)
     examples = tokenize_split(dataset, "train", tokenizer, model)
     evaluated = tokenize_split(dataset, "valid", tokenizer, model) if arguments.eval_strategy != "no" else None
-    fingerprint = fingerprint_of(recipe, dataset, Path(encoder_folder))
-    checkpoint = _resume_from(checkpoints, fingerprint, resume)
-    if encoder is not None and checkpoint is None:  # a checkpoint brings its own
-        max_items = recipe.history.max_items
-        states = representations(encoder, dataset, examples, max_items, recipe.seed, arguments.device)
-        fit_gate_statistics(model, states)
+    fingerprint = fingerprint_of(recipe, dataset, Path(encoder_folder), gate_inputs)
+    checkpoint = _resume_from(checkpoints, fingerprint, resume, engines.asked_engine(arguments))
+    if encoder is not None:
+        give_gate_inputs(recipe, model, encoder, dataset, examples, evaluated, arguments.device, output, gate_inputs)
+        if checkpoint is None:  # a checkpoint brings its own
+            _fit_statistics(recipe, model, encoder, dataset, examples, arguments.device)
     trainer = make_trainer(
         recipe, model, tokenizer, dataset, examples, evaluated, arguments, fingerprint, output.parent / "logs"
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.is_world_process_zero():
-        save_and_check(recipe, trainer, dataset, examples, output)
-        if "save_total_limit" not in recipe.train:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+    save_and_check(recipe, trainer, dataset, examples, output)
+    if trainer.is_world_process_zero() and "save_total_limit" not in recipe.train:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return output
 
@@ -158,7 +174,9 @@ def _number(value: Any, default: Any) -> Any:
     return value
 
 
-def check_inputs(recipe: Recipe, dataset: Dataset, encoder_folder: Path, allow_mismatch: bool) -> SASRec | None:
+def check_inputs(
+    recipe: Recipe, dataset: Dataset, encoder_folder: Path, allow_mismatch: bool
+) -> SequenceEncoder | None:
     """Refuse a dataset or encoder that does not belong to this recipe; returns the encoder, None for plain LoRA."""
     _check_settings(recipe, dataset)
     _check_templates(recipe, dataset, allow_mismatch)
@@ -221,51 +239,88 @@ def tokenize_split(
     return tokenize(batches, tokenizer, context_tokens(model.config), split, total)
 
 
-def fingerprint_of(recipe: Recipe, dataset: Dataset, encoder_folder: Path) -> str:
+def fingerprint_of(
+    recipe: Recipe, dataset: Dataset, encoder_folder: Path, gate_inputs: dict[str, Array] | None = None
+) -> str:
     """sha256 over all that decides the weights of a run: only its own checkpoints may be resumed."""
     document = recipe.model_dump(mode="json")
     if not recipe.train.get("load_best_model_at_end"):  # with it, when is saved decides what is loaded
         document["train"] = {k: v for k, v in document["train"].items() if not k.startswith(NO_WEIGHT)}
     read: dict[str, Any] = {key: document[key] for key in ("seed", "model", "adapter", "train", "history", "prompt")}
-    read["num_processes"] = PartialState().num_processes
     read["dataset"] = files.sha256_of(dataset.folder / "manifest.json")
     if recipe.adapter.method != "lora":
-        read["encoder"] = files.sha256_of(encoder_folder)
+        read["encoder"] = [document["encoder"], files.sha256_of(encoder_folder)]
+    for name, table in (gate_inputs or {}).items():
+        read[name] = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+# ---- what the gate reads ----
+
+
+def give_gate_inputs(
+    recipe: Recipe,
+    model: PeftModel,
+    encoder: SequenceEncoder,
+    dataset: Dataset,
+    examples: TokenizedExamples,
+    evaluated: TokenizedExamples | None,
+    device: torch.device,
+    output: Path,
+    gate_inputs: dict[str, Array] | None,
+) -> None:
+    """Have each example carry what the adapter reads: a given table's row, or what the frozen encoder says of it.
+
+    With encoder.joint_learning_rate nothing is carried and the encoder is set to be trained: the batches then hold the
+    histories themselves.
+
+    Raises:
+        UserError: tables that do not fit the examples, or together with evaluation during training or a joint encoder.
+    """
+    joint = recipe.encoder.joint_learning_rate is not None
+    if gate_inputs:
+        if len(gate_inputs) != 1 or evaluated is not None or joint:
+            raise UserError(
+                f"gate_inputs has {', '.join(gate_inputs)}: one table is expected, of the training examples; without "
+                "train.eval_strategy (its examples have none) and without encoder.joint_learning_rate"
+            )
+        ((argument, table),) = gate_inputs.items()
+        examples.give(argument, table)
+    elif joint:
+        model.base_model.set_encoder(encoder, "default", trainable=True)  # type: ignore[operator]  # nn.Module to PEFT
+    else:
+        for part in (examples, evaluated):
+            if part is not None:
+                folder = output.parent
+                table = representation_table(encoder, dataset, part, recipe.history.max_items, folder, device)
+                part.give("representation", table)
+
+
+def _fit_statistics(
+    recipe: Recipe,
+    model: PeftModel,
+    encoder: SequenceEncoder,
+    dataset: Dataset,
+    examples: TokenizedExamples,
+    device: torch.device,
+) -> None:
+    """On raw SASRec states, which share a large common component, a softmax gate collapses onto one expert."""
+    chosen = statistics_examples(examples, recipe.seed)
+    if examples.argument == "representation":
+        states = torch.from_numpy(np.asarray(examples.table[chosen], dtype=np.float32))
+    else:
+        states = encode_examples(encoder, dataset, examples, chosen, recipe.history.max_items, device)
+    fit_gate_statistics(model, states)
 
 
 # ---- the run ----
 
 
-@torch.no_grad()
-def representations(
-    encoder: SASRec,
-    dataset: Dataset,
-    examples: TokenizedExamples,
-    max_items: int,
-    seed: int,
-    device: torch.device,
-    rows: int = 256,
-) -> torch.Tensor:
-    """(N, D): what the encoder says of the histories of training examples; the gate standardises by these.
-
-    On raw SASRec states, which share a large common component, a softmax gate collapses onto one expert. Of more than
-    STATISTICS_HISTORIES histories that are not empty a seeded choice is taken.
-    """
-    chosen = np.flatnonzero(examples.history_ends)  # an empty history has a uniform gate, whatever the statistics
-    if len(chosen) > STATISTICS_HISTORIES:
-        chosen = np.random.default_rng([seed, 0]).choice(chosen, STATISTICS_HISTORIES, replace=False)
-    chosen = chosen[np.argsort(examples.history_ends[chosen], kind="stable")]  # like lengths together: less padding
-    at_home = encoder.item_embedding.weight.device
-    encoder.to(device)
-    states = [torch.empty(0, encoder.hidden_size)]
-    for begin in tqdm(range(0, len(chosen), rows), desc="gate statistics", unit="batch"):
-        part = chosen[begin : begin + rows]
-        ends, users = examples.history_ends[part], examples.user_indices[part]
-        histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, ends)]
-        states.append(encoder(torch.from_numpy(pad_left(histories)).to(device)).cpu())
-    encoder.to(at_home)
-    return torch.cat(states)
+def own_learning_rates(recipe: Recipe) -> dict[str, float]:
+    """Part of a parameter's name → its learning rate, where it is not train.learning_rate."""
+    part = {"ilora": GATE, "soft_token": SOFT_TOKEN}.get(recipe.adapter.method)
+    rates = {part: recipe.adapter.gate.learning_rate, ENCODER: recipe.encoder.joint_learning_rate} if part else {}
+    return {name: rate for name, rate in rates.items() if name is not None and rate is not None}
 
 
 def make_trainer(
@@ -280,7 +335,7 @@ def make_trainer(
     logs: Path,
 ) -> AdapterTrainer:
     """The trainer of this run; `evaluated` only where the recipe asks for evaluation during training."""
-    histories = dataset if recipe.adapter.method == "ilora" else None
+    histories = dataset if accepts_history(model) else None  # read where the examples carry nothing
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     trainer = AdapterTrainer(
         model=model,
@@ -288,7 +343,8 @@ def make_trainer(
         data_collator=Collator(pad_token_id, histories, recipe.history.max_items),
         train_dataset=examples,
         eval_dataset=evaluated,
-        gate_learning_rate=recipe.adapter.gate.learning_rate if histories is not None else None,
+        learning_rates=own_learning_rates(recipe),
+        balance=recipe.adapter.gate.balance,
         fingerprint=fingerprint,
     )
     for callback in trainer.callback_handler.callbacks:
@@ -297,10 +353,10 @@ def make_trainer(
     return trainer
 
 
-def _resume_from(folder: Path, fingerprint: str, resume: bool) -> str | None:
+def _resume_from(folder: Path, fingerprint: str, resume: bool, engine: str = engines.ALONE) -> str | None:
     """The checkpoint to go on from; None begins afresh: the checkpoints of other runs are moved out of the way."""
     state = PartialState()
-    found = last_checkpoint(folder, fingerprint, state.num_processes) if resume else None
+    found = last_checkpoint(folder, fingerprint, state.num_processes, engine) if resume else None
     state.wait_for_everyone()  # all ranks have looked before the first one tidies up
     if state.is_main_process:
         if found is not None:
@@ -322,42 +378,61 @@ def _set_aside(folder: Path) -> None:
 # ---- after training ----
 
 
+@torch.no_grad()
 def save_and_check(
     recipe: Recipe, trainer: AdapterTrainer, dataset: Dataset, examples: TokenizedExamples, output: Path
 ) -> None:
     """Write the adapter to a folder beside `output`, reload and check it there, then move it into place.
 
+    All processes call it: a split model runs only where all of them run. The first one writes and compares.
+
     Raises:
         UserError: what was saved is not what was trained; `output` stays as it was.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    weights = engines.whole_weights(model)
+    probe = _probe(trainer, examples)
+    wanted = _logits(model, probe)
+    engines.split_again(model)  # reading the state does so too, on the first process only
+    if not trainer.is_world_process_zero():
+        with model.disable_adapter():  # its part of the base model, while the first process runs the saved adapter
+            _logits(model, {name: value for name, value in probe.items() if name != "history_items"})
+        return
     history = trainer.state.log_history
-    # those whose gate has most to say: an empty history has a uniform one, whatever was saved
-    longest = np.argsort(-examples.history_ends, kind="stable")[:PROBE_ROWS]
-    rows: list[Any] = [examples[int(i)] for i in longest]
     with files.replacing_folder(output) as staging:
         card = model_card(recipe, dataset.manifest, history)
-        save_adapter(model, staging, items=dataset.folder / "items.parquet", manifest=dataset.manifest, card=card)
+        items, manifest = dataset.folder / "items.parquet", dataset.manifest
+        save_adapter(model, staging, items=items, manifest=manifest, card=card, state_dict=weights)
         files.write_json(staging / "training_log.json", history)
-        check_saved(model, staging, trainer.data_collator(rows))
+        check_saved(model, staging, probe, wanted)
+
+
+def _probe(trainer: AdapterTrainer, examples: TokenizedExamples) -> dict[str, Any]:
+    """A batch without labels of the examples whose gate has most to say: an empty history has a uniform one."""
+    longest = np.argsort(-examples.history_ends, kind="stable")[:PROBE_ROWS]
+    rows: list[Any] = [examples[int(i)]._replace(given=None) for i in longest]  # through the encoder, saved as well
+    device = trainer.accelerator.device
+    batch = trainer.data_collator(rows)
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "labels"}
+
+
+def _logits(model: PeftModel, probe: dict[str, Any]) -> torch.Tensor:
+    return model(**probe, use_cache=False).logits.float()
 
 
 @torch.no_grad()
-def check_saved(model: PeftModel, folder: Path, probe: dict[str, Any]) -> None:
-    """Load a saved adapter a second time, beside the trained one: it must give the same logits.
+def check_saved(model: PeftModel, folder: Path, probe: dict[str, Any], wanted: torch.Tensor) -> None:
+    """Load a saved adapter a second time, beside the trained one: it must give the logits that were `wanted`.
 
     Raises:
         UserError: a file that cannot be read back (save_adapter has refused empty and non-finite tensors before), or
             logits that differ by more than TOLERANCE of the largest.
     """
-    model.eval()
     trained = model.active_adapters[0]
-    inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in probe.items() if k != "labels"}
-    wanted = model(**inputs, use_cache=False).logits.float()
     try:
         load_adapter(model, folder, RELOADED)
         model.set_adapter(RELOADED)
-        found = model(**inputs, use_cache=False).logits.float()
+        found = _logits(model.eval(), probe)
     finally:
         model.set_adapter(trained)
         if RELOADED in model.peft_config:

@@ -5,6 +5,7 @@ A checkpoint is a usable adapter folder with optimizer, scheduler, random and tr
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,18 +13,24 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import functional
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from recllm import files
 from recllm.errors import UserError
-from recllm.model.adapter import accepts_history, gate_weights, load_weights, write_adapter
-from recllm.train.collator import IGNORE, TokenizedExamples
+from recllm.model.adapter import has_gate, load_weights, write_adapter
+from recllm.model.gate import collapse, load_balancing_loss
+from recllm.model.ilora import GateRows
+from recllm.train import engines
+from recllm.train.collator import IGNORE, TokenizedExamples, without_loss
 
 MARKER = "checkpoint.json"  # written last: a checkpoint without it was cut off while being written
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # alone and DDP; FSDP; FSDP; DeepSpeed
-GATE = "base_model.gate."  # in the name of every gate parameter and of no other (a router is base_model.model…gate)
+# In the names of the parameters of each and of no others (a router of the base model is base_model.model…gate)
+GATE, SOFT_TOKEN, ENCODER = "base_model.gate.", "base_model.soft_token.", "base_model.sequence_encoder."
+COLLAPSE_ROWS = 16  # of fewer users a gate's collapse is not told: they may well be alike
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
@@ -34,26 +41,35 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     shortest examples only, which in dense data are those with an empty history.
     """
 
-    def __init__(self, lengths: np.ndarray, group_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        """`group_size` > 0: examples of like length stand together in groups of that size; 0: plainly shuffled."""
-        self.lengths, self.group_size, self.seed, self.epoch = lengths, group_size, seed, epoch
+    def __init__(
+        self, lengths: np.ndarray, group_size: int, seed: int, epoch: Callable[[], int], whole: int = 1
+    ) -> None:
+        """`group_size` > 0: examples of like length stand together in groups of that size; 0: plainly shuffled.
+
+        The order is filled up to a multiple of `whole` with examples without loss, so that several processes get
+        equally many batches and yet every example counts once an epoch.
+        """
+        self.lengths, self.group_size, self.seed, self.epoch, self.whole = lengths, group_size, seed, epoch, whole
 
     def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.lengths)
+        """Number of examples, those without loss among them."""
+        return -(-len(self.lengths) // self.whole) * self.whole
 
     def __iter__(self) -> Iterator[int]:
+        return iter(filled_up(self._order(), self.whole))
+
+    def _order(self) -> list[int]:
         epoch = self.epoch()
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.lengths))
         if not self.group_size:
-            return iter(order.tolist())
+            return order.tolist()
         whole = len(order) - len(order) % self.group_size  # the remainder is a random choice, not the shortest
         groups = generator.permutation(self._groups(order[:whole]))
         if epoch == 0 and len(groups):  # the longest first, once: a run that lacks memory stops at once
             longest = self.lengths[groups].max(axis=1).argmax()
             groups[[0, longest]] = groups[[longest, 0]]
-        return iter(groups.ravel().tolist() + order[whole:].tolist())
+        return groups.ravel().tolist() + order[whole:].tolist()
 
     def _groups(self, order: np.ndarray) -> np.ndarray:
         """(N / group_size, group_size): sorted by length within stretches of 50 groups, fewer where data are few."""
@@ -63,19 +79,43 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return np.concatenate([np.empty(0, np.int64), *arranged]).reshape(-1, self.group_size)
 
 
+def filled_up(order: list[int], whole: int) -> list[int]:
+    """The order with examples without loss at its end, up to a multiple of `whole`.
+
+    >>> filled_up([4, 7, 5], 2)
+    [4, 7, 5, -6]
+    """
+    return order + [without_loss(order[-1])] * (-len(order) % whole) if order else order
+
+
 class AdapterTrainer(Trainer):
-    """transformers.Trainer for LoRA and instance-wise LoRA."""
+    """transformers.Trainer for plain LoRA, instance-wise LoRA, and LoRA beside a soft token."""
 
     def __init__(
-        self, *args: Any, gate_learning_rate: float | None = None, fingerprint: str = "", **kwargs: Any
+        self,
+        *args: Any,
+        learning_rates: dict[str, float] | None = None,
+        balance: float = 0.0,
+        fingerprint: str = "",
+        **kwargs: Any,
     ) -> None:
-        """`fingerprint` is written into checkpoints; a run resumes from those with its own only."""
+        """See transformers.Trainer, and:
+
+        Args:
+            args: as transformers.Trainer.
+            learning_rates: own rates of the parameters that have GATE, SOFT_TOKEN or ENCODER in their names.
+            balance: weight of the gate's load-balancing loss.
+            fingerprint: written into checkpoints; a run resumes from those with its own only.
+            kwargs: as transformers.Trainer.
+        """
         super().__init__(*args, **kwargs)
-        self.gate_learning_rate = gate_learning_rate
-        self.fingerprint = fingerprint
+        self.learning_rates, self.balance, self.fingerprint = learning_rates or {}, balance, fingerprint
+        self.engine = engines.asked_engine(self.args)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch: it must be counted
-        self._reads_history = accepts_history(self.model)
-        self._seen = Seen()
+        # the same object whatever wraps the model later
+        tuner: Any = getattr(self.model, "base_model", None)
+        self._gate_rows: GateRows | None = tuner.gate_rows if has_gate(self.model) else None
+        self._seen, self._told_of_collapse = Seen(), False
         self._evaluated: list[tuple[float, int]] = []  # summed loss and tokens of each batch of an evaluation
 
     def compute_loss(
@@ -92,19 +132,37 @@ class AdapterTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        if model.training:
-            self._seen.add(inputs)
         outputs = model(**inputs, use_cache=False)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         total, count = completion_loss(outputs.logits, labels, smoothing)
         if not model.training:
             self._evaluated.append((float(total.detach()), count))
         if num_items_in_batch is None:
-            loss = total / count
+            loss = total / max(count, 1)
         else:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = total / num_items_in_batch * processes  # gradients are averaged over processes: undone here
+        if model.training:
+            gates = self._gates(labels)
+            self._seen.add(inputs["attention_mask"], gates)
+            if self.balance and gates is not None:
+                loss = loss + self.balance * self._balance_loss(gates)
         return (loss, outputs) if return_outputs else loss
+
+    def _gates(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """The gate weights of the forward that has just run, with gradient, of the rows that carry loss."""
+        if self._gate_rows is None or not self._gate_rows.weights:
+            return None
+        (weights,) = self._gate_rows.weights.values()
+        return weights[(labels != IGNORE).any(dim=1).to(weights.device)]
+
+    def _balance_loss(self, gates: torch.Tensor) -> torch.Tensor:
+        """This micro-batch's share of a mean over the micro-batches and processes of one step."""
+        if not len(gates):
+            return gates.sum()
+        loss = load_balancing_loss(gates)
+        self._seen.balance.append(loss.detach())
+        return loss / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def evaluation_loop(
         self,
@@ -123,12 +181,18 @@ class AdapterTrainer(Trainer):
         return output
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """The recipe's optimizer, with a group of its own for the gate where it has its own learning rate."""
+        """The recipe's optimizer, with groups of their own for parameters that have their own learning rate."""
         fresh, target = self.optimizer is None, cast(torch.nn.Module, self.model if model is None else model)
         optimizer = super().create_optimizer(model)
-        if fresh and self.gate_learning_rate is not None:
-            split_gate_group(optimizer, target, self.gate_learning_rate)
+        if fresh:
+            for part, learning_rate in self.learning_rates.items():
+                split_group(optimizer, target, part, learning_rate)
         return optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        engines.check_engine(self.engine, self.model_wrapped)
+        return prepared
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -138,23 +202,69 @@ class AdapterTrainer(Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         # one optimizer step: batches go round the processes
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        # state.epoch is exact at the beginning of every epoch, resumed or not
         return EpochSampler(
-            dataset.lengths, group if strategy == "group_by_length" else 0, seed, lambda: int(self.state.epoch or 0)
+            dataset.lengths,
+            group if strategy == "group_by_length" else 0,
+            seed,
+            lambda: int(self.state.epoch or 0),  # exact at the beginning of every epoch, resumed or not
+            self._at_once(self.args.train_batch_size),
         )
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        return torch.utils.data.SequentialSampler(eval_dataset)
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return filled_up(list(range(len(eval_dataset))), self._at_once(self.args.eval_batch_size))
+
+    def _at_once(self, batch_size: int) -> int:
+        """Rows that all processes read together; alone, a last batch may be smaller."""
+        return batch_size * self.args.world_size if self.args.world_size > 1 else 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the padding share and, for an instance-wise adapter, the gate's entropy and mean expert weights."""
+        """Adds the padding share and, for an instance-wise adapter, what its gate does; over all processes."""
         if "loss" in logs:
             self._check_finite(logs["loss"])
-            logs |= self._seen.padding()
-            if self._reads_history and self._seen.histories:
-                logs |= gate_statistics(self._gate_weights(self._seen.histories))
+            logs |= self._over_all_processes(self._seen)
             self._seen = Seen()
         super().log(logs, start_time)
+
+    @torch.no_grad()
+    def _over_all_processes(self, seen: "Seen") -> dict[str, float]:
+        if not seen.masks:
+            return {}
+        real, places, balance, batches = self._sum(*seen.sums()).tolist()
+        found = {"padding_share": 1 - real / places}
+        if not seen.gates:
+            return found
+        weights = self._gather(torch.cat(seen.gates))
+        if batches:
+            found["gate_balance_loss"] = balance / batches
+        if len(weights):
+            state = collapse(weights)
+            found |= gate_statistics(weights) | collapse_statistics(state)
+            self._tell_of_collapse(state)
+        return found
+
+    def _sum(self, *numbers: Any) -> torch.Tensor:
+        mine = torch.stack([torch.as_tensor(n, device=self.accelerator.device, dtype=torch.float64) for n in numbers])
+        return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum"))
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, which may differ in number; weights are never negative."""
+        rows = rows.detach().float().to(self.accelerator.device)
+        padded = cast(torch.Tensor, self.accelerator.pad_across_processes(rows, dim=0, pad_index=-1))
+        gathered = cast(torch.Tensor, self.accelerator.gather(padded)).cpu()
+        return gathered[(gathered >= 0).flatten(1).all(dim=1)]
+
+    def _tell_of_collapse(self, state: dict[str, Any]) -> None:
+        if not state["collapsed"] or state["num_users"] < COLLAPSE_ROWS or self._told_of_collapse:
+            return
+        self._told_of_collapse = True
+        if self.is_world_process_zero():
+            print(
+                f"recllm: the gate has collapsed at step {self.state.global_step}: the strongest expert has "
+                f"{state['largest_mean']:.2f} of the weight, and {state['stuck_experts']:.0%} of the experts are the "
+                "same for nearly every user. Lower adapter.gate.learning_rate, raise adapter.gate.temperature, or set "
+                "adapter.gate.balance (try 0.01)",
+                file=sys.stderr,
+            )
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -163,11 +273,11 @@ class AdapterTrainer(Trainer):
                 f"(now {self.args.learning_rate:g}) or adapter.gate.learning_rate, or raise train.warmup_steps"
             )
 
-    @torch.no_grad()
-    def _gate_weights(self, histories: list[torch.Tensor]) -> torch.Tensor:
-        """(N, K) weights, by the gate as it is now, of the rows seen since the last log (of this process)."""
-        model = self.accelerator.unwrap_model(self.model)
-        return torch.cat([gate_weights(model, history).cpu() for history in histories])
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter as a folder; all processes call it, the first one writes."""
+        weights = engines.whole_weights(self.accelerator.unwrap_model(self.model))
+        if self.args.should_save:
+            self._save(output_dir, weights)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # In place: other processes already write their random states there, and a swap of folders would lose them
@@ -181,33 +291,40 @@ class AdapterTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every rank has written its random state
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            files.write_json(folder / MARKER, {"fingerprint": self.fingerprint, "files": _sizes(folder)})
+            launch = {"processes": self.args.world_size, "engine": self.engine}
+            files.write_json(folder / MARKER, {"fingerprint": self.fingerprint, **launch, "files": _sizes(folder)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        with implicit_replication():  # FSDP2 has split the tensors that these whole ones are copied into
+            load_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_weights(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 class Seen:
-    """What went through the model since the last log."""
+    """What went through the model of this process since the last log; tensors stay on their device, unread."""
 
     def __init__(self) -> None:
-        self.tokens, self.padding_tokens = 0, 0
-        self.histories: list[torch.Tensor] = []
+        self.places = 0  # in batches, padding among them
+        self.masks: list[torch.Tensor] = []  # real tokens of each micro-batch
+        self.gates: list[torch.Tensor] = []  # (B, K) or (B, layers, K) each
+        self.balance: list[torch.Tensor] = []  # load-balancing loss of each
 
-    def add(self, inputs: dict[str, Any]) -> None:
+    def add(self, mask: torch.Tensor, gates: torch.Tensor | None) -> None:
         """Count one micro-batch."""
-        mask = inputs["attention_mask"]
-        self.tokens += mask.numel()
-        self.padding_tokens += mask.numel() - int(mask.sum())
-        if "history_items" in inputs:
-            self.histories.append(inputs["history_items"])
+        self.places += mask.numel()
+        self.masks.append(mask.sum())
+        if gates is not None:
+            self.gates.append(gates.detach())
 
-    def padding(self) -> dict[str, float]:
-        """Share of positions that were padding."""
-        return {"padding_share": self.padding_tokens / self.tokens} if self.tokens else {}
+    def sums(self) -> tuple[Any, ...]:
+        """Real tokens, places, and summed load-balancing loss with the number of its batches."""
+        balance = torch.stack(self.balance).sum() if self.balance else 0.0
+        return torch.stack(self.masks).sum(), self.places, balance, len(self.balance)
 
 
 def completion_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> tuple[torch.Tensor, int]:
@@ -223,53 +340,84 @@ def completion_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float
     return total, int(carries.sum())
 
 
-def split_gate_group(optimizer: torch.optim.Optimizer, model: torch.nn.Module, learning_rate: float) -> None:
-    """Move the gate's parameters into groups of their own with their own learning rate."""
-    gate = {id(p) for name, p in model.named_parameters() if GATE in name and p.requires_grad}
-    if not gate:
-        raise RuntimeError(f'no trainable parameter has "{GATE}" in its name, but the recipe sets gate.learning_rate')
+def split_group(optimizer: torch.optim.Optimizer, model: torch.nn.Module, part: str, learning_rate: float) -> None:
+    """Move the parameters with `part` in their names into groups of their own with their own learning rate."""
+    own = {id(p) for name, p in model.named_parameters() if part in name and p.requires_grad}
+    if not own:
+        raise RuntimeError(f'no trainable parameter has "{part}" in its name, but the recipe sets its learning rate')
     for group in list(optimizer.param_groups):
-        moved = [p for p in group["params"] if id(p) in gate]
+        moved = [p for p in group["params"] if id(p) in own]
         if moved:
-            group["params"] = [p for p in group["params"] if id(p) not in gate]
+            group["params"] = [p for p in group["params"] if id(p) not in own]
             options = {name: value for name, value in group.items() if name != "params"}
             optimizer.add_param_group({**options, "params": moved, "lr": learning_rate})
 
 
 def gate_statistics(weights: torch.Tensor) -> dict[str, float]:
-    """Mean entropy a row in nats, and the mean weight of each expert, of (N, K) gate weights.
+    """Mean entropy a row in nats, and the mean weight of each expert, of (N, K) or (N, layers, K) gate weights.
+
+    The entropy is that of a row's weights as shares of their sum, which for a softmax gate is 1.
 
     >>> gate_statistics(torch.tensor([[1.0, 0.0]]))
     {'gate_entropy': 0.0, 'expert_0': 1.0, 'expert_1': 0.0}
     """
-    entropy = torch.special.entr(weights.double()).sum(-1).mean()
-    means = {f"expert_{k}": float(mean) for k, mean in enumerate(weights.mean(0))}
-    return {"gate_entropy": float(entropy), **means}
+    rows = weights.double().flatten(0, -2)  # (N · layers, K)
+    shares = rows / rows.sum(-1, keepdim=True)
+    means = {f"expert_{k}": float(mean) for k, mean in enumerate(rows.mean(0))}
+    return {"gate_entropy": float(torch.special.entr(shares).sum(-1).mean()), **means}
 
 
-def last_checkpoint(folder: Path, fingerprint: str, processes: int = 1) -> Path | None:
-    """The newest complete checkpoint of this very run, or None; what is passed over is said in a warning."""
+def collapse_statistics(state: dict[str, Any]) -> dict[str, float]:
+    """The document of gate.collapse as numbers for a log: its keys behind "gate_use_"."""
+    return {f"gate_use_{key}": float(value) for key, value in state.items() if key != "num_users"}
+
+
+def last_checkpoint(folder: Path, fingerprint: str, processes: int = 1, engine: str = engines.ALONE) -> Path | None:
+    """The newest complete checkpoint of this very run, or None; what is passed over is said in a warning.
+
+    Raises:
+        UserError: it is this run's, but was written by another number of processes or another engine.
+    """
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for checkpoint in found:
-        fault = _fault(checkpoint, fingerprint, processes)
+        fault = _fault(checkpoint, fingerprint)
+        if fault is None:
+            _check_launched_alike(checkpoint, processes, engine)
+            fault = _missing(checkpoint, processes)
         if fault is None:
             return checkpoint
         warnings.warn(f"{checkpoint} is passed over: {fault}", stacklevel=2)
     return None
 
 
-def _fault(checkpoint: Path, fingerprint: str, processes: int) -> str | None:
+def _fault(checkpoint: Path, fingerprint: str) -> str | None:
     if not (checkpoint / MARKER).is_file():
         return "it was cut off while being written"
     marker = files.read_json(checkpoint / MARKER, "the marker of a complete checkpoint")
     if marker["fingerprint"] != fingerprint:
-        return "it belongs to another recipe, dataset, encoder or number of processes"
+        return "it belongs to another recipe, dataset or encoder"
     if marker["files"] != _sizes(checkpoint):
         return "its files have other sizes than when it was written"
+    return None
+
+
+def _missing(checkpoint: Path, processes: int) -> str | None:
     for patterns in _needed(checkpoint, processes):
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return f"it has no {patterns[0]}, without which the run would go on differently"
     return None
+
+
+def _check_launched_alike(checkpoint: Path, processes: int, engine: str) -> None:
+    """Optimizer and random states are split by process and engine: others would begin them anew, silently."""
+    marker = files.read_json(checkpoint / MARKER, "the marker of a complete checkpoint")
+    written = (marker["processes"], marker["engine"])
+    if written != (processes, engine):
+        raise UserError(
+            f"{checkpoint} was written by {written[0]} processes under {written[1]}, this run has {processes} under "
+            f"{engine}: launch as then (--num_processes, --config_file) to go on from it, or move {checkpoint.parent} "
+            "away to begin afresh"
+        )
 
 
 def _needed(checkpoint: Path, processes: int) -> list[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ from recllm.model.adapter import load_adapter
 from recllm.model.base_model import load_base_model
 from recllm.model.sequence_encoder import load_encoder
 from recllm.recipe import Recipe
-from recllm.train import finetune
-from recllm.train.collator import TokenizedExamples
+from recllm.train import finetune, representations
+from recllm.train.collator import COLUMNS, TokenizedExamples, tokenize
 from recllm.train.encoder import fit_encoder
 from recllm.train.finetune import train, training_arguments
+from recllm.train.representations import representation_table, statistics_examples
 
 from .conftest import recipe_of
 
@@ -180,19 +182,133 @@ def test_every_damaged_file_fails_the_check(dataset, encoder_folder, make_recipe
     assert not (tmp_path / "adapter").exists()
 
 
-def test_gate_statistics_of_many_examples_are_those_of_a_seeded_sample(dataset, encoder_folder, tmp_path, monkeypatch):
-    encoder, _ = load_encoder(encoder_folder)
+def test_gate_statistics_of_many_examples_are_those_of_a_seeded_sample(monkeypatch):
     ends = np.array([0, 3, 4, 5, 0, 2])
     examples = TokenizedExamples(np.empty(0, np.int32), np.zeros(6, int), np.zeros(6, int), np.arange(6), ends)
 
-    def states(seed: int) -> torch.Tensor:
-        return finetune.representations(encoder, dataset, examples, 12, seed, torch.device("cpu"))
+    def chosen(seed: int) -> list[int]:
+        return statistics_examples(examples, seed).tolist()
 
-    assert len(states(0)) == 4  # those with a history
-    monkeypatch.setattr(finetune, "STATISTICS_HISTORIES", 2)
-    assert states(0).shape == (2, 16)
-    assert torch.equal(states(0), states(0))
-    assert any(not torch.equal(states(0), states(seed)) for seed in range(1, 6))
+    assert chosen(0) == [1, 2, 3, 5]  # those with a history
+    monkeypatch.setattr(representations, "STATISTICS_HISTORIES", 2)
+    assert len(chosen(0)) == 2
+    assert chosen(0) == chosen(0)
+    assert any(chosen(0) != chosen(seed) for seed in range(1, 6))
+
+
+# ---- what the gate reads ----
+
+
+def read_by_the_model(monkeypatch) -> list[dict[str, Any]]:
+    """Arguments of the model's forwards, one a micro-batch of training."""
+    found, compute = [], finetune.AdapterTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        found.append(dict(inputs))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(finetune.AdapterTrainer, "compute_loss", watched)
+    return found
+
+
+def test_a_frozen_encoder_runs_once_before_training(dataset, encoder_folder, make_recipe, tmp_path, monkeypatch):
+    read = read_by_the_model(monkeypatch)
+    train(make_recipe(), dataset.folder, encoder_folder, tmp_path / "table" / "adapter")
+    encoder, _ = load_encoder(encoder_folder)
+    assert read
+    assert all(batch["representation"].shape == (4, 16) and "history_items" not in batch for batch in read)
+
+    def nothing(recipe, model, *args):
+        model.base_model.set_encoder(encoder, "default")
+
+    monkeypatch.setattr(finetune, "give_gate_inputs", nothing)
+    read.clear()
+    train(make_recipe(), dataset.folder, encoder_folder, tmp_path / "histories" / "adapter")
+    assert all("history_items" in batch for batch in read)
+    assert_same_weights(tmp_path / "table" / "adapter", tmp_path / "histories" / "adapter")
+
+
+def test_a_large_table_is_a_file_that_nothing_is_left_of(
+    dataset, encoder_folder, tmp_path, tiny_tokenizer, monkeypatch
+):
+    encoder, _ = load_encoder(encoder_folder)
+    examples = tokenize(dataset.example_batches("train", COLUMNS), tiny_tokenizer, 512)
+    arguments = (encoder, dataset, examples, 12, tmp_path / "run", torch.device("cpu"))
+    small = representation_table(*arguments)
+    assert not isinstance(small, np.memmap)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(representations, "IN_MEMORY", 0)
+    monkeypatch.setattr(representations, "AT_ONCE", 7)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f".representations-{platform.node()}-1.npy").touch()  # of a run that was killed
+    mapped = representation_table(*arguments)
+    assert isinstance(mapped, np.memmap)
+    assert list((tmp_path / "run").iterdir()) == []
+    np.testing.assert_allclose(mapped, small, atol=1e-6)
+    for number in (0, 5, len(examples) - 1):
+        history = dataset.history(int(examples.user_indices[number]), int(examples.history_ends[number]), 12)
+        alone = encoder(torch.tensor(history).long()[None])[0].detach().numpy() if len(history) else np.zeros(16)
+        np.testing.assert_allclose(small[number], alone, atol=1e-5)
+
+
+def test_a_control_gives_its_own_gate_weights(dataset, encoder_folder, make_recipe, tmp_path, monkeypatch):
+    read = read_by_the_model(monkeypatch)
+    rows = dataset.examples("train").num_rows
+    table = np.random.default_rng(0).dirichlet(np.ones(2), rows).astype(np.float32)
+    given = {"gate_weights": table}
+    output = train(make_recipe(), dataset.folder, encoder_folder, tmp_path / "adapter", gate_inputs=given)
+    known = {tuple(row) for row in table.tolist()}
+    assert {tuple(row) for batch in read for row in batch["gate_weights"].tolist()} <= known
+    assert load_file(output / "gate.safetensors")["output.weight"].abs().max() == 0  # not trained
+    with pytest.raises(UserError, match=rf"gate_weights has {rows - 1} rows, the examples are {rows}"):
+        train(make_recipe(), dataset.folder, encoder_folder, tmp_path / "a", gate_inputs={"gate_weights": table[1:]})
+    recipe = make_recipe(train={"eval_strategy": "steps"})
+    with pytest.raises(UserError, match=r"without train\.eval_strategy"):
+        train(recipe, dataset.folder, encoder_folder, tmp_path / "b", gate_inputs=given)
+
+
+def test_a_jointly_trained_encoder_has_its_own_rate_and_is_saved(dataset, encoder_folder, make_recipe, tmp_path):
+    section = {**recipe_of(Path("unused")).encoder.model_dump(), "joint_learning_rate": 0.02}
+    rates = {}
+
+    make = finetune.make_trainer
+
+    def watched(*args):
+        trainer = make(*args)
+        names = {id(p): name for name, p in trainer.model.named_parameters()}
+        for group in trainer.create_optimizer().param_groups:
+            rates.update({names[id(p)]: group["lr"] for p in group["params"]})
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "make_trainer", watched)
+        output = train(make_recipe(encoder=section), dataset.folder, encoder_folder, tmp_path / "adapter")
+    assert {rate for name, rate in rates.items() if "base_model.sequence_encoder." in name} == {0.02}
+    assert {rate for name, rate in rates.items() if "base_model.gate." in name} == {0.05}
+    assert {rate for name, rate in rates.items() if "lora_" in name} == {0.01}
+    before, after = load_encoder(encoder_folder)[0], load_encoder(output / "sequence_encoder")[0]
+    assert not torch.equal(before.item_embedding.weight, after.item_embedding.weight)
+    assert after.vocabulary_sha256 == dataset.vocabulary_sha256
+
+
+def test_a_soft_token_has_the_gates_rate_and_is_saved(dataset, encoder_folder, make_recipe, tmp_path, monkeypatch):
+    read = read_by_the_model(monkeypatch)
+    adapter = {"method": "soft_token", "r": 4, "gate": {"learning_rate": 0.05}}
+    recipe = make_recipe(adapter=adapter, train={"max_steps": 30})
+    assert finetune.own_learning_rates(recipe) == {"base_model.soft_token.": 0.05}
+    output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    assert all(batch["representation"].shape == (4, 16) for batch in read)
+    log = [e for e in json.loads((output / "training_log.json").read_text()) if "loss" in e]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert "gate_entropy" not in log[0]
+    token = load_file(output / "soft_token.safetensors")
+    assert token["projection"].abs().max() > 0
+    assert token["mean"].abs().max() > 0
+
+
+def test_plain_lora_has_no_rates_of_its_own(make_recipe):
+    recipe = make_recipe(adapter={"method": "lora", "r": 4, "gate": {"learning_rate": 0.05}})
+    assert finetune.own_learning_rates(recipe) == {}
 
 
 # ---- refused before long work ----
@@ -241,7 +357,7 @@ def test_valid_examples_are_tokenised_before_gate_statistics(
 ):
     longest = max(len(row["prompt"][-1]["content"]) for row in dataset.examples("valid", ["prompt"]).to_pylist())
     assert longest  # valid prompts continue a list
-    monkeypatch.setattr(finetune, "representations", lambda *_: pytest.fail("gate statistics"))
+    monkeypatch.setattr(finetune, "give_gate_inputs", lambda *_: pytest.fail("gate inputs"))
 
     def too_long(batches, tokenizer, max_tokens, split, total):
         return tokenize(batches, tokenizer, 10 if split == "valid" else max_tokens, split, total)
@@ -359,7 +475,8 @@ def test_another_recipe_does_not_resume_and_the_old_checkpoints_are_kept_once(tm
         names = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
         for name in names:
             (made / name).touch()
-        files.write_json(made / "checkpoint.json", {"fingerprint": fingerprint, "files": dict.fromkeys(names, 0)})
+        marker = {"fingerprint": fingerprint, "processes": 1, "engine": "one process", "files": dict.fromkeys(names, 0)}
+        files.write_json(made / "checkpoint.json", marker)
         return made
 
     mine = checkpoint(3, "mine")
@@ -377,7 +494,7 @@ def test_another_recipe_does_not_resume_and_the_old_checkpoints_are_kept_once(tm
     assert (tmp_path / "checkpoints.old" / "checkpoint-5").exists()
 
 
-def test_what_does_not_touch_the_weights_does_not_bar_resuming(dataset, encoder_folder, make_recipe, monkeypatch):
+def test_what_does_not_touch_the_weights_does_not_bar_resuming(dataset, encoder_folder, make_recipe, log_folder):
     def fingerprint(**section: Any) -> str:
         return finetune.fingerprint_of(make_recipe(train=section), dataset, encoder_folder)
 
@@ -388,9 +505,11 @@ def test_what_does_not_touch_the_weights_does_not_bar_resuming(dataset, encoder_
         assert fingerprint(**{key: value}) != fingerprint(), key
     best = {"load_best_model_at_end": True, "eval_strategy": "steps"}
     assert fingerprint(**best, save_steps=3) != fingerprint(**best, save_steps=4)  # which checkpoint is the best one
-    before = fingerprint()
-    monkeypatch.setitem(finetune.PartialState._shared_state, "num_processes", 2)
-    assert fingerprint() != before
+    changed = make_recipe(encoder=recipe_of(log_folder).encoder.model_dump() | {"joint_learning_rate": 0.1})
+    assert finetune.fingerprint_of(changed, dataset, encoder_folder) != fingerprint()
+    tables = [{"gate_weights": np.full((3, 2), value)} for value in (0.5, 0.4)]
+    given = [finetune.fingerprint_of(make_recipe(), dataset, encoder_folder, table) for table in tables]
+    assert len({fingerprint(), *given}) == 3
 
 
 def test_a_resumed_run_takes_the_gate_statistics_of_its_checkpoint(
@@ -399,7 +518,7 @@ def test_a_resumed_run_takes_the_gate_statistics_of_its_checkpoint(
     recipe = make_recipe(train={"save_steps": 4, "save_total_limit": 2})  # the checkpoints stay
     train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
     before = tensors(tmp_path / "adapter")
-    monkeypatch.setattr(finetune, "representations", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(finetune, "fit_gate_statistics", lambda *_: pytest.fail("computed again"))
     train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
     after = tensors(tmp_path / "adapter")
     assert before["gate.safetensors:mean"].abs().max() > 0

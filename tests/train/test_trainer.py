@@ -11,8 +11,17 @@ from recllm.errors import UserError
 from recllm.model.adapter import accepts_history, build_adapter, load_adapter
 from recllm.model.sequence_encoder import SASRec
 from recllm.recipe import AdapterSection
-from recllm.train.collator import COLUMNS, IGNORE, Collator, TokenizedExamples, tokenize
-from recllm.train.trainer import MARKER, AdapterTrainer, EpochSampler, completion_loss, last_checkpoint
+from recllm.train import engines
+from recllm.train.collator import COLUMNS, IGNORE, Collator, TokenizedExamples, tokenize, without_loss
+from recllm.train.trainer import (
+    GATE,
+    MARKER,
+    AdapterTrainer,
+    EpochSampler,
+    completion_loss,
+    gate_statistics,
+    last_checkpoint,
+)
 
 SECTION = AdapterSection(r=4, num_experts=2)
 
@@ -27,9 +36,10 @@ def make_trainer(tiny_llama, dataset, examples, folder: Path, method: str = "ilo
     encoder = SASRec(num_items=dataset.num_items, hidden_size=8, num_layers=1, num_heads=1, max_items=12).eval()
     section = SECTION.model_copy(update={"method": method})
     model = build_adapter(tiny_llama(), section, encoder if method == "ilora" else None)
+    balance = arguments.pop("balance", 0.0)
     options = {"max_steps": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none"}
     options |= {"logging_steps": 1, "disable_tqdm": True, "lr_scheduler_type": "constant", "use_cpu": True, **arguments}
-    own = {"gate_learning_rate": 0.5, "fingerprint": "mine"} if method == "ilora" else {}
+    own = {"learning_rates": {GATE: 0.5}, "fingerprint": "mine", "balance": balance} if method == "ilora" else {}
     return AdapterTrainer(
         model=model,
         args=TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **options),
@@ -111,6 +121,91 @@ def test_it_logs_padding_and_gate(tiny_llama, dataset, examples, tmp_path):
     assert entry["padding_share"] == pytest.approx(1 - lengths.sum() / (8 * lengths.max()))
 
 
+def lean(trainer: AdapterTrainer, bias: list[float]) -> None:
+    """Have the gate prefer an expert for everybody."""
+    with torch.no_grad():
+        trainer.model.base_model.gate["default"].output.bias.copy_(torch.tensor(bias))
+
+
+def test_the_balance_loss_is_a_mean_over_accumulated_batches(tiny_llama, dataset, examples, tmp_path):
+    """A gate that gives everybody (0.9, 0.1): 2 · (0.9² + 0.1²) − 1 = 0.64, however the step is cut."""
+    losses = {}
+    for balance in (0.0, 3.0):
+        for batch, accumulation in ((8, 1), (2, 4)):
+            sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+            trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, balance=balance, **sizes)
+            lean(trainer, [math.log(9), 0.0])
+            trainer.data_collator.histories = None  # rather carried by the rows: none is empty then
+            examples.give("representation", np.ones((len(examples), 8), dtype=np.float32))
+            trainer.train()
+            losses[balance, batch] = trainer.state.log_history[0]["loss"]
+            if balance:
+                assert trainer.state.log_history[0]["gate_balance_loss"] == pytest.approx(0.64, abs=1e-4)
+    examples.argument = None
+    for batch in (8, 2):
+        assert losses[3.0, batch] - losses[0.0, batch] == pytest.approx(3 * 0.64, abs=1e-3)
+
+
+def test_a_collapsed_gate_is_told_of_once(tiny_llama, dataset, examples, tmp_path, capsys):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=9, logging_steps=3)
+    lean(trainer, [10.0, -10.0])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["gate_use_collapsed"] for entry in logged] == [1.0, 1.0, 1.0]
+    assert capsys.readouterr().err.count("the gate has collapsed at step 3: the strongest expert has 1.00") == 1
+    even = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=3, logging_steps=3, optim="sgd")
+    even.train()
+    assert even.state.log_history[0]["gate_use_collapsed"] == 0.0
+    assert "collapsed" not in capsys.readouterr().err
+
+
+def test_statistics_of_sigmoid_and_layered_gates():
+    layered = gate_statistics(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]))
+    assert layered == {"gate_entropy": 0.0, "expert_0": 0.75, "expert_1": 0.25}
+    sigmoid = gate_statistics(torch.full((3, 4), 0.5))
+    assert sigmoid["gate_entropy"] == pytest.approx(math.log(4))
+    assert sigmoid["expert_3"] == 0.5
+
+
+def test_an_example_without_loss_adds_nothing(tiny_llama, dataset, examples, tmp_path):
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path)
+    model = trainer.model.train()
+    plain = trainer.compute_loss(model, trainer.data_collator([examples[3]]))
+    filled = trainer.compute_loss(model, trainer.data_collator([examples[3], examples[without_loss(5)]]))
+    torch.testing.assert_close(filled, plain)
+    assert [len(gates) for gates in trainer._seen.gates] == [1, 1]  # nor to the gate's statistics
+    nothing = trainer.compute_loss(model, trainer.data_collator([examples[without_loss(5)]]))
+    assert nothing.item() == 0
+    nothing.backward()
+    assert all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
+
+
+def test_another_engine_than_the_launch_asks_for_is_refused():
+    class DeepSpeedEngine(torch.nn.Module):
+        def zero_optimization_stage(self) -> int:
+            return 2
+
+    engines.check_engine("ZeRO-2", DeepSpeedEngine())
+    engines.check_engine("one process", torch.nn.Linear(1, 1))
+    for asked, wrapped in (
+        ("ZeRO-3", DeepSpeedEngine()),
+        ("ZeRO-2", torch.nn.Linear(1, 1)),
+        ("DDP", DeepSpeedEngine()),
+    ):
+        with pytest.raises(UserError, match=f"the launch asks for {asked}, but"):
+            engines.check_engine(asked, wrapped)
+
+
+def test_fsdp_of_version_1_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert engines.asked_engine(arguments) == "FSDP2"
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UserError, match=r"FSDP version 1 is not supported: take fsdp2\.yaml"):
+        engines.asked_engine(arguments)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama, dataset, examples, tmp_path):
     trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, logging_nan_inf_filter=False)
     with torch.no_grad():
@@ -129,6 +224,17 @@ def test_the_order_hangs_on_seed_and_epoch_only():
     epoch[0] = 1
     assert list(sampler) != first
     assert list(EpochSampler(lengths, 4, seed=4, epoch=lambda: 0)) != first
+
+
+@pytest.mark.parametrize("group", [0, 6])
+def test_the_order_is_filled_up_with_examples_without_loss(group):
+    lengths = np.arange(20) % 7
+    plain = list(EpochSampler(lengths, group, seed=3, epoch=lambda: 1))
+    filled = EpochSampler(lengths, group, seed=3, epoch=lambda: 1, whole=6)
+    order = list(filled)
+    assert len(order) == len(filled) == 24
+    assert order[:20] == plain
+    assert order[20:] == [without_loss(plain[-1])] * 4
 
 
 def test_grouping_by_length_pads_less():
@@ -211,9 +317,10 @@ def complete(folder: Path, step: int, fingerprint: str = "mine") -> Path:
     return checkpoint
 
 
-def seal(checkpoint: Path, fingerprint: str = "mine") -> None:
+def seal(checkpoint: Path, fingerprint: str = "mine", processes: int = 1, engine: str = "one process") -> None:
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != MARKER}
-    (checkpoint / MARKER).write_text(json.dumps({"fingerprint": fingerprint, "files": sizes}))
+    launch = {"processes": processes, "engine": engine}
+    (checkpoint / MARKER).write_text(json.dumps({"fingerprint": fingerprint, **launch, "files": sizes}))
 
 
 def test_the_newest_complete_checkpoint_is_taken(tmp_path):
@@ -241,7 +348,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, damage, reason):
 
 def test_a_checkpoint_of_another_run_is_passed_over(tmp_path):
     complete(tmp_path, 1, "other")
-    with pytest.warns(UserWarning, match="another recipe, dataset, encoder or number of processes"):
+    with pytest.warns(UserWarning, match="another recipe, dataset or encoder"):
         assert last_checkpoint(tmp_path, "mine") is None
 
 
@@ -257,9 +364,19 @@ def test_a_checkpoint_that_cannot_be_resumed_exactly_is_passed_over(tmp_path, na
 def test_every_process_needs_its_random_state(tmp_path):
     checkpoint = complete(tmp_path, 1)
     (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    seal(checkpoint)
+    seal(checkpoint, processes=2, engine="DDP")
     with pytest.warns(UserWarning, match=r"has no rng_state_1\.pth"):
-        assert last_checkpoint(tmp_path, "mine", processes=2) is None
+        assert last_checkpoint(tmp_path, "mine", 2, "DDP") is None
     (checkpoint / "rng_state_1.pth").touch()
-    seal(checkpoint)
-    assert last_checkpoint(tmp_path, "mine", processes=2) == checkpoint
+    seal(checkpoint, processes=2, engine="DDP")
+    assert last_checkpoint(tmp_path, "mine", 2, "DDP") == checkpoint
+
+
+@pytest.mark.parametrize("launch", [(2, "DDP"), (1, "ZeRO-2")])
+def test_a_checkpoint_of_another_launch_is_an_error(tmp_path, launch):
+    complete(tmp_path, 1)
+    with pytest.raises(
+        UserError, match=rf"by 1 processes under one process, this run has {launch[0]} under {launch[1]}"
+    ):
+        last_checkpoint(tmp_path, "mine", *launch)
+    assert last_checkpoint(tmp_path / "elsewhere", "mine", *launch) is None

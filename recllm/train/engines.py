@@ -1,0 +1,110 @@
+"""Engines that spread a training over processes: DDP, DeepSpeed ZeRO-1 to 3 and FSDP2.
+
+What the launch asked for and what really wrapped the model are compared: where accelerate finds no accelerator it
+trains as DDP, or as so many single processes, and says nothing. Out of a model whose weights are split over the
+processes, whole adapter weights leave.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+
+from recllm.errors import UserError
+
+ALONE, DDP, FSDP2 = "one process", "DDP", "FSDP2"
+ZERO = "ZeRO-{}"  # of DeepSpeed; also with a single process
+
+
+def check_launch() -> None:
+    """Refuse a launch of several processes that accelerate did not join; ask after making TrainingArguments.
+
+    Raises:
+        UserError: each of them would train alone and write over the others' files.
+    """
+    launched, joined = int(os.environ.get("WORLD_SIZE", 1)), PartialState().num_processes
+    if launched != joined:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate joined {joined}: it finds no GPU here, and each would "
+            "train alone. Launch with --num_processes 1, or for DDP over CPU processes set train.use_cpu=true"
+        )
+
+
+def asked_engine(arguments: TrainingArguments) -> str:
+    """The engine that the launch and the recipe ask for.
+
+    Raises:
+        UserError: FSDP1.
+    """
+    if arguments.deepspeed_plugin is not None:
+        return ZERO.format(arguments.deepspeed_plugin.zero_stage)
+    from_launch = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if from_launch or arguments.fsdp_plugin_args:
+        version = os.environ.get("FSDP_VERSION", "1") if from_launch else arguments.fsdp_plugin_args["fsdp_version"]
+        if int(version) != 2:
+            raise UserError(f"FSDP version {version} is not supported: take fsdp2.yaml, or set fsdp_version: 2")
+        return FSDP2
+    return DDP if PartialState().num_processes > 1 else ALONE
+
+
+def found_engine(wrapped: Any) -> str:
+    """The engine that wrapped a model, by its class."""
+    model = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile around the engine
+    if type(model).__name__ == "DeepSpeedEngine":  # without importing deepspeed
+        return ZERO.format(model.zero_optimization_stage())
+    if isinstance(model, FSDPModule):
+        return FSDP2
+    if isinstance(model, FullyShardedDataParallel):
+        return "FSDP1"
+    return DDP if isinstance(model, DistributedDataParallel) else ALONE
+
+
+def check_engine(asked: str, wrapped: Any) -> None:
+    """Refuse to train with another engine than the one that was asked for.
+
+    Raises:
+        UserError: accelerate has fallen back to another one.
+    """
+    found = found_engine(wrapped)
+    if found != asked:
+        raise UserError(
+            f"the launch asks for {asked}, but accelerate has wrapped the model with {found}: on a machine without "
+            "GPUs it falls back without a word. Launch there with accelerate_configs/single.yaml"
+        )
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """The adapter's tensors, each whole and on the CPU, of a model that is split over the processes; else None.
+
+    All processes must call it. The base model's weights are left where they are.
+    """
+    tensors = {name: value for name, value in model.state_dict(keep_vars=True).items() if _is_adapter(name)}
+    if any(hasattr(value, "ds_id") for value in tensors.values()):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([value for value in tensors.values() if hasattr(value, "ds_id")]):
+            return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+    if any(hasattr(value, "full_tensor") for value in tensors.values()):
+        return {name: _whole(value.detach()).cpu() for name, value in tensors.items()}
+    return None
+
+
+def split_again(model: nn.Module) -> None:
+    """Have FSDP2 give back what it keeps whole after a forward, so that all processes gather it in the next one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _whole(value: Any) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _is_adapter(name: str) -> bool:
+    """LoRA layers lie inside the base model, gate, soft token and encoder beside it."""
+    return "lora_" in name or not name.startswith("base_model.model.")

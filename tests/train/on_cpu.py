@@ -1,0 +1,273 @@
+"""Real DDP, DeepSpeed and FSDP2 engines on CPU processes over gloo. For tests only; run as a script it is a server.
+
+Without a GPU accelerate does not join the processes; asked for a CPU (train.use_cpu) it does, but trains as DDP where
+FSDP was asked for, and says nothing. Here it is told that gloo over CPUs is a device of its own. Whoever uses this must
+still assert the class of the engine that wrapped the model, which every rank reports.
+
+A job is a JSON line on standard input, its result a JSON line on standard output:
+
+    recipe, dataset, encoder, output    what `finetune.train` takes, as paths
+    config, processes                   an accelerate config file, and how many ranks
+    kill_at                             rank 0 kills itself (SIGKILL) after this optimizer step, null: never
+    overrides                           of the recipe, as `load_recipe` takes them
+    shim                                false: accelerate as it is
+
+The server imports everything once and forks the ranks of each job, so that a world starts in a second; the environment
+of the ranks is what `accelerate launch --config_file` sets.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from zlib import crc32
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "DS_SKIP_CUDA_CHECK": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+LIMIT_S = 200  # of one job
+
+
+class Worlds:
+    """Starts worlds of ranks, one after the other, in a server process of its own. Use it as a context."""
+
+    def __enter__(self) -> "Worlds":
+        environment = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | ENVIRONMENT
+        environment["PYTHONPATH"] = str(ROOT)
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(timeout=LIMIT_S)
+
+    def run(self, **job: Any) -> dict[str, Any]:
+        """`codes`: exit code of each rank (-9: killed); `ranks`: what each reported; `log`: what they printed."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps(job, default=str) + "\n")
+        self.server.stdin.flush()
+        line = self.server.stdout.readline()
+        assert line, "the server of test worlds has died: see its standard error"
+        return json.loads(line)
+
+
+# ---- the shim ----
+
+
+def allow_engines_on_cpu() -> None:
+    """Before the first Accelerator: gloo over CPU ranks may be wrapped by DeepSpeed and FSDP2."""
+    import torch
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    prepare_backend, set_device, start = (
+        PartialState._prepare_backend,
+        PartialState.set_device,
+        AcceleratorState.__init__,
+    )
+
+    def gloo_when_distributed(self: Any, cpu: bool = False, sagemaker_dp: bool = False, backend: str | None = None):
+        chosen, kind = prepare_backend(self, cpu, sagemaker_dp, backend)
+        if kind == DistributedType.NO and not cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return "gloo", DistributedType.MULTI_CPU
+        return chosen, kind
+
+    def cpu_device(self: Any) -> None:
+        if getattr(self, "device", None) is None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.device = torch.device("cpu")
+        else:
+            set_device(self)
+
+    def with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    PartialState._prepare_backend, PartialState.set_device = gloo_when_distributed, cpu_device
+    AcceleratorState.__init__ = with_fsdp
+
+
+# ---- the server ----
+
+
+def launch_environment(config: str, processes: int) -> dict[str, str]:
+    """What `accelerate launch --config_file config --num_processes processes` sets, from its own code."""
+    import torch.distributed.run
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    found: dict[str, str] = {}
+    arguments = ["--config_file", config, "--num_processes", str(processes), "--num_machines", "1"]
+    arguments += ["--main_process_port", "0", "script.py"]
+
+    def run(_: Any) -> None:
+        found.update(os.environ)
+
+    def simple(parsed: Any) -> None:
+        found.update(prepare_simple_launcher_cmd_env(parsed)[1])
+
+    with mock.patch.object(torch.distributed.run, "run", run), mock.patch.object(launch, "simple_launcher", simple):
+        launch.launch_command(launch.launch_command_parser().parse_args(arguments))
+    return found
+
+
+def main() -> None:
+    """Answer jobs until standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # engines print to standard output
+    import deepspeed.ops
+
+    import recllm.train.finetune  # noqa: F401  # imported once, before the ranks are forked
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ op is compiled for minutes
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        with tempfile.TemporaryDirectory() as folder:
+            answers.write(json.dumps(run_world(job, Path(folder))) + "\n")
+        answers.flush()
+
+
+def run_world(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fork the ranks and wait for them; when one dies the others are killed, as the launchers do."""
+    processes = job.get("processes", 1)
+    environment = launch_environment(str(ROOT / "accelerate_configs" / job["config"]), processes)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    if processes > 1:
+        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    children = {}
+    for rank in range(processes):
+        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+        child = os.fork()
+        if not child:
+            run_rank(job, rank, own, folder)
+        children[child] = rank
+    codes = wait(children)
+    ranks = [json.loads(p.read_text()) if (p := folder / f"{rank}.json").exists() else {} for rank in range(processes)]
+    lines = [line for rank in range(processes) for line in (folder / f"{rank}.log").read_text().splitlines()]
+    log = "\n".join(line for line in lines if "c10d_logger" not in line and "return func(*args" not in line)
+    return {"codes": [codes[rank] for rank in range(processes)], "ranks": ranks, "log": log[-20_000:]}
+
+
+def wait(children: dict[int, int]) -> dict[int, int]:
+    """Exit code of each rank."""
+    left, codes, end = dict(children), {}, time.monotonic() + LIMIT_S
+    while left:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            codes[left.pop(child)] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end or any(codes.values()):
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+        if not child:
+            time.sleep(0.02)
+    return codes
+
+
+def run_rank(job: dict[str, Any], rank: int, environment: dict[str, str], folder: Path) -> None:
+    """One process of a world; never returns."""
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    faulthandler.enable()
+    code = 1
+    try:
+        if job.get("shim", True):
+            allow_engines_on_cpu()
+        train(job, rank, folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train(job: dict[str, Any], rank: int, folder: Path) -> None:
+    """finetune.train, watched: which engine wrapped the model, and what rows this rank saw."""
+    from transformers import TrainerCallback
+
+    from recllm.recipe import load_recipe
+    from recllm.train import finetune
+
+    make = finetune.make_trainer
+    report: dict[str, Any] = {"engine": None, "losses": [], "rows": []}
+
+    class Watch(TrainerCallback):
+        trainer: Any
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            report.update(describe(self.trainer))
+            if rank == 0 and state.global_step == job.get("kill_at"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            report["losses"] += [logs["loss"]] if "loss" in logs else []
+            report["logs"] = [*report.get("logs", []), {k: v for k, v in logs.items() if isinstance(v, (int, float))}]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        trainer = make(*args, **kwargs)
+        watch = Watch()
+        watch.trainer = trainer
+        trainer.add_callback(watch)
+        collate = trainer.data_collator
+
+        def collator(rows: Any) -> Any:
+            report["rows"].append([identity(row) for row in rows if row.completion_tokens])
+            return collate(rows)
+
+        trainer.data_collator = collator
+        return trainer
+
+    finetune.make_trainer = watched
+    recipe = load_recipe(job["recipe"], job.get("overrides", ()))
+    paths = (Path(job[name]) for name in ("dataset", "encoder", "output"))
+    started = time.monotonic()
+    finetune.train(recipe, *paths)
+    report["wall_s"] = round(time.monotonic() - started, 2)
+    (folder / f"{rank}.json").write_text(json.dumps(report))
+
+
+def identity(row: Any) -> list[int]:
+    """What tells an example from every other one."""
+    return [int(row.user_index), int(row.history_end), crc32(row.input_ids)]
+
+
+def describe(trainer: Any) -> dict[str, Any]:
+    """The engine that wrapped the model, and of DeepSpeed the stage and where its states lie."""
+    wrapped = trainer.model_wrapped
+    found: dict[str, Any] = {"engine": type(wrapped).__name__, "bases": [c.__name__ for c in type(wrapped).__mro__]}
+    if found["engine"] == "DeepSpeedEngine":
+        found["stage"] = wrapped.zero_optimization_stage()
+        found["optimizer"] = type(wrapped.optimizer).__name__
+        found["offload"] = str(getattr(wrapped.zero_offload_param(), "device", None))
+    return found
+
+
+if __name__ == "__main__":
+    main()
