@@ -31,17 +31,15 @@ import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from recllm.errors import UserError
 from recllm.model.gate import Gate, check_finite, rank_factor
-from recllm.model.sequence_encoder import SequenceEncoder
+from recllm.model.guided import GuidedLoraModel
 
 ILORA: Any = "ILORA"  # PeftType is a closed enum, but PEFT's mappings are keyed by anything that hashes like a str
 GATE_TYPES = ("softmax", "sigmoid")
 GATE_ARGUMENTS = ("history_items", "representation", "gate_weights")
-FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # a forward with one of these has many users in one row
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")  # in a module's name
 Rows = tuple[torch.Tensor, ...]
 
@@ -191,30 +189,27 @@ _NO_ROWS = (
 )
 
 
-class ILoraModel(LoraModel):
+class ILoraModel(GuidedLoraModel):
     """The tuner. Owns a gate and, where set, a sequence encoder for each adapter, as submodules.
 
-    So DDP, ZeRO and FSDP see their parameters. The encoder is frozen and in eval mode unless set as trainable.
+    peft_config: adapter name → ILoraConfig.
     """
 
-    model: Any  # PreTrainedModel
-    peft_config: dict[str, Any]  # adapter name → ILoraConfig
+    reader_name = reader_said = "gate"
+    arguments = GATE_ARGUMENTS
     gate: Any  # nn.ModuleDict: adapter name → Gate
-    sequence_encoder: Any  # nn.ModuleDict: adapter name → SequenceEncoder
-    trainable_encoders: set[str]
     gate_rows: GateRows
-
-    uses_shared_state = True  # layers need the tuner around them: PEFT then refuses inject_adapter_in_model
 
     # ---- adapters come and go ----
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Insert the LoRA layers, the adapter's gate, and our formula into each layer."""
-        self._make_state()
+        if self._make_modules():
+            self.gate_rows = GateRows()
         config = self.peft_config[adapter_name]
         gate = _make_gate(config, model)
         parameter = next(model.parameters())
-        trained = {name: self.gate[name].output.weight.requires_grad for name in self.gate}
+        trained = self._trained()
         on_meta = parameter.is_meta or gate.output.weight.is_meta  # the latter with low_cpu_mem_usage
         self.gate[adapter_name] = gate if on_meta else gate.to(parameter.device)
         try:
@@ -224,15 +219,9 @@ class ILoraModel(LoraModel):
             del self.gate[adapter_name]
             raise
         for name, requires_grad in trained.items():  # a further adapter changes nothing for those there, as in PEFT
-            self._set_gate_grad(name, requires_grad)
+            self._set_grad(name, requires_grad)
         if getattr(model, "is_gradient_checkpointing", False):
             self.gradient_checkpointing_enable()  # it was switched on before our layers were there
-
-    def _make_state(self) -> None:
-        if "gate" not in self._modules:
-            self.gate, self.sequence_encoder = nn.ModuleDict(), nn.ModuleDict()
-            self.trainable_encoders = set()
-            self.gate_rows = GateRows()
 
     def _set_variants(self, model: nn.Module, adapter_name: str) -> None:
         for name, module in model.named_modules():
@@ -245,69 +234,6 @@ class ILoraModel(LoraModel):
                     raise UserError(f"target_modules includes {name}, which is not linear: leave it out")
                 row = _decoder_layer(name, self.gate[adapter_name])
                 module.lora_variant[adapter_name] = ILoraVariant(self.gate_rows, row)
-
-    def set_encoder(self, encoder: SequenceEncoder, adapter_name: str, trainable: bool = False) -> None:
-        """Give an adapter its sequence encoder; `history_items` needs one. Frozen unless `trainable`.
-
-        Raises:
-            UserError: the encoder's width is not the gate's.
-        """
-        width = self.gate[adapter_name].representation_size
-        if encoder.hidden_size != width:
-            raise UserError(
-                f"the encoder gives {encoder.hidden_size} numbers a user, the gate reads {width}: fit it again"
-            )
-        gate = self.gate[adapter_name]
-        self.sequence_encoder[adapter_name] = encoder.to(gate.mean.device)
-        (self.trainable_encoders.add if trainable else self.trainable_encoders.discard)(adapter_name)
-        self._set_gate_grad(adapter_name, gate.output.weight.requires_grad)
-        self.train(self.training)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; gradients of gates and encoders follow, which PEFT does for layers only."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._sync_requires_grad(inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter with its gate and encoder."""
-        super().delete_adapter(adapter_name)
-        for modules in (self.gate, self.sequence_encoder):
-            if adapter_name in modules:
-                del modules[adapter_name]
-        self.trainable_encoders.discard(adapter_name)
-        self._sync_requires_grad()
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Switch gradients of adapters' layers and gates."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._set_gate_grad(name, requires_grad)
-
-    def _sync_requires_grad(self, inference_mode: bool = False) -> None:
-        for name in self.gate:
-            self._set_gate_grad(name, name in self.active_adapters and not inference_mode)
-
-    def _set_gate_grad(self, name: str, requires_grad: bool) -> None:
-        self.gate[name].requires_grad_(requires_grad)
-        if name in self.sequence_encoder:
-            self.sequence_encoder[name].requires_grad_(requires_grad and name in self.trainable_encoders)
-
-    def train(self, mode: bool = True) -> "ILoraModel":
-        """Training mode for all but frozen encoders: their dropout would make a user's gate random."""
-        super().train(mode)
-        for name, encoder in self.sequence_encoder.items():
-            encoder.train(mode and name in self.trainable_encoders)
-        return self
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT strips the name only where it is the last or last but one part of a key. A gate's lies deeper, and would
-        # silently not be loaded under another adapter name.
-        for owner in ("gate", "sequence_encoder"):
-            prefix = f"base_model.{owner}.{adapter_name}."
-            if key.startswith(prefix):
-                return f"base_model.{owner}." + key.removeprefix(prefix)
-        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
         """Refused: gates of several adapters have no mean."""
@@ -344,15 +270,6 @@ class ILoraModel(LoraModel):
         self._check_finite(representation, "representation")
         return gate(representation.to(gate.mean.device))
 
-    def represent(self, history_items: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
-        """What the sequence encoder says of histories: (B, L) → (B, D), float32; zeros for an empty history."""
-        name = self.active_adapters[0] if adapter_name is None else adapter_name
-        if name not in self.sequence_encoder:
-            raise ValueError(f'adapter "{name}" has no sequence encoder: call set_encoder, or pass representation=')
-        encoder = self.sequence_encoder[name]
-        with torch.autocast(encoder.device.type, enabled=False):
-            return encoder(history_items.to(encoder.device)).float()
-
     def _rows(self, given: dict[str, torch.Tensor]) -> dict[str, Rows]:
         """Adapter name → factors of A x, each (B, 1, R): one, or one for each decoder layer."""
         ((argument, value),) = given.items()
@@ -385,17 +302,6 @@ class ILoraModel(LoraModel):
         if not torch.compiler.is_compiling() and (rows.is_cpu or not self.training):
             check_finite(rows, what)
 
-    def _take(self, kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Gate arguments and the others."""
-        given = {name: kwargs[name] for name in GATE_ARGUMENTS if kwargs.get(name) is not None}
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given: pass one of {', '.join(GATE_ARGUMENTS)}")
-        if given and (flattened := [name for name in FLATTENED if kwargs.get(name) is not None]):
-            raise RuntimeError(
-                f"{flattened[0]} says that rows are packed with several users: pass one user a row, padded"
-            )
-        return given, {name: value for name, value in kwargs.items() if name not in GATE_ARGUMENTS}
-
     # ---- running ----
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -424,11 +330,6 @@ class ILoraModel(LoraModel):
         }
         with UsingRows(self.gate_rows, rows):
             return self.model.generate(*args, **kwargs)
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("adapter_names") is not None:
-            raise UserError("adapter_names (several adapters in one batch) does not go with instance-wise gates")
-        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     # ---- gradient checkpointing ----
 

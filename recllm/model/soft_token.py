@@ -28,14 +28,13 @@ import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.model import LoraModel
 from torch import nn
 from torch.nn import functional
 
 from recllm.errors import UserError
 from recllm.model.gate import Standardised
-from recllm.model.ilora import FLATTENED, copies_of_each_prompt
-from recllm.model.sequence_encoder import SequenceEncoder
+from recllm.model.guided import GuidedLoraModel
+from recllm.model.ilora import copies_of_each_prompt
 
 SOFT_TOKEN: Any = "SOFT_TOKEN"  # as ILORA: PEFT's mappings take any string
 ARGUMENTS = ("history_items", "representation")
@@ -154,22 +153,17 @@ def first_tokens(inputs: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     return begin.expand(batch, length)
 
 
-class SoftTokenModel(LoraModel):
+class SoftTokenModel(GuidedLoraModel):
     """The tuner: plain LoRA layers, and a soft token and a sequence encoder for each adapter, as submodules.
 
-    The encoder is frozen and in eval mode unless set as trainable. Of several active adapters the tokens add up, as
-    their LoRA parts do.
+    Of several active adapters the tokens add up, as their LoRA parts do. peft_config: adapter name → SoftTokenConfig.
     """
 
-    model: Any  # PreTrainedModel
-    peft_config: dict[str, Any]  # adapter name → SoftTokenConfig
+    reader_name, reader_said = "soft_token", "soft token"
+    arguments = ARGUMENTS
     soft_token: Any  # nn.ModuleDict: adapter name → SoftToken
-    sequence_encoder: Any  # nn.ModuleDict: adapter name → SequenceEncoder
-    trainable_encoders: set[str]
     token_rows: TokenRows
     hooks: list[Any]
-
-    uses_shared_state = True  # the hooks need the tuner around them: PEFT then refuses inject_adapter_in_model
 
     # ---- adapters come and go ----
 
@@ -182,7 +176,7 @@ class SoftTokenModel(LoraModel):
         # One that is loaded brings its own scale, and one process alone may load it: a sharded weight needs all
         scale = 1.0 if config.inference_mode else embedding_scale(embedding)
         token = SoftToken(config.representation_size, embedding.embedding_dim, scale)
-        trained = {name: self.soft_token[name].projection.requires_grad for name in self.soft_token}
+        trained = self._trained()
         on_meta = weight.is_meta or token.projection.is_meta  # the latter with low_cpu_mem_usage
         self.soft_token[adapter_name] = token if on_meta else token.to(weight.device)
         try:
@@ -193,71 +187,16 @@ class SoftTokenModel(LoraModel):
             del self.soft_token[adapter_name]
             raise
         for name, requires_grad in trained.items():  # a further adapter changes nothing for those there, as in PEFT
-            self._set_token_grad(name, requires_grad)
+            self._set_grad(name, requires_grad)
 
     def _make_state(self, model: Any) -> None:
-        if "soft_token" in self._modules:
+        if not self._make_modules():
             return
-        self.soft_token, self.sequence_encoder = nn.ModuleDict(), nn.ModuleDict()
-        self.trainable_encoders = set()
         self.token_rows = TokenRows()
         self.hooks = [
             model.register_forward_pre_hook(self.token_rows.locate, with_kwargs=True),
             model.get_input_embeddings().register_forward_hook(self.token_rows.add),
         ]
-
-    def set_encoder(self, encoder: SequenceEncoder, adapter_name: str, trainable: bool = False) -> None:
-        """Give an adapter its sequence encoder; `history_items` needs one. Frozen unless `trainable`.
-
-        Raises:
-            UserError: the encoder's width is not what the soft token is made from.
-        """
-        token = self.soft_token[adapter_name]
-        if encoder.hidden_size != token.representation_size:
-            raise UserError(
-                f"the encoder gives {encoder.hidden_size} numbers a user, the soft token reads "
-                f"{token.representation_size}: fit it again"
-            )
-        self.sequence_encoder[adapter_name] = encoder.to(token.mean.device)
-        (self.trainable_encoders.add if trainable else self.trainable_encoders.discard)(adapter_name)
-        self._set_token_grad(adapter_name, token.projection.requires_grad)
-        self.train(self.training)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; gradients of soft tokens and encoders follow, which PEFT does for layers only."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._sync_requires_grad(inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter with its soft token and encoder."""
-        super().delete_adapter(adapter_name)
-        for modules in (self.soft_token, self.sequence_encoder):
-            if adapter_name in modules:
-                del modules[adapter_name]
-        self.trainable_encoders.discard(adapter_name)
-        self._sync_requires_grad()
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Switch gradients of adapters' layers and soft tokens."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._set_token_grad(name, requires_grad)
-
-    def _sync_requires_grad(self, inference_mode: bool = False) -> None:
-        for name in self.soft_token:
-            self._set_token_grad(name, name in self.active_adapters and not inference_mode)
-
-    def _set_token_grad(self, name: str, requires_grad: bool) -> None:
-        self.soft_token[name].requires_grad_(requires_grad)
-        if name in self.sequence_encoder:
-            self.sequence_encoder[name].requires_grad_(requires_grad and name in self.trainable_encoders)
-
-    def train(self, mode: bool = True) -> "SoftTokenModel":
-        """Training mode for all but frozen encoders: their dropout would make a user's token random."""
-        super().train(mode)
-        for name, encoder in self.sequence_encoder.items():
-            encoder.train(mode and name in self.trainable_encoders)
-        return self
 
     def disable_adapter_layers(self) -> None:
         """Off: LoRA and soft token."""
@@ -282,25 +221,7 @@ class SoftTokenModel(LoraModel):
             "that for the LoRA without its soft token"
         )
 
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # as ILoraModel's: PEFT finds the name only where it is the last or last but one part of a key
-        for owner in ("soft_token", "sequence_encoder"):
-            prefix = f"base_model.{owner}.{adapter_name}."
-            if key.startswith(prefix):
-                return f"base_model.{owner}." + key.removeprefix(prefix)
-        return super()._remove_adapter_name_from_key(key, adapter_name)
-
     # ---- running ----
-
-    def represent(self, history_items: torch.Tensor, adapter_name: str | None = None) -> torch.Tensor:
-        """What the sequence encoder says of histories: (B, L) → (B, D), float32; zeros for an empty history."""
-        name = self.active_adapters[0] if adapter_name is None else adapter_name
-        if name not in self.sequence_encoder:
-            raise ValueError(f'adapter "{name}" has no sequence encoder: call set_encoder, or pass representation=')
-        device = self.soft_token[name].mean.device
-        with torch.autocast(device.type, enabled=False):
-            return self.sequence_encoder[name](history_items.to(device)).float()
 
     def tokens(self, representation: torch.Tensor | None = None, history_items: torch.Tensor | None = None) -> Any:
         """(B, H) float32: what is added to each row, of the active adapters, from one of the two arguments."""
@@ -315,17 +236,9 @@ class SoftTokenModel(LoraModel):
         return sum(rows[1:], rows[0])
 
     def _take(self, kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """What the soft token is made from, and the other arguments."""
-        if kwargs.get("gate_weights") is not None:
-            raise ValueError(f"a soft token has no gate: pass one of {', '.join(ARGUMENTS)}")
-        given = {name: kwargs[name] for name in ARGUMENTS if kwargs.get(name) is not None}
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given: pass one of {', '.join(ARGUMENTS)}")
-        if given and (flattened := [name for name in FLATTENED if kwargs.get(name) is not None]):
-            raise RuntimeError(
-                f"{flattened[0]} says that rows are packed with several users: pass one user a row, padded"
-            )
-        return given, {name: value for name, value in kwargs.items() if name not in (*ARGUMENTS, "gate_weights")}
+        if kwargs.pop("gate_weights", None) is not None:
+            raise ValueError(f"a soft token has no gate: pass one of {', '.join(self.arguments)}")
+        return super()._take(kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with one of the two arguments. Without any it raises (unless disabled)."""
@@ -343,11 +256,6 @@ class SoftTokenModel(LoraModel):
         rows = self.tokens(**given).repeat_interleave(copies_of_each_prompt(self.model, kwargs), dim=0)
         with UsingToken(self.token_rows, rows):
             return self.model.generate(*args, **kwargs)
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("adapter_names") is not None:
-            raise UserError("adapter_names (several adapters in one batch) does not go with a soft token")
-        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
 
 @torch.no_grad()
