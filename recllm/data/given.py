@@ -138,8 +138,8 @@ class Given:
     def _item(self, given_id: Any, where: str) -> int:
         offset = self.names.item_id_offset
         try:
-            name = str(int(given_id) + offset) if offset else str(given_id)
-        except (TypeError, ValueError):
+            name = str(int(str(given_id)) + offset) if offset else str(given_id)
+        except ValueError:
             raise UserError(
                 f"{where}: item id {given_id!r} is no whole number, split.given.item_id_offset can only be added to one"
             ) from None
@@ -175,4 +175,6 @@ def _ranks(log: Log, part: npt.NDArray[np.int64], row: GivenRow) -> npt.NDArray[
 
 
 def _ends_with(sequence: npt.NDArray[np.int32], history: list[int]) -> bool:
-    return len(history) <= len(sequence) and sequence[len(sequence) - len(history) :].tolist() == history
+    if not history:  # stands before a first interaction only
+        return not len(sequence)
+    return sequence[-len(history) :].tolist() == history

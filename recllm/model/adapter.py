@@ -36,7 +36,8 @@ LORA_WEIGHTS, LORA_CONFIG, BASE_MODEL = "adapter_model.safetensors", "adapter_co
 GATE_WEIGHTS, ILORA_CONFIG, ENCODER = "gate.safetensors", "ilora.json", "sequence_encoder"
 TOKEN_WEIGHTS, TOKEN_CONFIG = "soft_token.safetensors", "soft_token.json"
 ITEMS, MANIFEST, CARD = "items.parquet", "manifest.json", "README.md"
-WEIGHTS_SHA256, FINGERPRINT_ROWS = "weights_sha256", 64
+WEIGHTS_SHA256, SAMPLED = "sampled_weights_sha256", 64
+BASE_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 EXACT = (torch.float32, torch.bfloat16)  # float16 rounds small bf16 numbers: no fingerprint then
 _GATE_PREFIX, _ENCODER_PREFIX = "base_model.gate.", "base_model.sequence_encoder."
 _TOKEN_PREFIX = "base_model.soft_token."
@@ -258,31 +259,28 @@ def _write_plain_config(config: Any, folder: Path) -> None:
 def _describe_base(model: PeftModel) -> dict[str, Any]:
     base: Any = model.get_base_model()
     config = base.config.get_text_config()
-    sizes = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     described = {"name_or_path": base.name_or_path, WEIGHTS_SHA256: weights_sha256(base)}
-    return described | {name: getattr(config, name, None) for name in sizes}
+    return described | {name: getattr(config, name, None) for name in BASE_SIZES}
 
 
 @torch.no_grad()
 def weights_sha256(base_model: Any) -> str | None:
-    """Fingerprint of a base model: rows of its input embedding spread over the vocabulary, and its last norm, as bf16.
+    """Fingerprint of a base model: SAMPLED numbers of each of its parameters, spread evenly, as bf16.
 
     The same whether the weights were loaded in float32 or bfloat16. None where it would not be: other types, quantised
     weights, and weights that are not here (meta device, sharded).
     """
     if getattr(base_model, "is_quantized", False) or getattr(base_model, "hf_quantizer", None) is not None:
         return None
-    embedding = base_model.get_input_embeddings().weight
-    # by name: the LoRA layers of an adapter lie between those of the base model
-    vectors = [p for name, p in base_model.named_parameters() if p.dim() == 1 and "lora_" not in name]
-    digest = hashlib.sha256()
-    for tensor in (embedding, *vectors[-1:]):
+    parts = []
+    for name, tensor in base_model.named_parameters():
+        if "lora_" in name:  # the LoRA layers of an adapter lie between those of the base model
+            continue
         if tensor.is_meta or hasattr(tensor, "device_mesh") or not tensor.numel() or tensor.dtype not in EXACT:
             return None
-        rows = torch.linspace(0, len(tensor) - 1, FINGERPRINT_ROWS, dtype=torch.float64).long().to(tensor.device)
-        part = tensor[rows] if tensor.dim() == 2 else tensor
-        digest.update(part.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+        places = torch.linspace(0, tensor.numel() - 1, SAMPLED, dtype=torch.float64).long().to(tensor.device)
+        parts.append(tensor.flatten()[places].to(torch.bfloat16))
+    return hashlib.sha256(torch.cat(parts).cpu().view(torch.int16).numpy().tobytes()).hexdigest() if parts else None
 
 
 def _write_ilora(tuner: ILoraModel, name: str, folder: Path) -> None:
@@ -501,7 +499,7 @@ def check_base_model(base_model: Any, folder: Path) -> None:
     differing = {
         name: (value, getattr(config, name, None))
         for name, value in wanted.items()
-        if name not in ("name_or_path", WEIGHTS_SHA256) and value != getattr(config, name, None)
+        if name in BASE_SIZES and value != getattr(config, name, None)
     }
     if differing:
         text = ", ".join(f"{name} {own} (given: {given})" for name, (own, given) in differing.items())

@@ -11,6 +11,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from recllm.errors import UserError
+from recllm.model.gate import check_finite
 from recllm.model.sequence_encoder import SequenceEncoder
 
 FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # a forward with one of these has many users in one row
@@ -126,6 +127,11 @@ class GuidedLoraModel(LoraModel):
         encoder = self.sequence_encoder[name]
         with torch.autocast(encoder.device.type, enabled=False):
             return encoder(history_items.to(encoder.device)).float()
+
+    def _check_finite(self, rows: torch.Tensor, what: str) -> None:
+        # Looking makes a GPU wait, and a graph break when compiled. NaN then stays in its own row, and in the loss.
+        if not torch.compiler.is_compiling() and (rows.is_cpu or not self.training):
+            check_finite(rows, what)
 
     def _take(self, kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The one of `arguments` that was given, and what is for the base model."""

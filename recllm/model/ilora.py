@@ -34,7 +34,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 
 from recllm.errors import UserError
-from recllm.model.gate import Gate, check_finite, rank_factor
+from recllm.model.gate import Gate, rank_factor
 from recllm.model.guided import GuidedLoraModel
 
 ILORA: Any = "ILORA"  # PeftType is a closed enum, but PEFT's mappings are keyed by anything that hashes like a str
@@ -296,11 +296,6 @@ class ILoraModel(GuidedLoraModel):
             raise ValueError(f'gate_weights has shape {shape}, adapter "{adapter_name}" needs (B, {wanted})')
         self._check_finite(weights, "gate_weights")
         return rank_factor(weights, config.r, config.gate_type)
-
-    def _check_finite(self, rows: torch.Tensor, what: str) -> None:
-        # Looking makes a GPU wait, and a graph break when compiled. NaN then stays in its own row, and in the loss.
-        if not torch.compiler.is_compiling() and (rows.is_cpu or not self.training):
-            check_finite(rows, what)
 
     # ---- running ----
 

@@ -232,6 +232,7 @@ class SoftTokenModel(GuidedLoraModel):
             if state.dim() != 2 or state.shape[1] != token.representation_size:
                 expected = f"(B, {token.representation_size})"
                 raise ValueError(f"representation has shape {tuple(state.shape)}, {expected} is expected")
+            self._check_finite(state, "representation")
             rows.append(token(state.to(token.mean.device)))
         return sum(rows[1:], rows[0])
 

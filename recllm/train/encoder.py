@@ -44,7 +44,9 @@ class Window(NamedTuple):
 class Held(NamedTuple):
     """Validation targets and what came before each."""
 
-    histories: list[np.ndarray]
+    histories: list[
+        np.ndarray
+    ]  # all items before each target, oldest first: the encoder reads the newest, none is ranked
     targets: np.ndarray  # (N,)
     exclude_history: bool
 
@@ -79,7 +81,7 @@ def fit_encoder(
     Raises:
         UserError: no training or no validation target, a loss that is not finite, or as `make_encoder`.
     """
-    held = validation(dataset, max_items, exclude_history, seed)
+    held = validation(dataset, exclude_history, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -112,8 +114,8 @@ def training_windows(dataset: Dataset, max_items: int) -> list[Window]:
     return windows
 
 
-def validation(dataset: Dataset, max_items: int, exclude_history: bool, seed: int = 0) -> Held:
-    """Validation targets, at most VALIDATION_TARGETS by seeded choice, with the last `max_items` items before each."""
+def validation(dataset: Dataset, exclude_history: bool, seed: int = 0) -> Held:
+    """Validation targets, at most VALIDATION_TARGETS by seeded choice, with all items before each, views."""
     sequences = dataset.sequences
     positions = np.flatnonzero(sequences.splits == VALID)
     if len(positions) > VALIDATION_TARGETS:
@@ -121,7 +123,7 @@ def validation(dataset: Dataset, max_items: int, exclude_history: bool, seed: in
         positions = np.sort(generator.choice(positions, VALIDATION_TARGETS, replace=False))
     users = np.searchsorted(sequences.offsets, positions, side="right") - 1
     inside = positions - sequences.offsets[users]
-    histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, inside)]
+    histories = [dataset.history(int(user), int(end), int(end)) for user, end in zip(users, inside)]
     return Held(histories, sequences.items[positions].astype(np.int64), exclude_history)
 
 

@@ -450,3 +450,16 @@ def test_movielens_1m_through_a_mapping(shared_data, tmp_path):
     assert prepared.counts["interactions"] == 556_989 + 190_063 + 185_241
     assert (prepared.counts["users"], prepared.counts["items"]) == (6040, 2983)
     assert prepared.items.row(1)[2] == "Monty Python's Life of Brian (1979)"
+
+
+def test_given_rows_without_a_history_are_equal_only_at_the_beginning(tmp_path, prepare_rows, log_of):
+    section = given_section(tmp_path, [row_of(1, [], "c")], [row_of(2, ["b", "c"], "d")])
+    audit = prepare_rows(log_of("abcd", "bcdaf"), split=section).audit
+    assert audit["given"]["valid"] == {"rows": 1, "history_equal": 0}
+
+
+def test_an_offset_is_added_to_whole_numbers_only(tmp_path, prepare_rows):
+    rows = [{"user_id": 1, "item_id": t, "timestamp": t} for t in range(1, 6)]
+    section = given_section(tmp_path, [row_of(1, [0, 1], 2.9)], [row_of(1, [2, 3], 4)], item_id_offset=1)
+    with pytest.raises(UserError, match=r"item id 2.9 is no whole number"):
+        prepare_rows(rows, split=section)

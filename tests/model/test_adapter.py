@@ -275,7 +275,7 @@ def test_a_base_model_of_the_same_sizes_with_other_weights_is_refused(saved: Pat
     _edit(saved / "base_model.json", name_or_path="its-own")
     with pytest.raises(UserError, match=r"adapter for its-own .*, the base model given is the-other .*other weights"):
         load_adapter(other, saved)
-    _edit(saved / "base_model.json", weights_sha256=None)  # saved where no fingerprint could be taken
+    _edit(saved / "base_model.json", sampled_weights_sha256=None)  # saved where no fingerprint could be taken
     load_adapter(other, saved)
 
 
@@ -291,6 +291,15 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_type(tiny_llama: Any, ad
         changed.model.norm.weight[3] += 0.5
     assert weights_sha256(changed) != expected
     assert weights_sha256(tiny_llama(seed=1)) != expected
+
+
+def test_the_fingerprint_sees_every_weight_matrix(tiny_llama: Any) -> None:
+    expected = weights_sha256(tiny_llama())
+    for name, _ in tiny_llama().named_parameters():
+        changed = tiny_llama()
+        with torch.no_grad():
+            changed.get_parameter(name).mul_(1.5)  # as merging a LoRA into one kind of layer does
+        assert weights_sha256(changed) != expected, name
 
 
 def test_no_fingerprint_of_weights_that_are_not_here_or_not_exact(saved: Path, tiny_llama: Any) -> None:

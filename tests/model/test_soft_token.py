@@ -154,6 +154,15 @@ def test_the_first_real_token() -> None:
     ]  # fmt: skip
 
 
+def test_a_representation_that_is_not_finite_is_refused(soft: Any, tokens: torch.Tensor) -> None:
+    model = soft()
+    representation = torch.rand(len(tokens), 16)
+    representation[1, 2] = float("nan")
+    for call in (model.forward, model.generate):
+        with pytest.raises(UserError, match=f"representation: row 1 of {len(tokens)}"):
+            call(input_ids=tokens, representation=representation)
+
+
 def test_batch_equals_single_rows(soft: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
     model = soft()
     together = _logits(model, tokens, history_items=histories)

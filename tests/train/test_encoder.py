@@ -61,21 +61,21 @@ def test_other_positions_are_never_read(dataset: Dataset, code: int):
 
 
 def test_validation_reads_all_positions_before_the_target(dataset: Dataset):
-    held = validation(dataset, 3, exclude_history=False)
+    held = validation(dataset, exclude_history=False)
     sequences = dataset.sequences
     assert len(held.targets) == sequences.num_users
     end = sequences.offsets[1]  # leave-one-out: valid is the last but one
     assert held.targets[0] == sequences.items[end - 2]
-    assert held.histories[0].tolist() == sequences.items[end - 5 : end - 2].tolist()
+    assert held.histories[0].tolist() == sequences.items[: end - 2].tolist()  # the ranking leaves all of them out
 
 
 def test_a_large_validation_split_is_sampled_by_seed(dataset: Dataset, monkeypatch):
-    whole = validation(dataset, 3, False)
+    whole = validation(dataset, False)
     monkeypatch.setattr(module, "VALIDATION_TARGETS", 20)
-    held, other = validation(dataset, 3, True, seed=1), validation(dataset, 3, True, seed=2)
+    held, other = validation(dataset, True, seed=1), validation(dataset, True, seed=2)
     assert len(held.targets) == len(held.histories) == 20
     assert held.exclude_history
-    assert np.array_equal(held.targets, validation(dataset, 3, True, seed=1).targets)
+    assert np.array_equal(held.targets, validation(dataset, True, seed=1).targets)
     pairs = [{(*history.tolist(), int(t)) for history, t in zip(h.histories, h.targets)} for h in (whole, held, other)]
     assert pairs[1] <= pairs[0]
     assert pairs[1] != pairs[2]
@@ -92,7 +92,7 @@ def test_it_learns_the_ring_and_beats_popularity(dataset: Dataset, tmp_path, kin
     encoder, info = load_encoder(tmp_path / "encoder")
     assert info["vocabulary_sha256"] == dataset.vocabulary_sha256
     assert info["type"] == section.type
-    saved = evaluate_encoder(encoder, validation(dataset, 12, exclude_history=False))
+    saved = evaluate_encoder(encoder, validation(dataset, exclude_history=False))
     assert saved["ndcg@10"] == pytest.approx(metrics["ndcg@10"])  # the best epoch was kept, not the last
 
 
@@ -165,7 +165,7 @@ def test_popularity_counts_training_positions_and_leaves_out_what_the_user_had(d
     counts = np.bincount(sequences.items[sequences.splits == TRAIN], minlength=dataset.num_items)
     section = SECTION.model_copy(update={"max_epochs": 1})
     for exclude in (False, True):
-        held, gains = validation(dataset, 12, exclude), []
+        held, gains = validation(dataset, exclude), []
         for history, target in zip(held.histories, held.targets):
             others = [i for i in range(dataset.num_items) if i != target and not (exclude and i in history)]
             rank = 1 + sum(counts[i] >= counts[target] for i in others)
