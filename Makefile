@@ -32,8 +32,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 bench: $(VENV)/installed
+	$(BIN)/pip install --disable-pip-version-check -e ".[trl]"
 	$(BIN)/python scripts/bench/convert.py
 	$(BIN)/python scripts/bench/score.py
+	$(BIN)/python scripts/bench/encode.py
+	$(BIN)/python scripts/bench/train_step.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -62,6 +62,14 @@ def test_synthetic_evidence_runs_resumes_and_reports(run, tmp_path):
     assert "| oracle |" in text
     run("reproduce/synthetic.py", *small)  # every cell is there: nothing is trained
     assert path.read_bytes() == before
+    other = ["--split", "valid", "--arms", "lora", "--rates", "lora=0.001,0.03", "--settings", "2:all"]
+    said = run("reproduce/synthetic.py", *small, *other)  # another setting: another cell, in the same world
+    assert "scored here: valid" in said
+    assert "lora 0.001 and 0.03" in said
+    assert len(path.read_text().splitlines()) == len(cells) + 1
+    assert len(list(path.parent.glob("knob*"))) == 1
+    with pytest.raises(SystemExit, match="are in one file"):
+        run("reproduce/synthetic.py", *small, "--report")
 
 
 def test_movielens_evidence_runs_resumes_and_reports(run, tmp_path, movielens, tiny_model_folder):
@@ -81,6 +89,47 @@ def test_movielens_evidence_runs_resumes_and_reports(run, tmp_path, movielens, t
     run("reproduce/movielens.py", *small, "--report")
     assert path.read_bytes() == before
     assert "windows of 2 titles" in (tmp_path / "gate.md").read_text()
+    run("reproduce/movielens.py", *small, "--arms", "lora", "--steps", 2)  # other steps: not taken for finished
+    assert [json.loads(line)["settings"]["steps"] for line in path.read_text().splitlines()].count(2) == 1
+
+
+def test_movielens_seeds_share_the_data_and_reports_are_made_again(
+    run, tmp_path, movielens, tiny_model_folder, monkeypatch
+):
+    small = ["--work", tmp_path / "work", "--model", tiny_model_folder, "--dtype", "float32", "--windows", 2]
+    small += ["--steps", 1, "--max-windows", 20, "--encoder-epochs", 1]
+    small += ["--set", "filter.min_rating=5", "filter.user_core=40"]
+
+    def evaluated(recipe, dataset, encoder, adapter, output):
+        names = [adapter.name, *recipe.evaluate.adapters]
+        output.mkdir(exist_ok=True)
+        (output / "metrics.json").write_text(json.dumps({"systems": [{"name": name} for name in names]}))
+
+    monkeypatch.setattr("recllm.evaluate.evaluation.evaluate", evaluated)
+    monkeypatch.setattr("recllm.evaluate.evaluation.table_text", lambda document: "")
+    run("reproduce/movielens.py", *small, "--seeds", 0, 1, "--arms", "lora", "ilora")
+    cells = [json.loads(line) for line in (tmp_path / "work" / "cells.jsonl").read_text().splitlines()]
+    assert all(cell["users"] == cells[0]["users"] and cell["history"] == cells[0]["history"] for cell in cells)
+    assert len(list(tmp_path.glob("work/*/window2/dataset"))) == 1
+    assert len(list(tmp_path.glob("work/*/encoder-seed*"))) == 2
+    ask = [*small, "--seeds", 0, "--evaluate", "--arms", "lora", "ilora"]
+    run("reproduce/movielens.py", *ask, "--keep")
+    (report,) = tmp_path.glob("work/*/window2/seed0-*/report-*/metrics.json")
+    run("reproduce/movielens.py", *ask, "soft_token")  # an arm more: what is there is not taken for finished
+    assert [system["name"] for system in json.loads(report.read_text())["systems"]] == [
+        "ilora",
+        "lora_arm",
+        "soft_token_arm",
+    ]
+    assert not (report.parents[1] / "ilora").is_dir()  # all are in it
+    said = ["--report", "--output", tmp_path / "gate.md"]
+    heading = f"{report.parents[1].name}, {report.parent.name}: 20 candidates"
+    assert heading in run("reproduce/movielens.py", *small, *said)
+    report.parents[1].rename(report.parents[2] / "seed0-0123456789")  # a report of other settings
+    assert "20 candidates" not in run("reproduce/movielens.py", *small, *said)
+    (report.parents[2] / "seed0-0123456789").rename(report.parents[1])
+    with pytest.raises(SystemExit, match="sigmoid, and the adapters of lora, ilora, soft_token are gone"):
+        run("reproduce/movielens.py", *ask, "sigmoid")
 
 
 def test_train_step_bench_prints_every_ratio(run, tiny_model_folder):
@@ -136,13 +185,115 @@ def test_differences_are_paired_and_count_titles(evidence):
     assert gap.low == pytest.approx(-0.1)  # paired: what both share is gone
     assert gap.by_seed == pytest.approx([-0.1, -0.1])
     assert evidence.against(cells["ilora"], []) is None
-    values, members = evidence._pooled(cells["lora"], "nats")
+    values, _ = evidence._by_title(cells["lora"][0], cells["lora"][0]["nats"])
     assert values.mean() == pytest.approx(np.average(noise, weights=titles))
-    assert len(np.unique(members)) == 80  # other seeds have other people
-    same = [cell | {"same_people": True} for cell in cells["lora"]]
-    assert len(np.unique(evidence._pooled(same, "nats")[1])) == 40
-    rows = evidence.comparison_rows({**cells, "soft_token": []}, "lora")
+    rows, lines = evidence.comparisons({**cells, "soft_token": []}, "lora", [("ilora", "soft_token")])
     assert [row[0] for row in rows] == ["lora", "ilora"]
+    assert not lines
+    assert gap.given == "given seeds 0, 1"  # two seeds say nothing about others
     other = [cell | {"users": users[::-1]} for cell in cells["lora"]]
     with pytest.raises(RuntimeError, match="other examples"):
         evidence.against(cells["ilora"], other)
+
+
+def seeds_with(shifts, **further):
+    """Cells of lora and ilora, a seed a shift: ilora is lower by the shift, nearly the same for every user."""
+    rng = np.random.default_rng(0)
+    users, arms = np.repeat(np.arange(60), 2), {"lora": [], "ilora": []}
+    common = {"users": users.tolist(), "titles": [1] * 120} | further
+    for seed, shift in enumerate(shifts):
+        base = rng.normal(size=120)
+        for arm, nats in (("lora", base), ("ilora", base - shift + rng.normal(0, 0.01, 120))):
+            arms[arm].append(common | {"arm": arm, "seed": seed, "nats": nats.tolist()})
+    return arms
+
+
+def test_seeds_that_disagree_widen_the_interval(evidence):
+    from scipy import stats
+
+    shifts = [0.3, -0.1, 0.2, -0.05, 0.1]  # within a seed every user agrees, between seeds nothing does
+    cells = seeds_with(shifts)
+    gap = evidence.against(cells["ilora"], cells["lora"])
+    low, high = stats.t.interval(0.95, 4, np.mean(gap.by_seed), stats.sem(gap.by_seed))
+    assert (gap.low, gap.high) == pytest.approx((low, high))
+    assert gap.p_value == pytest.approx(stats.ttest_1samp(gap.by_seed, 0).pvalue)
+    assert gap.low < 0 < gap.high
+    assert not gap.given
+    same = seeds_with(shifts[:3], same_people=True)
+    gap = evidence.against(same["ilora"], same["lora"])
+    assert gap.low < 0 < gap.high
+    assert gap.p_value > 0.05
+    assert not gap.given
+    draws = np.std(gap.by_seed, ddof=1) / np.sqrt(3)  # of a mean of three; two degrees of freedom
+    assert (gap.high - gap.low) / 2 == pytest.approx(stats.t.ppf(0.975, 2) * draws, rel=0.05)
+    alone = evidence.against(same["ilora"][:1], same["lora"])
+    assert alone.given == "given seed 0"
+    assert alone.high < 0
+    other = [cell | {"users": (np.array(cell["users"]) + cell["seed"]).tolist()} for cell in same["lora"]]
+    with pytest.raises(RuntimeError, match="same examples"):
+        evidence.interval(other)
+
+
+def test_users_that_disagree_widen_the_interval_of_equal_seeds(evidence):
+    cells = seeds_with([0.1, 0.1, 0.1], same_people=True)
+    own = np.repeat(np.random.default_rng(1).normal(size=60), 2)  # of each user, the same under all seeds
+    for cell in cells["ilora"]:
+        cell["nats"] = (np.array(cell["nats"]) + own).tolist()
+    gap = evidence.against(cells["ilora"], cells["lora"])
+    assert (gap.high - gap.low) / 2 == pytest.approx(1.96 * np.std(own) / np.sqrt(60), rel=0.2)
+
+
+def test_p_is_holms_over_the_table_and_the_lines_under_it(evidence):
+    cells = seeds_with([0.11, 0.1, 0.12, 0.2, 0.15])
+    cells["soft_token"] = seeds_with([0.02, -0.01, 0.03, 0.0, 0.01])["ilora"]
+    for cell in cells["soft_token"]:
+        cell["arm"] = "soft_token"
+    pairs = [("ilora", "lora"), ("soft_token", "lora"), ("ilora", "soft_token")]
+    p_values = [evidence.against(cells[a], cells[b]).p_value for a, b in pairs]
+    rows, lines = evidence.comparisons(cells, "lora", [("ilora", "soft_token")])
+    adjusted = evidence.holm(p_values)
+    assert adjusted[2] > p_values[2]
+    assert f"p {adjusted[0]:.4f}" in rows[1][2]
+    assert f"p {adjusted[2]:.4f}" in lines[0]
+
+
+def test_a_table_refuses_cells_of_other_settings(evidence):
+    settings = {"steps": 300, "rates": [0.1, 0.2], "arm_version": 1}
+    cells = [{"arm": "lora", "settings": settings}, {"arm": "ilora", "settings": settings | {"rates": [0.3, 0.2]}}]
+    assert evidence.common_settings(cells) == {"steps": 300}  # rates are an arm's own
+    for name, value in (("steps", 20), ("rates", [0.5, 0.2])):
+        with pytest.raises(evidence.UserError, match=name):
+            evidence.common_settings([*cells, {"arm": "lora", "settings": settings | {name: value}}])
+    assert evidence.settings_hash(settings) != evidence.settings_hash(settings | {"steps": 20})
+    old = {"arm": "ilora@shuffled", "settings": settings}, {"arm": "shuffled", "settings": settings}
+    assert evidence.of_current_arms(old, {"shuffled": 2}) == [old[0]]
+
+
+def test_each_example_takes_its_own_other_user(evidence):
+    users = np.repeat([3, 5, 9], [50, 50, 100])
+    rows = evidence.rows_of_others(users, np.random.default_rng(0))
+    assert (users[rows] != users).all()
+    assert all(len(set(users[rows][users == user])) == 2 for user in (3, 5, 9))  # no fixed partner
+    with pytest.raises(RuntimeError, match="one user"):
+        evidence.rows_of_others(np.zeros(3), np.random.default_rng(0))
+
+
+def test_the_einsum_layer_of_the_bench_gives_our_formula(monkeypatch, tiny_llama):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "bench"))
+    import train_step
+
+    model = train_step.make_model(tiny_llama(), "gated")
+    tuner, layer = model.base_model, model.base_model.model.model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x, given = torch.randn(3, 5, layer.in_features), torch.randn(3, 64)
+    results = []
+    for variant in (layer.lora_variant["default"], train_step.EinsumVariant(tuner)):
+        layer.lora_variant["default"] = variant
+        results.append(train_step.run_layer(tuner, layer, x, given, None))
+    assert isinstance(layer.lora_variant["default"], train_step.EinsumVariant)
+    assert torch.allclose(*results, atol=1e-5)
+    alone = train_step.run_layer(tuner, layer, x, given, torch.zeros_like(results[0]))
+    assert torch.allclose(alone + layer.base_layer(x), results[0], atol=1e-5)
+    train_step.agree(*results)
+    with pytest.raises(RuntimeError, match="differ"):
+        train_step.agree(results[0], results[0] * 1.2)

@@ -10,8 +10,9 @@ Each part prints a line; the last line is one JSON object:
                 LoRA of the same rank; by model: SmolLM2, and a wider Llama with random weights. Memory on a GPU is the
                 peak; on a CPU the weights plus the bytes that autograd keeps for the backward pass, each storage once
     loop_over_gated               a whole model whose layers loop over the experts, as released code does, against ours
-    einsum_layer_over_gated       the adapter's share of one linear layer (without W x), forward and backward: the form
-                that makes (B, T, K, out) and sums over K, against ours. einsum_with_base_over_gated: with W x in both
+    einsum_layer_over_gated       one linear layer as the product runs it (ILoraVariant in a PEFT layer, the adapter in
+                float32 over a base in --dtype) against the same layer whose variant makes (B, T, K, out) and sums over
+                K, forward and backward, both without W x. einsum_with_base_over_gated: the whole layers, with W x
     ours_over_trl                 seconds a real token on prompt/completion data (a prompt of 300 tokens on average, a
                 title as the completion): recllm's trainer with the gated adapter against TRL's SFTTrainer with plain
                 LoRA, same examples, batch size, dtype, and no gradient checkpointing in either
@@ -20,8 +21,9 @@ Each part prints a line; the last line is one JSON object:
 
 With --device cuda the wide model has 1.1 billion random weights in bf16, and the line also holds tokens a second, the
 share of the GPU's dense bf16 peak and the peak memory. Floating-point operations a token: 4 · N for forward and the
-backward pass of activations (the frozen weights need no gradient), 6 · the adapter's, and 8 · layers · T · hidden for
-attention without the causal half.
+backward pass of activations (the frozen weights need no gradient), 6 · the adapter's, and for attention, whose operands
+all need a gradient, 6 · layers · T · hidden: 12 for the full square (PaLM, Chowdhery et al. 2022, appendix B), of which
+a causal model needs half.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from recllm.data import offline
 from recllm.model.adapter import build_adapter
 from recllm.model.base_model import load_base_model, load_tokenizer
 from recllm.model.chat import answer_ids, encode, prompt_ids
+from recllm.model.ilora import ILoraVariant, UsingRows
 from recllm.model.sequence_encoder import make_encoder
 from recllm.recipe import AdapterSection, EncoderSection, ModelSection
 from recllm.train.collator import Collator, TokenizedExamples
@@ -196,7 +199,7 @@ def share_of_peak(model: Any, arguments: argparse.Namespace, tokens_per_s: float
     frozen = _parameters(model) - adapter
     if not config.tie_word_embeddings:
         frozen -= config.vocab_size * config.hidden_size  # the input embedding is looked up, not multiplied
-    attention = 8 * config.num_hidden_layers * arguments.tokens * config.hidden_size
+    attention = 6 * config.num_hidden_layers * arguments.tokens * config.hidden_size
     operations = 4 * frozen + 6 * adapter + attention
     return None if peak is None else round(operations * tokens_per_s / (peak * 1e12), 4)
 
@@ -204,41 +207,82 @@ def share_of_peak(model: Any, arguments: argparse.Namespace, tokens_per_s: float
 # ---- one layer ----
 
 
+class EinsumVariant(LoraVariant):
+    """The formula as an einsum: the share of every expert, (B, T, K, out), then the weighted sum over K."""
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:  # type: ignore[override]
+        """`result` (B, T, out) plus the sum."""
+        down: Any = module.lora_A[active_adapter]
+        up: Any = module.lora_B[active_adapter].weight  # (out, R)
+        inner = down(module.lora_dropout[active_adapter](x)).unflatten(-1, (EXPERTS, -1))  # (B, T, K, R/K)
+        shares = torch.einsum("btkr,okr->btko", inner, up.unflatten(1, (EXPERTS, -1)))  # (B, T, K, out)
+        weights = self.tuner.gate_rows.weights[active_adapter]  # (B, K)
+        factor = (weights * EXPERTS * module.scaling[active_adapter]).to(shares)
+        return result + torch.einsum("btko,bk->bto", shares, factor)
+
+
 def measure_einsum(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The adapter's share of one layer: ours against the form that makes (B, T, K, out)."""
-    width, rows, tokens = (64, 2, 16) if arguments.quick else (2048, 8, 256)
+    """One layer of the product against the same layer with the form that makes (B, T, K, out)."""
+    width, rows, tokens = (32, 2, 16) if arguments.quick else (2048, 8, 256)
     dtype, device = getattr(torch, arguments.dtype), arguments.device
+    model = make_model(one_layer_llama(width, arguments), "gated")
+    tuner: Any = model.base_model
+    gated = tuner.model.model.layers[0].self_attn.q_proj
     generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        gated.lora_B["default"].weight.normal_(0, 0.02)  # PEFT's zeros would hide a wrong form
+    einsum = copy.deepcopy(gated)
+    einsum.lora_variant["default"] = EinsumVariant(tuner)
+    gated.lora_variant["default"] = ILoraVariant(tuner.gate_rows)
+    x = torch.randn(rows, tokens, width, generator=generator).to(device, dtype).requires_grad_()
+    none = torch.zeros_like(x)
+    given = torch.randn(rows, EncoderSection().hidden_size, generator=generator).to(device)
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).mul(0.02).to(device, dtype).requires_grad_()
+    def task(layer: Any, with_base: bool) -> Step:
+        def step() -> None:
+            run_layer(tuner, layer, x, given, None if with_base else none).float().sum().backward()
 
-    x, down, up, base = random(rows, tokens, width), random(RANK, width), random(width, RANK), random(width, width)
-    weights = torch.softmax(torch.randn(rows, EXPERTS, generator=generator), -1).to(device, dtype).requires_grad_()
-    size = RANK // EXPERTS
+        return step
 
-    def ours() -> torch.Tensor:
-        factor = (weights * EXPERTS).repeat_interleave(size, 1)[:, None]  # (B, 1, R)
-        return ((x @ down.T) * factor) @ up.T
-
-    def einsum() -> torch.Tensor:
-        inner = (x @ down.T).unflatten(-1, (EXPERTS, size))  # (B, T, K, R/K)
-        shares = torch.einsum("btkr,okr->btko", inner, up.unflatten(1, (EXPERTS, size)))  # (B, T, K, out)
-        return torch.einsum("btko,bk->bto", shares, weights * EXPERTS)
-
-    if not torch.allclose(ours().float(), einsum().float(), rtol=0.05, atol=1e-3):
-        raise RuntimeError("the two forms of the layer differ: the benchmark is broken")
-    tasks = {
-        "ours": lambda: ours().sum().backward(),
-        "einsum": lambda: einsum().sum().backward(),
-        "ours_with_base": lambda: (x @ base.T + ours()).sum().backward(),
-        "einsum_with_base": lambda: (x @ base.T + einsum()).sum().backward(),
-    }
+    agree(*(run_layer(tuner, layer, x, given, None).float() for layer in (gated, einsum)))
+    layers = {"ours": gated, "einsum": einsum}
+    tasks = {f"{name}{part}": task(layer, bool(part)) for part in ("", "_base") for name, layer in layers.items()}
     seconds = in_turns(tasks, arguments, at_least=5)
     return {
         "einsum_layer_over_gated": _ratio(seconds["einsum"], seconds["ours"]),
-        "einsum_with_base_over_gated": _ratio(seconds["einsum_with_base"], seconds["ours_with_base"]),
+        "einsum_with_base_over_gated": _ratio(seconds["einsum_base"], seconds["ours_base"]),
+        "einsum_layer": {
+            "shape": [rows, tokens, width],
+            "adapter_dtype": str(gated.lora_A["default"].weight.dtype).removeprefix("torch."),
+            "ms": {name: round(1000 * value, 3) for name, value in seconds.items()},
+        },
     }
+
+
+def run_layer(
+    tuner: Any, layer: Any, x: torch.Tensor, representation: torch.Tensor, result: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, T, out) of one layer under a gate on `representation`: the whole layer, or its adapter added to `result`."""
+    with UsingRows(tuner.gate_rows, tuner._rows({"representation": representation})):
+        if result is None:
+            return layer(x)
+        cast = x.to(layer.lora_A["default"].weight.dtype)  # as PEFT's layer does before its variant
+        return layer.lora_variant["default"].forward(layer, active_adapter="default", x=cast, result=result)
+
+
+def agree(ours: torch.Tensor, other: torch.Tensor) -> None:
+    """The forms compute the same, or nothing is measured."""
+    if not torch.allclose(ours, other, rtol=0.05, atol=1e-3 * float(ours.detach().abs().max())):
+        raise RuntimeError("the two forms of the layer differ: the benchmark is broken")
+
+
+def one_layer_llama(width: int, arguments: argparse.Namespace) -> Any:
+    """A Llama with one layer of random weights."""
+    sizes = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": width // 16}
+    return _random_llama(arguments, vocab_size=100, num_key_value_heads=width // 16, **sizes).to(arguments.device)
 
 
 # ---- against TRL ----

@@ -1,34 +1,39 @@
 """What the scripts of this folder share: finished cells on disk, one training loop for all arms, paired tables.
 
-A cell is one trained arm under one seed and setting. Its key and what it measured on each held-out example enter a
-JSONL file, a line a cell; a run that was stopped skips the lines that are there. The training loop is light on purpose:
-every arm sees the same batches in the same order, and what the gate is given may be any table by example (oracle,
-shuffled).
+A cell is one trained arm under one seed and setting. Its key, its settings and what it measured on each held-out
+example enter a JSONL file, a line a cell; a run that was stopped skips the lines that are there. The hash of the
+settings is part of the key: cells of other settings are not taken for finished, and no table mixes them. The training
+loop is light on purpose: every arm sees the same batches in the same order, and what the gate is given may be any table
+by example (oracle, shuffled).
 """
 
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from tqdm import tqdm
 
-from recllm import __version__
+from recllm.errors import UserError
 from recllm.evaluate.evaluation import machine
-from recllm.evaluate.statistics import bootstrap_means, holm, paired_differences
+from recllm.evaluate.statistics import Difference, holm, paired_differences
 from recllm.train.collator import IGNORE, Collator, TokenizedExamples
 from recllm.train.trainer import EpochSampler, completion_loss
 
 Tables = dict[str, torch.Tensor]  # "representation" (N, D) or "gate_weights" (N, K), a row an example; {} of plain LoRA
 Cell = dict[str, Any]
+OWN_SETTINGS = ("rates", "arm_version")  # of an arm: learning rates; counted up when what an arm is has changed
 GUIDES = ("base_model.gate.", "base_model.soft_token.")  # beginnings of the names of what reads a representation
 
 
@@ -58,6 +63,34 @@ class Cells:
             end = file.seek(0, os.SEEK_END)
             broken = bool(end) and (file.seek(end - 1) >= 0 and file.read(1) != b"\n")
             file.write(b"\n" * broken + json.dumps(cell, separators=(",", ":")).encode() + b"\n")
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Ten hex digits that any other settings would change: for keys of cells and names of folders."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def of_current_arms(cells: Iterable[Cell], versions: dict[str, int]) -> list[Cell]:
+    """Cells but for those of an arm as it was defined earlier; an arm that `versions` does not name has version 1."""
+    return [c for c in cells if c["settings"]["arm_version"] == versions.get(c["arm"].split("@")[0], 1)]
+
+
+def common_settings(cells: Iterable[Cell]) -> dict[str, Any]:
+    """The settings of cells that enter one table; those of an arm alone (OWN_SETTINGS) may differ between arms.
+
+    Raises:
+        UserError: cells with different settings.
+    """
+    found: dict[str, Any] = {}
+    for cell in cells:
+        for name, value in cell["settings"].items():
+            place = f"{name} of {cell['arm'].split('@')[0]}" if name in OWN_SETTINGS else name
+            if found.setdefault(place, value) != value:
+                raise UserError(
+                    f"cells with {place} = {found[place]} and {value} are in one file: a table takes one of them. Give "
+                    "each its own --work folder, or remove the lines of the other"
+                )
+    return {name: value for name, value in found.items() if " of " not in name}
 
 
 # ---- training and scoring ----
@@ -177,6 +210,19 @@ def score(
     return nats, hits
 
 
+def rows_of_others(users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For each example (N,) the row of an example of another user, drawn anew for every example.
+
+    A user has no fixed partner: what a table says in these rows tells nothing of who is asking.
+    """
+    if len(np.unique(users)) < 2:
+        raise RuntimeError("all examples are of one user: nobody to take a row from")
+    rows = rng.integers(len(users), size=len(users))
+    while len(own := np.flatnonzero(users[rows] == users)):
+        rows[own] = rng.integers(len(users), size=len(own))
+    return rows
+
+
 def trained_parameters(model: Any) -> int:
     """How many numbers of a model are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -184,28 +230,61 @@ def trained_parameters(model: Any) -> int:
 
 # ---- tables ----
 
+FEW_SEEDS = 3  # with fewer seeds nothing is said beyond these seeds
+SAMPLES = 10_000
+WORLDS_SAID = (
+    "A seed is another world with other users, so seeds are the independent observations: intervals and p-values are "
+    "Student's t over the seeds' own means (of paired differences), whatever the number of users."
+)
+PEOPLE_SAID = (
+    "Seeds and users are both resampled (two-way bootstrap): each of 10,000 resamples draws seeds with replacement "
+    "and, independently, users with replacement, a drawn user with all titles under every drawn seed; weights of seeds "
+    "are rescaled as by Rao and Wu (1988), as so few seeds understate their variance otherwise. Interval and p-value "
+    "are Student's t with the resamples' deviation and Satterthwaite's degrees of freedom: few where seeds differ more "
+    "than users do."
+)
+FEW_SAID = (
+    'With fewer than three seeds (marked "given seed …") intervals and p-values are a bootstrap over users and say '
+    "nothing about another seed."
+)
 
-def interval(cells: Sequence[Cell], name: str = "nats") -> str:
-    """Mean over all examples of some cells with its 95% interval over users."""
-    values, users = _pooled(cells, name)
-    found = bootstrap_means(values[:, None], users, np.random.default_rng(0))[0]
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+def seeds_said(cells: Iterable[Cell], said: str, names: Sequence[str]) -> str:
+    """How intervals come about: `said` of arms with enough seeds, FEW_SAID of others; `names` tell arms apart."""
+    counts = Counter(tuple(cell[name] for name in names) for cell in cells)
+    parts = [said] * (max(counts.values()) >= FEW_SEEDS) + [FEW_SAID] * (min(counts.values()) < FEW_SEEDS)
+    return " ".join(parts)
 
 
 class Against(NamedTuple):
-    """An arm against another on the same examples, pooled over seeds."""
+    """An arm against another on the same examples."""
 
     difference: float
     low: float
     high: float
     p_value: float
     by_seed: list[float]
+    given: str  # "given seed 0" where too few seeds say anything about others
 
-    def text(self, p_holm: float | None = None) -> str:
-        """For a table: difference, interval, p, and each seed's own difference."""
-        p_value = "" if p_holm is None else f", p {p_holm:.4f}"
-        seeds = " ".join(f"{value:+.3f}" for value in self.by_seed)
-        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]{p_value} | {seeds}"
+    def text(self, p_holm: float) -> str:
+        """For a table: difference, interval, p, and on what it is conditional."""
+        given = f" ({self.given})" * bool(self.given)
+        p_value = "p < 0.0001" if p_holm < 1e-4 else f"p {p_holm:.4f}"
+        return f"{self.difference:+.3f} {_range(self.low, self.high, '+.3f')}, {p_value}{given}"
+
+    def seeds(self) -> str:
+        """Each seed's own difference."""
+        return " ".join(f"{value:+.3f}" for value in self.by_seed)
+
+
+def _range(low: float, high: float, form: str) -> str:
+    return "[no interval]" if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
+
+
+def interval(cells: Sequence[Cell], name: str = "nats") -> str:
+    """Mean over the seeds of some cells with its 95% interval."""
+    found = _over_seeds([_by_title(cell, cell[name]) for cell in cells], _same_people(cells))
+    return f"{found.difference:.3f} {_range(found.low, found.high, '.3f')}"
 
 
 def against(arm: Sequence[Cell], other: Sequence[Cell], name: str = "nats") -> Against | None:
@@ -219,42 +298,96 @@ def against(arm: Sequence[Cell], other: Sequence[Cell], name: str = "nats") -> A
             raise RuntimeError(
                 f"cells {a['arm']} and {b['arm']} of seed {a['seed']} have other examples: run one again"
             )
-    values, users = _pooled([a for a, _ in pairs], name)
-    gaps = values - _pooled([b for _, b in pairs], name)[0]
-    found = paired_differences(gaps[:, None], users, np.random.default_rng(0))[0]
-    seeds = [float(np.average(np.subtract(a[name], b[name]), weights=_titles(a))) for a, b in pairs]
-    return Against(*found, seeds)
+    gaps = [_by_title(a, np.subtract(a[name], b[name])) for a, b in pairs]
+    found = _over_seeds(gaps, _same_people([a for a, _ in pairs]))
+    few = len(pairs) < FEW_SEEDS
+    given = f"given seed{'s' * (len(pairs) > 1)} {', '.join(str(a['seed']) for a, _ in pairs)}" if few else ""
+    return Against(*found, [float(values.mean()) for values, _ in gaps], given)
 
 
-def _pooled(cells: Sequence[Cell], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values a title and users of cells; an example of n titles counts n times.
+Values = tuple[np.ndarray, np.ndarray]  # a value a title of one seed, and its user
 
-    A user of another seed is another one, unless the cells say that all seeds have the same people.
+
+def _by_title(cell: Cell, values: Any) -> Values:
+    """An example of n titles counts n times."""
+    titles = cell.get("titles", [1] * len(cell["users"]))
+    return np.repeat(np.array(values, float), titles), np.repeat(np.array(cell["users"]), titles)
+
+
+def _same_people(cells: Sequence[Cell]) -> bool:
+    """Whether all seeds were asked about the same examples of the same people."""
+    if not all(cell.get("same_people") for cell in cells):
+        return False
+    if any(cell["users"] != cells[0]["users"] or cell["titles"] != cells[0]["titles"] for cell in cells):
+        raise RuntimeError("cells of several seeds say that they have the same examples, and have not: run them again")
+    return True
+
+
+def _over_seeds(seeds: list[Values], same_people: bool) -> Difference:
+    """Mean over seeds of each seed's mean, its 95% interval and p of "it is zero": see WORLDS_SAID and PEOPLE_SAID."""
+    if len(seeds) < FEW_SEEDS:  # given these seeds
+        values = np.concatenate([values for values, _ in seeds])
+        users = [own + (0 if same_people else 10_000_000 * n) for n, (_, own) in enumerate(seeds)]
+        return paired_differences(values[:, None], np.concatenate(users), np.random.default_rng(0))[0]
+    if same_people:
+        return _two_way(seeds)
+    means = np.array([values.mean() for values, _ in seeds])
+    return _student(float(means.mean()), float(stats.sem(means)), len(means) - 1)
+
+
+def _student(value: float, error: float, freedom: float) -> Difference:
+    if error == 0:
+        return Difference(value, value, value, float(value == 0))
+    half = float(stats.t.ppf(0.975, freedom)) * error
+    return Difference(value, value - half, value + half, float(2 * stats.t.sf(abs(value) / error, freedom)))
+
+
+def _two_way(seeds: list[Values]) -> Difference:
+    """Seeds and users resampled independently of each other, as every user is there under every seed."""
+    rng, number = np.random.default_rng(0), len(seeds)
+    _, members = np.unique(seeds[0][1], return_inverse=True)
+    sums = np.stack([np.bincount(members, weights=values) for values, _ in seeds])  # (S, U)
+    titles = np.bincount(members)  # (U,)
+    people = rng.multinomial(len(titles), np.full(len(titles), 1 / len(titles)), SAMPLES)  # (n, U) times drawn
+    means = (people @ sums.T) / (people @ titles)[:, None]  # (n, S)
+    drawn = rng.multinomial(number, np.full(number, 1 / number), SAMPLES)  # (n, S)
+    weights = 1 + (drawn - 1) * math.sqrt(number / (number - 1))  # Rao and Wu: variance of a mean is s² / S, unbiased
+    whole, users = float((weights * means).mean(axis=1).var()), float(means.mean(axis=1).var())
+    between = max(0.0, whole - users)  # the variance that seeds add
+    parts = between**2 / (number - 1) + users**2 / max(1, len(titles) - 1)
+    freedom = whole**2 / parts if parts else float("inf")
+    return _student(float(sums.sum() / titles.sum() / number), math.sqrt(whole), freedom)
+
+
+def comparisons(
+    arms: dict[str, list[Cell]], reference: str, further: Sequence[tuple[str, str]], extra: Sequence[str] = ()
+) -> tuple[list[list[str]], list[str]]:
+    """Rows of a table and the lines under it; p is Holm's over all comparisons of both.
+
+    A row: arm, figures, difference to `reference`, difference by seed, trained parameters. `further` are pairs of arms.
     """
-    values = np.concatenate([np.repeat(np.array(cell[name], float), _titles(cell)) for cell in cells])
-    other = [0 if cell.get("same_people") else 10_000_000 * n for n, cell in enumerate(cells)]
-    users = [np.repeat(np.array(cell["users"]), _titles(cell)) + first for cell, first in zip(cells, other)]
-    return values, np.concatenate(users)
-
-
-def _titles(cell: Cell) -> list[int]:
-    return list(cell.get("titles", [1] * len(cell["users"])))
-
-
-def comparison_rows(arms: dict[str, list[Cell]], reference: str, extra: Sequence[str] = ()) -> list[list[str]]:
-    """Rows of a table: arm, figures, difference to `reference` with Holm's p over the arms, difference by seed."""
-    found = {arm: against(cells, arms[reference]) for arm, cells in arms.items() if arm != reference and cells}
-    adjusted = dict(zip(found, holm([gap.p_value if gap else math.nan for gap in found.values()])))
+    pairs = [(arm, reference) for arm in arms if arm != reference] + list(further)
+    found = {pair: gap for pair in pairs if (gap := against(arms[pair[0]], arms[pair[1]])) is not None}
+    adjusted = dict(zip(found, holm([gap.p_value for gap in found.values()])))
     rows = []
     for arm, cells in arms.items():
         if not cells:
             continue
-        gap = found.get(arm)
-        difference, seeds = gap.text(adjusted[arm]).split(" | ") if gap else ("", "")
-        figures = [interval(cells), *(f"{np.mean(_pooled(cells, name)[0]):.3f}" for name in extra)]
+        gap = found.get((arm, reference))
+        shown = (gap.text(adjusted[arm, reference]), gap.seeds()) if gap else ("", "")
+        figures = [interval(cells), *(f"{_mean(cells, name):.3f}" for name in extra)]
         parameters = cells[0].get("parameters")
-        rows.append([arm, *figures, difference, seeds, "" if parameters is None else str(parameters)])
-    return rows
+        rows.append([arm, *figures, *shown, "" if parameters is None else str(parameters)])
+    lines = [
+        f"- {arm} against {other}: {found[arm, other].text(adjusted[arm, other])}; by seed {found[arm, other].seeds()}"
+        for arm, other in further
+        if (arm, other) in found
+    ]
+    return rows, lines
+
+
+def _mean(cells: Sequence[Cell], name: str) -> float:
+    return float(np.mean([_by_title(cell, cell[name])[0].mean() for cell in cells]))
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -265,8 +398,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def machine_line(cells: Iterable[Cell]) -> str:
     """What kind of machines made the cells, and with which version: no names, no paths."""
+    cells = list(cells)
     kinds = sorted({cell["machine"] for cell in cells})
-    return f"Machine: {'; '.join(kinds)}. recllm {__version__}."
+    versions = sorted({str(cell["settings"]["version"]) for cell in cells})
+    return f"Machine: {'; '.join(kinds)}. Cells made by recllm {', '.join(versions)}."
 
 
 def this_machine(device: str) -> str:
