@@ -39,9 +39,11 @@ def asked_engine(arguments: TrainingArguments) -> str:
     """The engine that the launch and the recipe ask for.
 
     Raises:
-        UserError: FSDP1.
+        UserError: FSDP1; fp16 with DeepSpeed.
     """
     if arguments.deepspeed_plugin is not None:
+        if _enabled(arguments.deepspeed_plugin.deepspeed_config, "fp16"):
+            raise UserError("fp16 is not supported with DeepSpeed, which would cast the adapter: set train.bf16=true")
         return ZERO.format(arguments.deepspeed_plugin.zero_stage)
     from_launch = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if from_launch or arguments.fsdp_plugin_args:
@@ -76,6 +78,22 @@ def check_engine(asked: str, wrapped: Any) -> None:
             f"the launch asks for {asked}, but accelerate has wrapped the model with {found}: on a machine without "
             "GPUs it falls back without a word. Launch there with accelerate_configs/single.yaml"
         )
+
+
+def keep_adapter_fp32(config: dict[str, Any]) -> None:
+    """Have DeepSpeed compute in bf16 by torch.autocast; alters its config, after transformers has filled it in.
+
+    Its own bf16 mode casts every parameter, the adapter's too (keep_in_fp32_modules exempts buffers only), and what is
+    saved from fp32 masters or reloaded as fp32 is then another adapter. Under autocast the adapter stays fp32 and the
+    base model as it was loaded, as with the other engines; gradients are reduced in fp32.
+    """
+    if _enabled(config, "bf16"):
+        config["bf16"]["enabled"] = False
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
+def _enabled(config: dict[str, Any], mode: str) -> bool:
+    return str(config.get(mode, {}).get("enabled", False)).lower() == "true"
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:

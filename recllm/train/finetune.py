@@ -25,7 +25,14 @@ from recllm import files
 from recllm.convert.templates import load_template
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.model.adapter import accepts_history, build_adapter, fit_gate_statistics, load_adapter, save_adapter
+from recllm.model.adapter import (
+    accepts_history,
+    build_adapter,
+    check_base_model,
+    fit_gate_statistics,
+    load_adapter,
+    save_adapter,
+)
 from recllm.model.base_model import load_base_model, prepare_for_training
 from recllm.model.sequence_encoder import SequenceEncoder, load_encoder
 from recllm.model.servable import servable_text
@@ -34,7 +41,7 @@ from recllm.train import engines
 from recllm.train.card import model_card
 from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, tokenize
 from recllm.train.representations import encode_examples, representation_table, statistics_examples
-from recllm.train.trainer import ENCODER, GATE, SOFT_TOKEN, AdapterTrainer, last_checkpoint
+from recllm.train.trainer import ENCODER, GATE, SOFT_TOKEN, AdapterTrainer, check_balance, last_checkpoint
 
 OURS = {  # keys of TrainingArguments that a recipe may not set, and why
     "output_dir": "checkpoints go beside the adapter: set output_dir at the top of the recipe",
@@ -104,6 +111,9 @@ def train(
     checkpoints = output.parent / "checkpoints"
     arguments = training_arguments(recipe, checkpoints)
     engines.check_launch()
+    launch = engines.asked_engine(arguments), arguments.mixed_precision
+    if recipe.adapter.method == "ilora":
+        check_balance(recipe.adapter.gate.balance, arguments)
     encoder = check_inputs(recipe, dataset, Path(encoder_folder), allow_template_mismatch)
     set_seed(recipe.seed)
     base_model, tokenizer = load_base_model(recipe.model)
@@ -113,7 +123,9 @@ def train(
     examples = tokenize_split(dataset, "train", tokenizer, model)
     evaluated = tokenize_split(dataset, "valid", tokenizer, model) if arguments.eval_strategy != "no" else None
     fingerprint = fingerprint_of(recipe, dataset, Path(encoder_folder), gate_inputs)
-    checkpoint = _resume_from(checkpoints, fingerprint, resume, engines.asked_engine(arguments))
+    checkpoint = _resume_from(checkpoints, fingerprint, resume, *launch)
+    if checkpoint is not None:  # the recipe names the base model: other weights may lie under that name by now
+        check_base_model(model, Path(checkpoint))
     if encoder is not None:
         give_gate_inputs(recipe, model, encoder, dataset, examples, evaluated, arguments.device, output, gate_inputs)
         if checkpoint is None:  # a checkpoint brings its own
@@ -353,10 +365,12 @@ def make_trainer(
     return trainer
 
 
-def _resume_from(folder: Path, fingerprint: str, resume: bool, engine: str = engines.ALONE) -> str | None:
+def _resume_from(
+    folder: Path, fingerprint: str, resume: bool, engine: str = engines.ALONE, precision: str = "no"
+) -> str | None:
     """The checkpoint to go on from; None begins afresh: the checkpoints of other runs are moved out of the way."""
     state = PartialState()
-    found = last_checkpoint(folder, fingerprint, state.num_processes, engine) if resume else None
+    found = last_checkpoint(folder, fingerprint, state.num_processes, engine, precision) if resume else None
     state.wait_for_everyone()  # all ranks have looked before the first one tidies up
     if state.is_main_process:
         if found is not None:

@@ -1,10 +1,9 @@
 """What the frozen sequence encoder says of every example, computed once before training.
 
 An encoder, a dataset and tokenised examples enter; a table (N, D) float32 leaves: in memory while it is small, else
-mapped from a file, so that memory stays bounded and the processes of one machine share it.
+mapped from a file, so that memory stays bounded and the processes of one machine share it, and the work of filling it.
 """
 
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from recllm.data.dataset import Dataset
 from recllm.model.histories import encode_histories
@@ -36,7 +36,8 @@ def encode_examples(
     """(len(chosen), D) float32: what the encoder says of the histories of the chosen examples."""
     users, ends = examples.user_indices[chosen], examples.history_ends[chosen]
     histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, ends)]
-    return encode_histories(encoder, histories, device=device, progress="encode histories")
+    progress = "encode histories" if PartialState().is_local_main_process else None
+    return encode_histories(encoder, histories, device=device, progress=progress)
 
 
 def representation_table(
@@ -47,38 +48,52 @@ def representation_table(
     folder: Path,
     device: torch.device,
 ) -> Array:
-    """(N, D) float32, a row an example; all processes call it, one on each machine computes.
+    """(N, D) float32, a row an example; all processes call it, those of a machine share the work.
 
     A file goes to `folder` and is unlinked as soon as it is mapped: nothing of it is left when training ends or dies.
     """
     state, shape = PartialState(), (len(examples), encoder.hidden_size)
 
-    def fill(table: Array) -> None:
-        for begin in range(0, len(table), AT_ONCE):
-            chosen = np.arange(begin, min(begin + AT_ONCE, len(table)))
+    def fill(table: Array, first: int, last: int) -> None:
+        for begin in range(first, last, AT_ONCE):
+            chosen = np.arange(begin, min(begin + AT_ONCE, last))
             table[chosen] = encode_examples(encoder, dataset, examples, chosen, max_items, device).numpy()
 
     if state.num_processes == 1 and 4 * shape[0] * shape[1] <= IN_MEMORY:
         table = np.empty(shape, dtype=np.float32)
-        fill(table)
+        fill(table, 0, len(table))
         return table
-    path = folder / ".representations.npy"
-    if state.is_local_main_process:  # of each machine, which may share the folder: the same bytes under one name
-        folder.mkdir(parents=True, exist_ok=True)
-        mine = f".representations-{platform.node()}-"
-        for left in folder.glob(f"{mine}*.npy"):  # by a run that was killed while it wrote
+    main, processes = processes_here(state)
+    path = folder / f".representations-{platform.node()}-{main}.npy"  # machines may share the folder
+    if state.is_main_process:
+        for left in folder.glob(".representations*.npy"):  # by a run that was killed
             left.unlink()
-        own = folder / f"{mine}{os.getpid()}.npy"
-        mapped = np.lib.format.open_memmap(own, mode="w+", dtype=np.float32, shape=shape)
-        fill(mapped)
-        mapped.flush()
-        os.replace(own, path)
+    state.wait_for_everyone()
+    if state.is_local_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    state.wait_for_everyone()
+    mapped = np.load(path, mmap_mode="r+")
+    own = state.process_index - main
+    fill(mapped, len(mapped) * own // processes, len(mapped) * (own + 1) // processes)
+    mapped.flush()
     state.wait_for_everyone()
     table = np.load(path, mmap_mode="r")
     state.wait_for_everyone()
     if state.is_local_main_process:
         path.unlink(missing_ok=True)
     return table
+
+
+def processes_here(state: PartialState) -> tuple[int, int]:
+    """The first process of this machine and how many there are; launchers number those of a machine in a row."""
+    if state.num_processes == 1:
+        return 0, 1
+    indices = gather_object([state.local_process_index])
+    main = state.process_index - state.local_process_index
+    others = indices[main + 1 :]
+    return main, 1 + (others.index(0) if 0 in others else len(others))
 
 
 def statistics_examples(examples: TokenizedExamples, seed: int) -> Array:

@@ -5,6 +5,8 @@ A checkpoint is a usable adapter folder with optimizer, scheduler, random and tr
 """
 
 import math
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ import numpy as np
 import torch
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import functional
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from recllm import files
@@ -30,6 +33,8 @@ MARKER = "checkpoint.json"  # written last: a checkpoint without it was cut off 
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # alone and DDP; FSDP; FSDP; DeepSpeed
 # In the names of the parameters of each and of no others (a router of the base model is base_model.model…gate)
 GATE, SOFT_TOKEN, ENCODER = "base_model.gate.", "base_model.soft_token.", "base_model.sequence_encoder."
+STATE = "trainer_state.json"
+GATE_ROWS = 16_384  # of each process; the statistics of a log are over the last so many users
 COLLAPSE_ROWS = 16  # of fewer users a gate's collapse is not told: they may well be alike
 
 
@@ -104,11 +109,18 @@ class AdapterTrainer(Trainer):
         Args:
             args: as transformers.Trainer.
             learning_rates: own rates of the parameters that have GATE, SOFT_TOKEN or ENCODER in their names.
-            balance: weight of the gate's load-balancing loss.
+            balance: weight of the gate's load-balancing loss over the whole batch of an optimizer step, whatever its
+                number of processes. Its value does not depend on gradient accumulation either, but its gradient does:
+                a micro-batch is pulled towards balance of what the step has seen so far, not of what is to come.
             fingerprint: written into checkpoints; a run resumes from those with its own only.
             kwargs: as transformers.Trainer.
+
+        Raises:
+            UserError: balance over micro-batches of one row: see check_balance.
         """
         super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            engines.keep_adapter_fp32(self.accelerator.state.deepspeed_plugin.deepspeed_config)
         self.learning_rates, self.balance, self.fingerprint = learning_rates or {}, balance, fingerprint
         self.engine = engines.asked_engine(self.args)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch: it must be counted
@@ -116,6 +128,9 @@ class AdapterTrainer(Trainer):
         tuner: Any = getattr(self.model, "base_model", None)
         self._gate_rows: GateRows | None = tuner.gate_rows if has_gate(self.model) else None
         self._seen, self._told_of_collapse = Seen(), False
+        check_balance(self.balance, self.args)
+        self._step_rows: torch.Tensor | None = None  # rows with loss in the current optimizer step, all processes
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # summed gates and rows of its micro-batches
         self._evaluated: list[tuple[float, int]] = []  # summed loss and tokens of each batch of an evaluation
 
     def compute_loss(
@@ -156,13 +171,34 @@ class AdapterTrainer(Trainer):
         (weights,) = self._gate_rows.weights.values()
         return weights[(labels != IGNORE).any(dim=1).to(weights.device)]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers', which reads all micro-batches of an optimizer step: their rows are counted."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self.balance and self._gate_rows is not None:
+            rows = sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in batches)
+            self._step_rows, self._before = self._sum(rows)[0].float(), None
+            self._seen.balance_steps += 1
+        return batches, count
+
     def _balance_loss(self, gates: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's share of a mean over the micro-batches and processes of one step."""
-        if not len(gates):
-            return gates.sum()
-        loss = load_balancing_loss(gates)
-        self._seen.balance.append(loss.detach())
-        return loss / getattr(self, "current_gradient_accumulation_steps", 1)
+        """This micro-batch's share of the load-balancing loss of the whole step; all processes call it.
+
+        With L(m) the loss of a mean gate m, and m_j the mean over the n_j rows that all processes have seen up to the
+        step's micro-batch j, the share is (n_j L(m_j) − n_i L(m_i)) / N, i = j − 1, N the rows of the step: the shares
+        add up to the loss of the step, whatever the cut. Other processes and micro-batches have no gradient here.
+        """
+        own = gates.float().sum(dim=0)  # (K,) or (layers, K)
+        mine = torch.cat([own.detach().flatten(), own.new_tensor([len(gates)])])
+        total = cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum"))
+        before, rows = self._before or (torch.zeros_like(own), own.new_zeros(()))
+        gate_sum, row_sum = before + total[:-1].view_as(own), rows + total[-1]
+        self._before = gate_sum.detach(), row_sum
+        # gradients are averaged over processes: undone by the factor, which the value does not have
+        differentiable = gate_sum + (own - own.detach()) * self.accelerator.num_processes
+        share = _balance(differentiable, row_sum) - _balance(before, rows)
+        share = share / (row_sum if self._step_rows is None else self._step_rows.to(share.device)).clamp(min=1)
+        self._seen.balance = self._seen.balance + share.detach()
+        return share
 
     def evaluation_loop(
         self,
@@ -227,15 +263,15 @@ class AdapterTrainer(Trainer):
 
     @torch.no_grad()
     def _over_all_processes(self, seen: "Seen") -> dict[str, float]:
-        if not seen.masks:
+        if not seen.places:
             return {}
-        real, places, balance, batches = self._sum(*seen.sums()).tolist()
+        real, places, balance, steps = self._sum(seen.real, seen.places, seen.balance, seen.balance_steps).tolist()
         found = {"padding_share": 1 - real / places}
         if not seen.gates:
             return found
         weights = self._gather(torch.cat(seen.gates))
-        if batches:
-            found["gate_balance_loss"] = balance / batches
+        if steps:
+            found["gate_balance_loss"] = balance / steps
         if len(weights):
             state = collapse(weights)
             found |= gate_statistics(weights) | collapse_statistics(state)
@@ -287,12 +323,50 @@ class AdapterTrainer(Trainer):
         write_adapter(self.accelerator.unwrap_model(self.model), folder, state_dict=state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:  # transformers would delete older checkpoints before this one is complete
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every rank has written its random state
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            launch = {"processes": self.args.world_size, "engine": self.engine}
+            launch = {"processes": self.args.world_size, "engine": self.engine, "precision": self.args.mixed_precision}
             files.write_json(folder / MARKER, {"fingerprint": self.fingerprint, **launch, "files": _sizes(folder)})
+            best = self.state.best_model_checkpoint
+            rotate(folder, limit, folder.parent / Path(best).name if best else None)
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """transformers', but the run's own logging_steps and save_steps, and a best checkpoint that is there."""
+        found = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        checkpoint = args[2]
+        if checkpoint is not None:
+            self.state.best_model_checkpoint = self._best_checkpoint(Path(checkpoint))
+        return found
+
+    def _best_checkpoint(self, checkpoint: Path) -> str | None:
+        """The best checkpoint of a resumed run: beside the one it goes on from, wherever the run was moved to."""
+        stored = TrainerState.load_from_json(str(checkpoint / STATE)).best_model_checkpoint
+        if stored is None:
+            return None
+        folder = checkpoint.parent / Path(stored).name
+        fault = _fault(folder, self.fingerprint) if folder.is_dir() else "it is missing"
+        if fault is None:
+            return str(folder)
+        if not self.args.load_best_model_at_end:
+            return None
+        raise UserError(
+            f"{folder} is the best checkpoint so far, which train.load_best_model_at_end needs, but {fault}: put it "
+            f"back, or move {checkpoint.parent} away to begin afresh"
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers', which asks whether the run has ended only after a step, and so goes beyond a finished run."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with implicit_replication():  # FSDP2 has split the tensors that these whole ones are copied into
@@ -305,26 +379,46 @@ class AdapterTrainer(Trainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
+def check_balance(balance: float, arguments: TrainingArguments) -> None:
+    """Refuse a load-balancing loss over micro-batches of one row.
+
+    Raises:
+        UserError: it would pull every single user's gate to be uniform.
+    """
+    if balance and arguments.train_batch_size * arguments.world_size < 2:
+        raise UserError(
+            f"adapter.gate.balance={balance:g} with one row a micro-batch would pull every user's gate to be uniform: "
+            "set train.per_device_train_batch_size to 2 or more"
+        )
+
+
 class Seen:
-    """What went through the model of this process since the last log; tensors stay on their device, unread."""
+    """What went through the model of this process since the last log; sums stay on their device, unread."""
 
     def __init__(self) -> None:
         self.places = 0  # in batches, padding among them
-        self.masks: list[torch.Tensor] = []  # real tokens of each micro-batch
-        self.gates: list[torch.Tensor] = []  # (B, K) or (B, layers, K) each
-        self.balance: list[torch.Tensor] = []  # load-balancing loss of each
+        self.real: torch.Tensor | float = 0.0  # tokens that are no padding
+        self.gates: list[torch.Tensor] = []  # (B, K) or (B, layers, K) each, GATE_ROWS and less than a batch more
+        self.gate_rows = 0
+        self.balance: torch.Tensor | float = 0.0  # load-balancing loss, summed over optimizer steps
+        self.balance_steps = 0
 
     def add(self, mask: torch.Tensor, gates: torch.Tensor | None) -> None:
         """Count one micro-batch."""
         self.places += mask.numel()
-        self.masks.append(mask.sum())
+        self.real = self.real + mask.sum()
         if gates is not None:
             self.gates.append(gates.detach())
+            self.gate_rows += len(gates)
+            while self.gate_rows - len(self.gates[0]) >= GATE_ROWS:
+                self.gate_rows -= len(self.gates.pop(0))
 
-    def sums(self) -> tuple[Any, ...]:
-        """Real tokens, places, and summed load-balancing loss with the number of its batches."""
-        balance = torch.stack(self.balance).sum() if self.balance else 0.0
-        return torch.stack(self.masks).sum(), self.places, balance, len(self.balance)
+
+def _balance(gate_sum: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows times the load-balancing loss of their mean gate; 0 without rows."""
+    if not rows:
+        return gate_sum.sum() * 0
+    return rows * load_balancing_loss((gate_sum / rows)[None])
 
 
 def completion_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> tuple[torch.Tensor, int]:
@@ -372,17 +466,44 @@ def collapse_statistics(state: dict[str, Any]) -> dict[str, float]:
     return {f"gate_use_{key}": float(value) for key, value in state.items() if key != "num_users"}
 
 
-def last_checkpoint(folder: Path, fingerprint: str, processes: int = 1, engine: str = engines.ALONE) -> Path | None:
+def numbered(folder: Path) -> dict[Path, int]:
+    """The folders checkpoint-N of a run with their steps; others beside them are somebody's own."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    return {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
+
+
+def rotate(newest: Path, limit: int | None, best: Path | None) -> None:
+    """Delete the oldest checkpoints beside the one just completed, incomplete ones first, so that `limit` are left.
+
+    The newest and the best one stay. No limit, or one below 1: all stay.
+    """
+    if limit is None or limit < 1:
+        return
+    found, protected = numbered(newest.parent), {newest, best} - {None}
+    rest = sorted(found.keys() - protected, key=lambda path: ((path / MARKER).is_file(), found[path]))
+    for old in rest[: max(0, len(found) - max(limit, len(protected)))]:
+        (old / MARKER).unlink(missing_ok=True)  # first: cut off here, it must not count as complete
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(
+    folder: Path,
+    fingerprint: str,
+    processes: int = 1,
+    engine: str = engines.ALONE,
+    precision: str = "no",
+) -> Path | None:
     """The newest complete checkpoint of this very run, or None; what is passed over is said in a warning.
 
     Raises:
-        UserError: it is this run's, but was written by another number of processes or another engine.
+        UserError: it is this run's, but was written by another number of processes another engine, or in
+            another mixed precision.
     """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
+    steps = numbered(folder)
+    for checkpoint in sorted(steps, key=steps.__getitem__, reverse=True):
         fault = _fault(checkpoint, fingerprint)
         if fault is None:
-            _check_launched_alike(checkpoint, processes, engine)
+            _check_launched_alike(checkpoint, processes, engine, precision)
             fault = _missing(checkpoint, processes)
         if fault is None:
             return checkpoint
@@ -408,7 +529,7 @@ def _missing(checkpoint: Path, processes: int) -> str | None:
     return None
 
 
-def _check_launched_alike(checkpoint: Path, processes: int, engine: str) -> None:
+def _check_launched_alike(checkpoint: Path, processes: int, engine: str, precision: str) -> None:
     """Optimizer and random states are split by process and engine: others would begin them anew, silently."""
     marker = files.read_json(checkpoint / MARKER, "the marker of a complete checkpoint")
     written = (marker["processes"], marker["engine"])
@@ -418,6 +539,12 @@ def _check_launched_alike(checkpoint: Path, processes: int, engine: str) -> None
             f"{engine}: launch as then (--num_processes, --config_file) to go on from it, or move {checkpoint.parent} "
             "away to begin afresh"
         )
+    before = marker.get("precision", precision)  # absent from checkpoints of earlier versions
+    if before != precision:
+        raise UserError(
+            f"{checkpoint} was written with mixed precision {before}, this run has {precision}: launch as then "
+            f"(--mixed_precision, ACCELERATE_MIXED_PRECISION), or move {checkpoint.parent} away to begin afresh"
+        )
 
 
 def _needed(checkpoint: Path, processes: int) -> list[tuple[str, ...]]:
@@ -425,7 +552,7 @@ def _needed(checkpoint: Path, processes: int) -> list[tuple[str, ...]]:
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     own_scheduler = any(checkpoint.glob("global_step*"))  # DeepSpeed may keep it with its optimizer
     schedulers = [] if own_scheduler else [("scheduler.pt",)]
-    return [OPTIMIZERS, *schedulers, ("trainer_state.json",), *((name,) for name in states)]
+    return [OPTIMIZERS, *schedulers, (STATE,), *((name,) for name in states)]
 
 
 def _sizes(folder: Path) -> dict[str, int]:

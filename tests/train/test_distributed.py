@@ -158,6 +158,33 @@ def test_killed_and_resumed_with_gradient_checkpointing_it_ends_with_the_same_we
     assert_same_weights(output, whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", ["ddp", "zero1", "zero2", "zero3"])
+def test_in_bf16_the_adapter_stays_fp32(runs: Runs, config: str):
+    """DeepSpeed's own bf16 mode casts the adapter, which then is another one than what load_adapter rebuilds."""
+    bf16 = ["train.bf16=true", "model.dtype=bfloat16", "train.max_steps=2", "train.use_cpu=true"]
+    result, adapter = runs(f"{config}-bf16", config, *bf16)
+    assert_engine(result, config)
+    _, expected = runs("ddp-bf16", "ddp", *bf16)
+    assert {value.dtype for value in tensors(adapter).values()} == {torch.float32}
+    assert [e["loss"] for e in logged(adapter)] == pytest.approx([e["loss"] for e in logged(expected)], rel=1e-3)
+    lora = [value for name, value in tensors(adapter).items() if "lora_B" in name]
+    assert not all(torch.equal(value, value.bfloat16().float()) for value in lora)  # nor was it rounded on the way
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3", "fsdp2"])
+def test_the_balance_loss_is_that_of_the_whole_step(runs: Runs, config: str):
+    """Each process alone would pull its own rows, whose gates differ, to be balanced."""
+    balance = ["adapter.gate.balance=2.0", "train.gradient_accumulation_steps=1"]
+    _, expected = runs("single-balance", "single", *balance, rows=SMALL)
+    result, adapter = runs(f"{config}-balance", config, *balance, rows=SMALL)
+    assert_engine(result, config)
+    assert_same_losses(adapter, expected)
+    found, wanted = ([e["gate_balance_loss"] for e in logged(a)] for a in (adapter, expected))
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert max(wanted) > 1e-3
+    assert_same_weights(adapter, expected, atol=2e-4)
+
+
 @pytest.mark.parametrize("config", ["ddp", "zero3", "fsdp2"])
 def test_an_encoder_trained_jointly(runs: Runs, config: str):
     joint = "encoder.joint_learning_rate=0.02"

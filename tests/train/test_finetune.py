@@ -1,9 +1,13 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -249,6 +253,40 @@ def test_a_large_table_is_a_file_that_nothing_is_left_of(
         history = dataset.history(int(examples.user_indices[number]), int(examples.history_ends[number]), 12)
         alone = encoder(torch.tensor(history).long()[None])[0].detach().numpy() if len(history) else np.zeros(16)
         np.testing.assert_allclose(small[number], alone, atol=1e-5)
+
+
+def test_the_processes_of_a_machine_share_the_work(dataset, encoder_folder, tmp_path, tiny_tokenizer, monkeypatch):
+    """Three processes on two machines that share the folder; each as a thread here."""
+    encoder, _ = load_encoder(encoder_folder)
+    examples = tokenize(dataset.example_batches("train", COLUMNS), tiny_tokenizer, 512)
+    whole = representation_table(encoder, dataset, examples, 12, tmp_path, torch.device("cpu"))
+    local, barrier, own = [0, 1, 0], threading.Barrier(3, timeout=60), threading.local()
+    encode, encoded = representations.encode_examples, dict.fromkeys(range(3), 0)
+
+    def state() -> SimpleNamespace:
+        process, here = own.process, local[own.process]
+        firsts = {"is_main_process": process == 0, "is_local_main_process": here == 0}
+        places = {"process_index": process, "local_process_index": here, "num_processes": 3}
+        return SimpleNamespace(**firsts, **places, wait_for_everyone=barrier.wait)
+
+    def counted(encoder, dataset, examples, chosen, *args):
+        encoded[own.process] += len(chosen)
+        return encode(encoder, dataset, examples, chosen, *args)
+
+    def run(process: int) -> np.ndarray:
+        own.process = process
+        table = representation_table(encoder, dataset, examples, 12, tmp_path / "run", torch.device("cpu"))
+        return np.array(table)
+
+    monkeypatch.setattr(representations, "PartialState", state)
+    monkeypatch.setattr(representations, "gather_object", lambda _: local, raising=False)
+    monkeypatch.setattr(representations, "encode_examples", counted)
+    with ThreadPoolExecutor(3) as pool:
+        tables = list(pool.map(run, range(3)))
+    for table in tables:
+        np.testing.assert_allclose(table, whole, atol=1e-6)
+    assert list(encoded.values()) == [len(examples) // 2, len(examples) - len(examples) // 2, len(examples)]
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_control_gives_its_own_gate_weights(dataset, encoder_folder, make_recipe, tmp_path, monkeypatch):
@@ -515,7 +553,8 @@ def test_what_does_not_touch_the_weights_does_not_bar_resuming(dataset, encoder_
 def test_a_resumed_run_takes_the_gate_statistics_of_its_checkpoint(
     dataset, encoder_folder, make_recipe, tmp_path, monkeypatch
 ):
-    recipe = make_recipe(train={"save_steps": 4, "save_total_limit": 2})  # the checkpoints stay
+    # the checkpoints stay; a schedule that ends at 0 would hide a step too many
+    recipe = make_recipe(train={"save_steps": 4, "save_total_limit": 2, "lr_scheduler_type": "constant"})
     train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
     before = tensors(tmp_path / "adapter")
     monkeypatch.setattr(finetune, "fit_gate_statistics", lambda *_: pytest.fail("computed again"))
@@ -523,6 +562,19 @@ def test_a_resumed_run_takes_the_gate_statistics_of_its_checkpoint(
     after = tensors(tmp_path / "adapter")
     assert before["gate.safetensors:mean"].abs().max() > 0
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_base_model_of_other_weights_under_the_same_name_is_refused(
+    dataset, encoder_folder, make_recipe, tiny_model_folder, tmp_path
+):
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    made = make_recipe(train={"save_steps": 2, "save_total_limit": 2})
+    recipe = made.model_copy(update={"model": made.model.model_copy(update={"name_or_path": str(base)})})
+    train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value * 1.1 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="of the same sizes, but with other weights"):
+        train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
 
 
 def test_accelerate_launch_is_the_same_run(dataset, encoder_folder, make_recipe, tmp_path):

@@ -1,14 +1,18 @@
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments
 
+from recllm import files
 from recllm.errors import UserError
 from recllm.model.adapter import accepts_history, build_adapter, load_adapter
+from recllm.model.gate import load_balancing_loss
 from recllm.model.sequence_encoder import SASRec
 from recllm.recipe import AdapterSection
 from recllm.train import engines
@@ -21,6 +25,7 @@ from recllm.train.trainer import (
     completion_loss,
     gate_statistics,
     last_checkpoint,
+    rotate,
 )
 
 SECTION = AdapterSection(r=4, num_experts=2)
@@ -45,6 +50,7 @@ def make_trainer(tiny_llama, dataset, examples, folder: Path, method: str = "ilo
         args=TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **options),
         data_collator=Collator(2, dataset if method == "ilora" else None, 12),
         train_dataset=examples,
+        eval_dataset=examples,
         **own,
     )
 
@@ -146,6 +152,39 @@ def test_the_balance_loss_is_a_mean_over_accumulated_batches(tiny_llama, dataset
         assert losses[3.0, batch] - losses[0.0, batch] == pytest.approx(3 * 0.64, abs=1e-3)
 
 
+def test_the_balance_loss_of_a_step_does_not_depend_on_its_cut(tiny_llama, dataset, examples, tmp_path):
+    """Rows that prefer an expert each are balanced together; the mean over micro-batches of two rows is not 0."""
+    weights = np.random.default_rng(0).dirichlet([0.3, 0.3], len(examples)).astype(np.float32)
+    examples.give("gate_weights", weights)
+    found = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, balance=1.0, **sizes)
+        trainer.data_collator.histories = None
+        trainer.train()
+        found.append(trainer.state.log_history[0]["gate_balance_loss"])
+    examples.argument = None
+    rows = weights[list(iter(trainer._get_train_sampler()))[:8]]
+    assert found == pytest.approx([float(load_balancing_loss(torch.from_numpy(rows)))] * 2, abs=1e-5)
+
+
+def test_balance_of_single_rows_is_refused(tiny_llama, dataset, examples, tmp_path):
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    with pytest.raises(UserError, match=r"balance=1 with one row .*set train\.per_device_train_batch_size"):
+        make_trainer(tiny_llama, dataset, examples, tmp_path, balance=1.0, **sizes)
+
+
+def test_what_is_kept_between_logs_is_bounded(tiny_llama, dataset, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr("recllm.train.trainer.GATE_ROWS", 16, raising=False)
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=9, logging_strategy="no", balance=1.0)
+    trainer.train()
+    assert [len(kept) for kept in vars(trainer._seen).values() if isinstance(kept, list)] == [2]
+    assert trainer._seen.gate_rows == 16
+    found = trainer._over_all_processes(trainer._seen)
+    assert 0 < found["padding_share"] < 1
+    assert found["expert_0"] + found["expert_1"] == pytest.approx(1)
+
+
 def test_a_collapsed_gate_is_told_of_once(tiny_llama, dataset, examples, tmp_path, capsys):
     trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=9, logging_steps=3)
     lean(trainer, [10.0, -10.0])
@@ -194,6 +233,20 @@ def test_another_engine_than_the_launch_asks_for_is_refused():
     ):
         with pytest.raises(UserError, match=f"the launch asks for {asked}, but"):
             engines.check_engine(asked, wrapped)
+
+
+def test_deepspeed_computes_in_bf16_without_casting_the_adapter():
+    config = {"bf16": {"enabled": True}, "fp16": {"enabled": False}}
+    engines.keep_adapter_fp32(config)
+    assert not config["bf16"]["enabled"]
+    assert config["torch_autocast"]["enabled"]
+    assert config["torch_autocast"]["dtype"] == "bfloat16"
+    plain = {"bf16": {"enabled": "False"}}
+    engines.keep_adapter_fp32(plain)
+    assert "torch_autocast" not in plain
+    arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={"fp16": {"enabled": True}}))
+    with pytest.raises(UserError, match="fp16 is not supported with DeepSpeed"):
+        engines.asked_engine(arguments)
 
 
 def test_fsdp_of_version_1_is_refused(monkeypatch, tmp_path):
@@ -308,6 +361,88 @@ def test_every_checkpoint_is_an_adapter(tiny_llama, dataset, examples, tmp_path)
     torch.testing.assert_close(trainer.compute_loss(loaded.eval(), batch), expected)
 
 
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+MANY = {"max_steps": 4, "save_steps": 1} | BEST  # the best one is the one of the largest loss, here the first
+
+
+def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(tiny_llama, dataset, examples, tmp_path):
+    make_trainer(tiny_llama, dataset, examples, tmp_path / "there", **MANY).train()
+    (tmp_path / "there").rename(tmp_path / "here")
+    moved = make_trainer(tiny_llama, dataset, examples, tmp_path / "here", **MANY)
+    moved.train(resume_from_checkpoint=str(tmp_path / "here" / "checkpoint-4"))
+    assert moved.state.global_step == 4  # it was finished
+    assert moved.state.best_model_checkpoint == str(tmp_path / "here" / "checkpoint-1")
+    best = load_adapter(tiny_llama(), tmp_path / "here" / "checkpoint-1").state_dict()
+    last = load_adapter(tiny_llama(), tmp_path / "here" / "checkpoint-4").state_dict()
+    lora = {name: value for name, value in trainable(moved).items() if "lora_B" in name}
+    assert lora
+    assert all(torch.equal(value, best[name]) for name, value in lora.items())
+    assert not all(torch.equal(value, last[name]) for name, value in lora.items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(shutil.rmtree, "it is missing"), (lambda folder: (folder / MARKER).unlink(), "it was cut off")],
+)
+def test_a_best_checkpoint_that_is_gone_is_an_error(tiny_llama, dataset, examples, tmp_path, damage, reason):
+    make_trainer(tiny_llama, dataset, examples, tmp_path, **MANY).train()
+    damage(tmp_path / "checkpoint-1")
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, **MANY)
+    with pytest.raises(UserError, match=f"checkpoint-1 is the best checkpoint so far, .* but {reason}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_an_older_checkpoint_stays_until_the_next_one_is_complete(tiny_llama, dataset, examples, tmp_path, monkeypatch):
+    write = files.write_json
+
+    def full_disk(path: Path, document: object) -> None:
+        if path.parent.name == "checkpoint-2":
+            raise OSError("no space left")
+        write(path, document)
+
+    for name in ("checkpoint-best", "checkpoint-4.bak"):
+        (tmp_path / name).mkdir()
+    arguments = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1}
+    monkeypatch.setattr("recllm.train.trainer.files.write_json", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        make_trainer(tiny_llama, dataset, examples, tmp_path, **arguments).train()
+    with pytest.warns(UserWarning, match="checkpoint-2 is passed over"):
+        kept = last_checkpoint(tmp_path, "mine")
+    assert kept == tmp_path / "checkpoint-1"
+    monkeypatch.setattr("recllm.train.trainer.files.write_json", write)
+    make_trainer(tiny_llama, dataset, examples, tmp_path, **arguments).train(resume_from_checkpoint=str(kept))
+    left = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert left == {"checkpoint-3", "checkpoint-best", "checkpoint-4.bak"}  # nobody else's folder is deleted
+
+
+def test_rotation_keeps_the_best_and_the_newest(tmp_path):
+    for step in (1, 2, 3, 4):
+        complete(tmp_path, step)
+    (tmp_path / "checkpoint-9").mkdir()  # passed over on resuming: cut off while being written
+    rotate(tmp_path / "checkpoint-4", 3, tmp_path / "checkpoint-1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    rotate(tmp_path / "checkpoint-4", None, None)
+    rotate(tmp_path / "checkpoint-4", 1, tmp_path / "checkpoint-1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-4"]
+
+
+def test_a_resumed_run_logs_and_saves_as_often_as_it_says_now(tiny_llama, dataset, examples, tmp_path):
+    make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=1, save_steps=1).train()
+    trainer = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=4, save_steps=3, logging_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-3", "checkpoint-4"}
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 4]
+
+
+def test_a_finished_run_is_not_trained_further(tiny_llama, dataset, examples, tmp_path):
+    make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=2, save_steps=1).train()
+    again = make_trainer(tiny_llama, dataset, examples, tmp_path, max_steps=2, save_steps=1)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 2
+    saved = load_adapter(tiny_llama(), tmp_path / "checkpoint-2").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in trainable(again).items() if "lora_" in name)
+
+
 def complete(folder: Path, step: int, fingerprint: str = "mine") -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
@@ -329,6 +464,24 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     newest = complete(tmp_path, 10)
     assert last_checkpoint(tmp_path, "mine") == newest  # by number, not by name
     assert last_checkpoint(tmp_path / "absent", "mine") is None
+
+
+def test_other_folders_beside_the_checkpoints_do_not_count(tmp_path):
+    for name in ("checkpoint-best", "checkpoint-4.bak", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    assert last_checkpoint(tmp_path, "mine") is None
+    checkpoint = complete(tmp_path, 1)
+    assert last_checkpoint(tmp_path, "mine") == checkpoint
+
+
+def test_a_checkpoint_of_another_mixed_precision_is_an_error(tmp_path):
+    checkpoint = complete(tmp_path, 1)
+    assert last_checkpoint(tmp_path, "mine", precision="bf16") == checkpoint  # of an earlier version: it says nothing
+    marker = json.loads((checkpoint / MARKER).read_text())
+    (checkpoint / MARKER).write_text(json.dumps(marker | {"precision": "bf16"}))
+    assert last_checkpoint(tmp_path, "mine", precision="bf16") == checkpoint
+    with pytest.raises(UserError, match="with mixed precision bf16, this run has no: launch as then"):
+        last_checkpoint(tmp_path, "mine")
 
 
 @pytest.mark.parametrize(
