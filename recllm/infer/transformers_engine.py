@@ -437,8 +437,12 @@ class _Newline(StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, listed: Sequence[bool]) -> None:
         self.tokenizer, self.listed = tokenizer, listed
 
-    # transformers hands over scores and kwargs, which a newline does not need
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,  # noqa: ARG002  # handed over by transformers, a newline does not need it
+        **kwargs: Any,  # noqa: ARG002  # the same
+    ) -> torch.Tensor:
         """(B,) bool: which rows are done."""
         ends = [
             listed and "\n" in self.tokenizer.decode([token])

@@ -181,7 +181,7 @@ class SoftTokenModel(GuidedLoraModel):
         self.soft_token[adapter_name] = token if on_meta else token.to(weight.device)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if isinstance(model.get_input_embeddings(), LoraLayer):  # type: ignore[operator]
+            if isinstance(model.get_input_embeddings(), LoraLayer):  # type: ignore[operator]  # as above
                 raise UserError("target_modules includes the input embedding, to which the soft token is added")
         except BaseException:
             del self.soft_token[adapter_name]
@@ -227,8 +227,11 @@ class SoftTokenModel(GuidedLoraModel):
         """(B, H) float32: what is added to each row, of the active adapters, from one of the two arguments."""
         rows = []
         for name in self.active_adapters:
-            token = self.soft_token[name]
-            state = self.represent(history_items, name) if representation is None else representation  # type: ignore[arg-type]
+            token, state = self.soft_token[name], representation
+            if state is None:
+                if history_items is None:
+                    raise ValueError(f"a soft token needs one of {', '.join(self.arguments)}")
+                state = self.represent(history_items, name)
             if state.dim() != 2 or state.shape[1] != token.representation_size:
                 expected = f"(B, {token.representation_size})"
                 raise ValueError(f"representation has shape {tuple(state.shape)}, {expected} is expected")

@@ -131,7 +131,9 @@ class LoopVariant(LoraVariant):
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]  # PEFT's is a static method; this needs the tuner's gates
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> Any:
         """`result` (B, T, out) plus each expert's share."""
         weights = self.tuner.gate_rows.weights[active_adapter]  # (B, K)
         down: Any = module.lora_A[active_adapter].weight
@@ -213,7 +215,9 @@ class EinsumVariant(LoraVariant):
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
 
-    def forward(self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]  # PEFT's is a static method; this needs the tuner's gates
+        self, module: LoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **_: Any
+    ) -> Any:
         """`result` (B, T, out) plus the sum."""
         down: Any = module.lora_A[active_adapter]
         up: Any = module.lora_B[active_adapter].weight  # (out, R)
@@ -436,7 +440,7 @@ def wide_llama(arguments: argparse.Namespace) -> Any:
 
 def _random_llama(arguments: argparse.Namespace, **sizes: int) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)  # type: ignore[arg-type]
+    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)  # type: ignore[arg-type]  # **sizes are ints
     with torch.device(arguments.device):
         model = LlamaForCausalLM(config)
     return model.to(getattr(torch, arguments.dtype)).eval()

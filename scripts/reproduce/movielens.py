@@ -310,7 +310,7 @@ def held_out(dataset: Dataset, tokenizer: Any, window: int, max_windows: int) ->
         None,
         number.astype(np.int32),
         sequences.user_keys,
-        sequences.user_ids,  # type: ignore[arg-type]
+        sequences.user_ids,  # type: ignore[arg-type]  # a chunked column; find_targets reads no ids
     )
     found = find_targets(flat, schema.TRAIN, dense_window=window)
     if len(found) > max_windows:  # the same for all seeds and arms

@@ -21,8 +21,8 @@ class SequenceEncoder(nn.Module):
     names in SIZES the arguments of its constructor, which are attributes too.
     """
 
-    # As encoder.type in a recipe and "type" in encoder.json; hides Module.type(dtype), a cast that .to(dtype) does too
-    type: str  # type: ignore[assignment]
+    # As encoder.type in a recipe and "type" in encoder.json
+    type: str  # type: ignore[assignment]  # hides Module.type(dtype), a cast that .to(dtype) does too
     SIZES: tuple[str, ...]
     num_items: int
     hidden_size: int
@@ -66,11 +66,11 @@ class SequenceEncoder(nn.Module):
 
     def numbers_a_row(self, length: int) -> int:
         """About how many numbers a forward over one history of this length holds at once: what sizes a batch."""
-        raise NotImplementedError
+        raise NotImplementedError  # each encoder's own, see the class
 
     def _states(self, items: torch.Tensor) -> torch.Tensor:
         """(B, L) of at most max_items → (B, L, D), with zeros at padding."""
-        raise NotImplementedError
+        raise NotImplementedError  # each encoder's own, see the class
 
     def check(self, items: torch.Tensor) -> None:
         """Refuse item indices outside the vocabulary, where looking costs nothing (on the CPU, not compiled)."""
