@@ -80,15 +80,17 @@ def check_engine(asked: str, wrapped: Any) -> None:
         )
 
 
-def keep_adapter_fp32(config: dict[str, Any]) -> None:
+def keep_adapter_fp32(config: dict[str, Any], compute_dtype: torch.dtype | None = None) -> None:
     """Have DeepSpeed compute in bf16 by torch.autocast; alters its config, after transformers has filled it in.
+
+    Where its bf16 mode is on, or `compute_dtype` asks for it: autocast around its engine would be switched off by it.
 
     Its own bf16 mode casts every parameter, the adapter's too (keep_in_fp32_modules exempts buffers only), and what is
     saved from fp32 masters or reloaded as fp32 is then another adapter. Under autocast the adapter stays fp32 and the
     base model as it was loaded, as with the other engines; gradients are reduced in fp32.
     """
-    if _enabled(config, "bf16"):
-        config["bf16"]["enabled"] = False
+    if compute_dtype is torch.bfloat16 or _enabled(config, "bf16"):
+        config.setdefault("bf16", {})["enabled"] = False
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 

@@ -335,6 +335,12 @@ def own_learning_rates(recipe: Recipe) -> dict[str, float]:
     return {name: rate for name, rate in rates.items() if name is not None and rate is not None}
 
 
+def compute_dtype(recipe: Recipe) -> torch.dtype | None:
+    """bf16 on a bf16 base model, unless the recipe decides by train.bf16 or train.fp16."""
+    decided = recipe.model.dtype != "bfloat16" or {"bf16", "fp16"} & recipe.train.keys()
+    return None if decided else torch.bfloat16
+
+
 def make_trainer(
     recipe: Recipe,
     model: PeftModel,
@@ -358,6 +364,7 @@ def make_trainer(
         learning_rates=own_learning_rates(recipe),
         balance=recipe.adapter.gate.balance,
         fingerprint=fingerprint,
+        compute_dtype=compute_dtype(recipe),
     )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:

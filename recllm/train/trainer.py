@@ -10,11 +10,13 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
@@ -102,6 +104,7 @@ class AdapterTrainer(Trainer):
         learning_rates: dict[str, float] | None = None,
         balance: float = 0.0,
         fingerprint: str = "",
+        compute_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         """See transformers.Trainer, and:
@@ -113,6 +116,8 @@ class AdapterTrainer(Trainer):
                 number of processes. Its value does not depend on gradient accumulation either, but its gradient does:
                 a micro-batch is pulled towards balance of what the step has seen so far, not of what is to come.
             fingerprint: written into checkpoints; a run resumes from those with its own only.
+            compute_dtype: matrix products run in it by torch.autocast, the adapter's too, whose weights stay in fp32;
+                None leaves that to train.bf16 and train.fp16.
             kwargs: as transformers.Trainer.
 
         Raises:
@@ -120,7 +125,9 @@ class AdapterTrainer(Trainer):
         """
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
-            engines.keep_adapter_fp32(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+            engines.keep_adapter_fp32(self.accelerator.state.deepspeed_plugin.deepspeed_config, compute_dtype)
+        self.autocasts = compute_dtype is not None or self.args.bf16
+        self.compute_dtype = None if self.is_deepspeed_enabled else compute_dtype
         self.learning_rates, self.balance, self.fingerprint = learning_rates or {}, balance, fingerprint
         self.engine = engines.asked_engine(self.args)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch: it must be counted
@@ -132,6 +139,11 @@ class AdapterTrainer(Trainer):
         self._step_rows: torch.Tensor | None = None  # rows with loss in the current optimizer step, all processes
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # summed gates and rows of its micro-batches
         self._evaluated: list[tuple[float, int]] = []  # summed loss and tokens of each batch of an evaluation
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers'. PEFT would cast what enters the adapter to fp32, only for autocast to cast it back."""
+        with disable_input_dtype_casting(cast(torch.nn.Module, self.model), self.autocasts):
+            return super().train(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -147,7 +159,8 @@ class AdapterTrainer(Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        outputs = model(**inputs, use_cache=False)
+        with computing_in(self.compute_dtype, self.accelerator.device.type):
+            outputs = model(**inputs, use_cache=False)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         total, count = completion_loss(outputs.logits, labels, smoothing)
         if not model.training:
@@ -390,6 +403,11 @@ def check_balance(balance: float, arguments: TrainingArguments) -> None:
             f"adapter.gate.balance={balance:g} with one row a micro-batch would pull every user's gate to be uniform: "
             "set train.per_device_train_batch_size to 2 or more"
         )
+
+
+def computing_in(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager[Any]:
+    """torch.autocast to `dtype`; of None a context that changes nothing, whatever autocast it stands in."""
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
 
 
 class Seen:

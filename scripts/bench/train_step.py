@@ -4,15 +4,17 @@
 
 Variants take turns, round by round, and medians are compared: a busy neighbour then slows both. On a CPU the clock is
 process time with one thread: threads that wait for each other on a busy machine burn it too, and ratios come out wrong.
-Each part prints a line; the last line is one JSON object:
+Everything trains as `recllm train` does: on a bf16 model the matrix products of the adapter run in bf16 too (autocast)
+over its fp32 weights, in all variants alike; TRL's trainer runs under its own bf16=True. Each part prints a line; the
+last line is one JSON object:
 
     gated_over_plain, gated_over_plain_memory    a step (forward, backward, AdamW) of the gated adapter against plain
                 LoRA of the same rank; by model: SmolLM2, and a wider Llama with random weights. Memory on a GPU is the
                 peak; on a CPU the weights plus the bytes that autograd keeps for the backward pass, each storage once
     loop_over_gated               a whole model whose layers loop over the experts, as released code does, against ours
-    einsum_layer_over_gated       one linear layer as the product runs it (ILoraVariant in a PEFT layer, the adapter in
-                float32 over a base in --dtype) against the same layer whose variant makes (B, T, K, out) and sums over
-                K, forward and backward, both without W x. einsum_with_base_over_gated: the whole layers, with W x
+    einsum_layer_over_gated       one linear layer as the product runs it (ILoraVariant in a PEFT layer) against the
+                same layer whose variant makes (B, T, K, out) and sums over K, forward and backward from a given
+                gradient, both without W x. einsum_with_base_over_gated: the whole layers, with W x
     ours_over_trl                 seconds a real token on prompt/completion data (a prompt of 300 tokens on average, a
                 title as the completion): recllm's trainer with the gated adapter against TRL's SFTTrainer with plain
                 LoRA, same examples, batch size, dtype, and no gradient checkpointing in either
@@ -49,7 +51,7 @@ from recllm.model.ilora import ILoraVariant, UsingRows
 from recllm.model.sequence_encoder import make_encoder
 from recllm.recipe import AdapterSection, EncoderSection, ModelSection
 from recllm.train.collator import Collator, TokenizedExamples
-from recllm.train.trainer import AdapterTrainer, completion_loss
+from recllm.train.trainer import AdapterTrainer, completion_loss, computing_in
 
 PARTS = ("gated", "einsum", "trl", "dense")
 EXPERTS, RANK, ITEMS = 4, 8, 1000
@@ -118,6 +120,9 @@ def make_model(base: Any, method: str) -> Any:
     encoder = make_encoder(EncoderSection(), ITEMS, 200, None)
     section = AdapterSection(method="lora" if method == "plain" else "ilora", r=RANK, num_experts=EXPERTS)
     model = build_adapter(base, section, encoder).to(next(base.parameters()).device).train()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):  # as in AdapterTrainer.train
+            module.cast_input_dtype_enabled = _compute_dtype(base.dtype) is None
     if method == "loop":
         for module in model.modules():
             if isinstance(module, LoraLayer) and "default" in module.lora_variant:
@@ -138,7 +143,7 @@ class LoopVariant(LoraVariant):
         weights = self.tuner.gate_rows.weights[active_adapter]  # (B, K)
         down: Any = module.lora_A[active_adapter].weight
         up: Any = module.lora_B[active_adapter].weight
-        size, x = RANK // EXPERTS, x.to(down.dtype)
+        size = RANK // EXPERTS
         for k in range(EXPERTS):
             part = slice(k * size, (k + 1) * size)
             share = (x @ down[part].T) @ up[:, part].T  # (B, T, out)
@@ -158,7 +163,9 @@ def training_step(model: Any, batch: dict[str, Any], gate: str | None) -> Step:
         inputs[gate] = torch.randn(len(labels), EncoderSection().hidden_size, generator=generator).to(device)
 
     def step() -> None:
-        total, count = completion_loss(model(**inputs, use_cache=False).logits, labels)
+        with computing_in(_compute_dtype(model.dtype), device.type):
+            logits = model(**inputs, use_cache=False).logits
+        total, count = completion_loss(logits, labels)
         (total / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -242,12 +249,12 @@ def measure_einsum(arguments: argparse.Namespace) -> dict[str, Any]:
     einsum.lora_variant["default"] = EinsumVariant(tuner)
     gated.lora_variant["default"] = ILoraVariant(tuner.gate_rows)
     x = torch.randn(rows, tokens, width, generator=generator).to(device, dtype).requires_grad_()
-    none = torch.zeros_like(x)
+    none, gradient = torch.zeros_like(x), torch.randn(rows, tokens, width, generator=generator).to(device, dtype)
     given = torch.randn(rows, EncoderSection().hidden_size, generator=generator).to(device)
 
     def task(layer: Any, with_base: bool) -> Step:
         def step() -> None:
-            run_layer(tuner, layer, x, given, None if with_base else none).float().sum().backward()
+            run_layer(tuner, layer, x, given, None if with_base else none).backward(gradient)
 
         return step
 
@@ -270,10 +277,11 @@ def run_layer(
     tuner: Any, layer: Any, x: torch.Tensor, representation: torch.Tensor, result: torch.Tensor | None
 ) -> torch.Tensor:
     """(B, T, out) of one layer under a gate on `representation`: the whole layer, or its adapter added to `result`."""
-    with UsingRows(tuner.gate_rows, tuner._rows({"representation": representation})):
+    autocast = computing_in(_compute_dtype(x.dtype), x.device.type)
+    with autocast, UsingRows(tuner.gate_rows, tuner._rows({"representation": representation})):
         if result is None:
             return layer(x)
-        cast = x.to(layer.lora_A["default"].weight.dtype)  # as PEFT's layer does before its variant
+        cast = layer._cast_input_dtype(x, layer.lora_A["default"].weight.dtype)  # as PEFT's layer does: not in autocast
         return layer.lora_variant["default"].forward(layer, active_adapter="default", x=cast, result=result)
 
 
@@ -317,7 +325,7 @@ def measure_trl(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = [{"prompt": prompt, "completion": completion} for prompt, completion in zip(prompts, completions)]
         theirs = SFTTrainer(
             model=copy.deepcopy(base),
-            args=SFTConfig(**common, max_length=None, gradient_checkpointing=False, bf16=False),
+            args=SFTConfig(**common, max_length=None, gradient_checkpointing=False, bf16=arguments.dtype == "bfloat16"),
             train_dataset=Table.from_list(rows),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -330,6 +338,7 @@ def measure_trl(arguments: argparse.Namespace) -> dict[str, Any]:
             ),
             data_collator=WithRepresentation(Collator(int(tokenizer.pad_token_id or 0))),
             train_dataset=examples,
+            compute_dtype=_compute_dtype(base.dtype),
         )
         seconds, losses = real_token_seconds({"ours": ours, "trl": theirs}, arguments)
     return {
@@ -504,6 +513,11 @@ def _now(device: str) -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """What `recllm train` computes in on a base model of `dtype`."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else None
 
 
 def _ratio(a: float, b: float) -> float:

@@ -29,7 +29,7 @@ from recllm.errors import UserError
 from recllm.evaluate.evaluation import machine
 from recllm.evaluate.statistics import Difference, holm, paired_differences
 from recllm.train.collator import IGNORE, Collator, TokenizedExamples
-from recllm.train.trainer import EpochSampler, completion_loss
+from recllm.train.trainer import EpochSampler, completion_loss, computing_in
 
 Tables = dict[str, torch.Tensor]  # "representation" (N, D) or "gate_weights" (N, K), a row an example; {} of plain LoRA
 Cell = dict[str, Any]
@@ -112,10 +112,13 @@ def fit(
 ) -> dict[str, float]:
     """Train whatever requires a gradient, in place: AdamW, cosine to zero after a linear warm-up, clipped at norm 1.
 
+    On a bf16 model the arithmetic is bf16 (autocast) over fp32 adapter weights, as in `recllm train`.
+
     The order of batches hangs on the plan's seed alone. Returns the loss a token over the last tenth of the steps, and
     the seconds of a step.
     """
     device = next(model.parameters()).device
+    compute_dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else None
     model.train()
     optimizer = torch.optim.AdamW(_groups(model, plan), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -128,7 +131,9 @@ def fit(
         started = time.perf_counter()
         batch = _batch(examples, collator, tables, rows, device)
         labels = batch.pop("labels")
-        total, count = completion_loss(model(**batch, use_cache=False).logits, labels)
+        with computing_in(compute_dtype, device.type):
+            logits = model(**batch, use_cache=False).logits
+        total, count = completion_loss(logits, labels)
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -118,6 +118,33 @@ def test_evaluation_passes_through_and_tensorboard_is_the_default(dataset, encod
     assert list((tmp_path / "logs").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "own", "expected"),
+    [
+        ("bfloat16", {}, torch.bfloat16),
+        ("float32", {}, torch.float32),
+        ("bfloat16", {"bf16": False}, torch.float32),
+        ("bfloat16", {"bf16": True, "use_cpu": True}, torch.bfloat16),
+    ],
+)
+def test_the_adapter_computes_in_the_base_models_precision(
+    dataset, encoder_folder, make_recipe, tmp_path, monkeypatch, dtype, own, expected
+):
+    seen, forward = set(), torch.nn.Linear.forward
+
+    def watched(self, x):
+        y = forward(self, x)
+        if self.out_features == 4 and self.training and torch.is_grad_enabled():  # lora_A: r = 4
+            seen.add((x.dtype, y.dtype, self.weight.dtype))
+        return y
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    recipe = make_recipe(train={"max_steps": 2} | own, dtype=dtype)
+    assert recipe.adapter.r == 4
+    train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    assert seen == {(expected, expected, torch.float32)}
+
+
 def test_a_bf16_base_model_learns_and_its_adapter_comes_back(dataset, encoder_folder, make_recipe, tmp_path):
     recipe = make_recipe(train={"max_steps": 30, "bf16": True, "use_cpu": True}, dtype="bfloat16")
     output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")

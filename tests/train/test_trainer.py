@@ -244,6 +244,8 @@ def test_deepspeed_computes_in_bf16_without_casting_the_adapter():
     plain = {"bf16": {"enabled": "False"}}
     engines.keep_adapter_fp32(plain)
     assert "torch_autocast" not in plain
+    engines.keep_adapter_fp32(plain, torch.bfloat16)  # of the recipe's own accord
+    assert plain["torch_autocast"]["dtype"] == "bfloat16"
     arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={"fp16": {"enabled": True}}))
     with pytest.raises(UserError, match="fp16 is not supported with DeepSpeed"):
         engines.asked_engine(arguments)
