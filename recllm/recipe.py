@@ -180,6 +180,9 @@ class EvaluateSection(Section):
     split: Literal["valid", "test"] = "test"
     batch_size: int = Field(8, ge=1)
     max_examples: int | None = Field(None, ge=1)  # a seeded choice of users; None scores all
+    exhaustive: bool = (
+        False  # language models score every title of the catalogue: exact full ranks, at its tokens a user
+    )
     baselines: list[Literal["random", "popularity", "item_to_item", "sequence_encoder", "base_model"]] = [
         "random",
         "popularity",

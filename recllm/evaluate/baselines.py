@@ -154,15 +154,17 @@ def score_examples(
         table = score(part)  # (B, num_items)
         scores.append(np.take_along_axis(table, candidates[rows], axis=1))
         if full_catalogue:
-            excluded = _in_history(dataset, part) if exclude_history else None
+            excluded = in_history(dataset, part.user_index, part.history_end) if exclude_history else None
             ranked.append(metrics.ranks(table, target[rows], excluded))
     return np.concatenate(scores), np.concatenate(ranked) if full_catalogue else None
 
 
-def _in_history(dataset: Dataset, examples: Examples) -> npt.NDArray[np.bool_]:
-    """(B, num_items): items that each user had before the example."""
-    had = np.zeros((len(examples.example_ids), dataset.num_items), dtype=bool)
-    for line, user, end in zip(had, examples.user_index, examples.history_end):
+def in_history(
+    dataset: Dataset, user_index: npt.NDArray[np.int32], history_end: npt.NDArray[np.int32]
+) -> npt.NDArray[np.bool_]:
+    """(B, num_items): items that each user (B,) had before the position history_end (B,)."""
+    had = np.zeros((len(user_index), dataset.num_items), dtype=bool)
+    for line, user, end in zip(had, user_index, history_end):
         line[_history(dataset, user, end, int(end))] = True
     return had
 

@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from tqdm import tqdm
 
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
+from recllm.evaluate.baselines import in_history
+from recllm.evaluate.metrics import ranks
 from recllm.evaluate.tasks import NEXT_ITEM, Prediction, Task
 from recllm.recipe import Recipe
 
 MAX_GENERATIONS = 50  # examples of a task that are also answered freely
+CATALOGUE_PART, CATALOGUE_USERS = 256, 256  # titles scored together, users whose scores of all titles are held at once
 
 BASE_MODEL = "base_model"
 METHODS = {"ilora": "instance-wise LoRA", "soft_token": "LoRA beside a soft token", "lora": "plain LoRA"}
@@ -181,7 +185,7 @@ class LanguageModels:
         nats = -scores[np.arange(len(scores)), task.right_column]
         if mean:
             nats = nats * engine.num_tokens([[row[right]] for row, right in zip(answers, task.right_column)])[:, 0]
-        prediction = Prediction(scores, nats=nats)
+        prediction = Prediction(scores, full_rank=self._full_ranks(engine, task, label, given), nats=nats)
         if not generate or task.kind != NEXT_ITEM:
             return prediction
         few = slice(0, MAX_GENERATIONS)
@@ -193,6 +197,44 @@ class LanguageModels:
             **{argument: rows[few] for argument, rows in given.items()},
         )
         return prediction._replace(generations=[(text.text, text.finished) for text in generated])
+
+    def _full_ranks(
+        self, engine: Any, task: Task, label: str, given: dict[str, npt.NDArray[np.float32]]
+    ) -> npt.NDArray[np.int64] | None:
+        """(N,): the target's rank among all items by the likelihood of every title; None where it is not asked for.
+
+        Items with the same title have the same score, so each of them ranks above a target that is one of them.
+        """
+        ranking, score = self.recipe.protocol.ranking, self.recipe.protocol.decoding.score
+        if not (self.recipe.evaluate.exhaustive and ranking.full_catalogue and task.kind == NEXT_ITEM):
+            return None
+        titles, examples = self.dataset.titles, task.examples
+        order = np.array(sorted(range(len(titles)), key=titles.__getitem__))  # shared beginnings side by side
+        parts = np.split(order, range(CATALOGUE_PART, len(order), CATALOGUE_PART))
+        found = np.empty(len(task.target), dtype=np.int64)
+        blocks = [
+            rows[start : start + CATALOGUE_USERS]
+            for end in dict.fromkeys(task.ends)
+            for rows in [np.flatnonzero(np.array(task.ends) == end)]
+            for start in range(0, len(rows), CATALOGUE_USERS)
+        ]
+        with tqdm(total=len(blocks) * len(parts), desc=f"{label}, all {len(order)} titles", unit="part") as bar:
+            for rows in blocks:
+                prompts, end = [task.prompts[row] for row in rows], task.ends[rows[0]]
+                own = {argument: table[rows] for argument, table in given.items()}
+                table = np.empty((len(rows), len(order)))
+                for part in parts:
+                    texts = [titles[item] + end for item in part]
+                    asked = [texts] * len(rows)
+                    table[:, part] = engine.score(prompts, asked, length_normalised=score == "mean", **own)
+                    bar.update()
+                excluded = (
+                    in_history(self.dataset, examples.user_index[rows], examples.history_end[rows])
+                    if ranking.exclude_history
+                    else None
+                )
+                found[rows] = ranks(table, task.target[rows], excluded)
+        return found
 
     def _represent(self, model: Any, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
         """(N, D) by task: what the adapter's encoder says of all of the history before each example's cut-off.

@@ -31,7 +31,7 @@ from recllm.model.chat import answer_ids, prompt_ids
 
 Prompt = Sequence[dict[str, str]]
 
-_LOGITS_BYTES = 512 << 20  # a batch's logits in fp32 stay below, whatever the vocabulary
+_LOGITS_BYTES = 512 << 20  # a batch's logits in fp32 stay below, whatever the vocabulary; four times that on a GPU
 
 
 class Generation(NamedTuple):
@@ -72,6 +72,8 @@ class TransformersEngine:
                 f"{self.config._attn_implementation}: set model.attn_implementation to sdpa"
             )
         self.device = next(model.parameters()).device
+        self._newest: tuple[list[list[int]], Trie] | None = None
+        self._logits_bytes = _LOGITS_BYTES if self.device.type == "cpu" else 4 * _LOGITS_BYTES
 
     @torch.inference_mode()
     def score(
@@ -92,6 +94,7 @@ class TransformersEngine:
         Args:
             prompts: N lists of chat messages; one that ends in an assistant message is continued.
             answers: N lists of answers; one that ends in a newline is ended by it, any other by eos (model/chat.py).
+                Prompts that are given the very same list share its trie.
             histories: N arrays of item indices for the gate or the soft token, oldest first.
             gate_weights: (N, K) or (N, layers, K), instead of histories.
             representations: (N, D) of the sequence encoder, instead of histories.
@@ -184,15 +187,20 @@ class TransformersEngine:
                 f"{len(prompts)} prompts and {len(answers)} lists of answers: one list a prompt is expected"
             )
         known: dict[str, list[int]] = {}  # a catalogue's titles come again and again
+        lists: dict[int, list[list[int]]] = {}  # one list of texts for many prompts stays one list
         rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         candidates = []
         for texts in answers:
+            if id(texts) in lists:
+                candidates.append(lists[id(texts)])
+                continue
             if not texts:
                 raise UserError("a prompt has 0 answers to score, at least 1 is needed: check its candidates")
             for text in texts:
                 if text not in known:
                     known[text] = answer_ids(self.tokenizer, text)
-            candidates.append([known[text] for text in texts])
+            lists[id(texts)] = [known[text] for text in texts]
+            candidates.append(lists[id(texts)])
         self._check_lengths([len(row) + max(map(len, texts)) for row, texts in zip(rows, candidates)])
         return rows, candidates
 
@@ -246,7 +254,9 @@ class TransformersEngine:
         batch: list[int] = []
         for i in order:
             widest = max([widths[j] for j in batch] + [widths[i]])
-            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * widest * vocabulary * 4 > _LOGITS_BYTES):
+            if batch and (
+                len(batch) == self.batch_size or (len(batch) + 1) * widest * vocabulary * 4 > self._logits_bytes
+            ):
                 yield batch
                 batch = []
             batch.append(i)
@@ -258,7 +268,7 @@ class TransformersEngine:
     ) -> list[list[float]]:
         """Two forwards for all prompts of a batch and all of their answers."""
         given = self._gates_of(gates, batch)
-        tries = [build_trie(row[-1], answers) for row, answers in zip(rows, candidates, strict=True)]
+        tries = [self._trie(row[-1], answers) for row, answers in zip(rows, candidates, strict=True)]
         read = max(map(len, rows)) - 1  # columns of the prompts without their last tokens
         width = max(len(trie.tokens) for trie in tries)
         input_ids = np.zeros((len(rows), width), dtype=np.int64)
@@ -277,6 +287,13 @@ class TransformersEngine:
             **given,
         ).logits  # (B, S, V): column n is what trie node n predicts
         return [_sums(logits[b], trie.steps) for b, trie in enumerate(tries)]
+
+    def _trie(self, root: int, answers: list[list[int]]) -> Trie:
+        """build_trie; the newest is kept, for prompts that are all asked about the same answers."""
+        if self._newest is None or self._newest[0] is not answers:
+            self._newest = answers, build_trie(root, answers)
+        trie = self._newest[1]
+        return trie._replace(tokens=np.concatenate([[root], trie.tokens[1:]]))
 
     def _prefill(self, rows: list[list[int]], read: int, given: dict[str, torch.Tensor]) -> Any:
         """Keys and values of the prompts without their last tokens, (B, read) columns; None where there are none.

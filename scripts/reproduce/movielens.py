@@ -206,7 +206,7 @@ def prepare(arguments: argparse.Namespace, data: str, window: int, seed: int) ->
     shared = Path(arguments.work) / f"{data}-{arguments.protocol}-{settings_hash(data_settings(arguments))}"
     dataset_folder = shared / f"window{window}" / "dataset"  # of all seeds
     folder = shared / f"window{window}" / f"seed{seed}-{settings_hash(training_settings(arguments))}"
-    report_folder = folder / f"report-{arguments.max_examples}-users"
+    report_folder = folder / f"report-{arguments.max_examples}-users{'-exhaustive' * arguments.exhaustive}"
     recipe = make_recipe(arguments, data, window, folder, shared)
     if not dataset_folder.is_dir():
         with contextlib.redirect_stdout(sys.stderr):
@@ -441,7 +441,13 @@ def evaluate_arms(run: Run) -> None:
             "are gone: remove the lines of these arms from cells.jsonl to train them again"
         )
     others = {_adapter_name(arm): str(run.folder / arm) for arm in arms if arm != "ilora"}
-    section = run.recipe.evaluate.model_copy(update={"adapters": others, "max_examples": run.arguments.max_examples})
+    asked = {
+        "adapters": others,
+        "max_examples": run.arguments.max_examples,
+        "exhaustive": run.arguments.exhaustive,
+        "batch_size": run.arguments.batch_size,
+    }
+    section = run.recipe.evaluate.model_copy(update=asked)
     recipe = run.recipe.model_copy(update={"evaluate": section})
     with contextlib.redirect_stdout(sys.stderr):
         evaluate(recipe, run.dataset.folder, run.encoder_folder, run.folder / "ilora", run.report_folder)
@@ -576,6 +582,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, where memory is short")
     parser.add_argument("--evaluate", action="store_true", help="20 candidates and the baselines, by recllm evaluate")
     parser.add_argument("--max-examples", type=int, default=200, help="users that --evaluate scores")
+    parser.add_argument("--exhaustive", action="store_true", help="--evaluate ranks the whole catalogue by every title")
     parser.add_argument("--keep", action="store_true", help="keep the adapters after --evaluate")
     parser.add_argument("--estimate", action="store_true", help="time a few steps and stop")
     parser.add_argument("--report", action="store_true", help="write the report from the cells that are there")

@@ -14,6 +14,7 @@ from recllm.evaluate import baselines, figures, language_model
 from recllm.evaluate.evaluation import evaluate, training_log
 from recllm.evaluate.language_model import principal_components, swapped_rows
 from recllm.evaluate.tasks import Prediction, load_tasks
+from recllm.infer.transformers_engine import TransformersEngine
 from recllm.recipe import RankingSection
 
 
@@ -538,3 +539,29 @@ def test_closed_figures_by_hand(made):
     assert entry["brier"]["value"] == pytest.approx(0.2**2)
     assert entry["calibration_error"]["value"] == pytest.approx(0.2)
     assert entry["balanced_accuracy"]["value"] == 1
+
+
+def test_language_models_rank_the_whole_catalogue_where_that_is_asked_for(made, report, tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model, "CATALOGUE_PART", 7)  # neither divides what it cuts
+    monkeypatch.setattr(language_model, "CATALOGUE_USERS", 4)
+    section = made.recipe.evaluate.model_copy(update={"exhaustive": True})
+    recipe = made.recipe.model_copy(update={"evaluate": section})
+    document = evaluate(recipe, made.dataset, made.encoder, made.adapter, tmp_path / "report")
+    for name in ("ilora", "ilora_uniform", "ilora_shuffled", "base_model"):
+        assert entry(document, name)["full_catalogue"]["hit_rate@3"]["value"] >= 0
+        assert entry(report[1], name)["full_catalogue"] is None  # it costs too much to be the default
+        assert entry(document, name, "like")["full_catalogue"] is None
+    dataset = Dataset.open(made.dataset)
+    (task, _) = load_tasks(dataset, "test", 10, recipe.seed)
+    models = language_model.LanguageModels(recipe, dataset, [])
+    engine = TransformersEngine(models.base, models.tokenizer, 4, share_prompts=False)  # a forward for each title
+    scores = engine.score(task.prompts, [[f"{title}{end}" for title in dataset.titles] for end in task.ends])
+    found = {}
+    for row, (user, end, target) in enumerate(zip(task.users, task.examples.history_end, task.target)):
+        had = set(dataset.history(int(user), int(end), int(end)).tolist()) - {int(target)}
+        others = [item for item in range(dataset.num_items) if item not in had | {int(target)}]
+        found[task.examples.example_ids[row]] = 1 + sum(scores[row, item] >= scores[row, target] for item in others)
+    rows = pq.read_table(tmp_path / "report" / "predictions.parquet").to_pylist()
+    ours = {r["example_id"]: r["full_rank"] for r in rows if (r["system"], r["task"]) == ("base_model", "next_item")}
+    assert ours == found
+    assert len(set(found.values())) > 1
