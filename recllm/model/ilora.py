@@ -21,11 +21,12 @@ for the length of one forward, never in a global; a layer that finds none there 
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -41,7 +42,17 @@ ILORA: Any = "ILORA"  # PeftType is a closed enum, but PEFT's mappings are keyed
 GATE_TYPES = ("softmax", "sigmoid")
 GATE_ARGUMENTS = ("history_items", "representation", "gate_weights")
 DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")  # in a module's name
-Rows = tuple[torch.Tensor, ...]
+
+
+class Rows(NamedTuple):
+    """What the layers of an adapter multiply A x by in one forward.
+
+    factors: each (B, 1, R), `scaling` within: one for all layers, or one for each decoder layer. In an autocast they
+        have its dtype already, so that not every layer casts them.
+    """
+
+    factors: tuple[torch.Tensor, ...]
+    scaling: float
 
 
 @dataclass
@@ -111,8 +122,7 @@ def _refusals() -> dict[str, str]:
 class GateRows:
     """The gates of the forward that is running.
 
-    by_adapter: adapter name → factors of A x, each (B, 1, R): one for all layers, or one for each decoder layer. Empty
-        outside a forward.
+    by_adapter: adapter name → factors of A x. Empty outside a forward.
     weights: adapter name → the weights that they were made of, (B, K) or (B, layers, K), with their gradient. They stay
         until the next forward, for losses on the gate.
     """
@@ -162,12 +172,13 @@ class ILoraVariant(LoraVariant):
         given = self.state.by_adapter.get(active_adapter)
         if given is None:
             raise RuntimeError(_NO_GATE.format(adapter=active_adapter))
-        rows = given[self.row]  # (B, 1, R)
+        factor, scaling = given.factors[self.row], module.scaling[active_adapter]  # (B, 1, R)
         activations = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (B, T, R)
-        if activations.dim() != 3 or activations.shape[0] != rows.shape[0]:
-            raise RuntimeError(_NO_ROWS.format(activations=tuple(activations.shape), rows=rows.shape[0]))
-        factor = (rows * module.scaling[active_adapter]).to(activations)  # (B, 1, R)
-        return result + module.lora_B[active_adapter](activations * factor)
+        if activations.dim() != 3 or activations.shape[0] != factor.shape[0]:
+            raise RuntimeError(_NO_ROWS.format(activations=tuple(activations.shape), rows=factor.shape[0]))
+        if scaling != given.scaling:  # alpha_pattern, or PEFT's set_scale
+            factor = factor * (scaling / given.scaling)
+        return result + module.lora_B[active_adapter](activations * factor.to(activations))
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise UserError(
@@ -271,15 +282,19 @@ class ILoraModel(GuidedLoraModel):
         return gate(representation.to(gate.mean.device))
 
     def _rows(self, given: dict[str, torch.Tensor]) -> dict[str, Rows]:
-        """Adapter name → factors of A x, each (B, 1, R): one, or one for each decoder layer."""
+        """Adapter name → factors of A x of one forward."""
         ((argument, value),) = given.items()
         weights, rows = {}, {}
         for name in self.active_adapters:
             weights[name] = (
                 value if argument == "gate_weights" else self.gate_weights(**{argument: value}, adapter_name=name)
             )
-            factor = self.factor(weights[name], name)  # (B, R) or (B, layers, R)
-            rows[name] = factor.unsqueeze(-2).unbind(1) if factor.dim() == 3 else (factor.unsqueeze(1),)
+            config = self.peft_config[name]
+            scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+            factor = self.factor(weights[name], name) * scaling  # (B, R) or (B, layers, R)
+            if torch.is_autocast_enabled(factor.device.type):
+                factor = factor.to(torch.get_autocast_dtype(factor.device.type))
+            rows[name] = Rows(factor.unsqueeze(-2).unbind(1) if factor.dim() == 3 else (factor.unsqueeze(1),), scaling)
         self.gate_rows.weights = weights
         return rows
 
@@ -321,7 +336,8 @@ class ILoraModel(GuidedLoraModel):
             return self.model.generate(*args, **kwargs)
         copies = copies_of_each_prompt(self.model, kwargs)
         rows = {
-            name: tuple(row.repeat_interleave(copies, dim=0) for row in own) for name, own in self._rows(given).items()
+            name: own._replace(factors=tuple(row.repeat_interleave(copies, dim=0) for row in own.factors))
+            for name, own in self._rows(given).items()
         }
         with UsingRows(self.gate_rows, rows):
             return self.model.generate(*args, **kwargs)

@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,7 +142,8 @@ class AdapterTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers'. PEFT would cast what enters the adapter to fp32, only for autocast to cast it back."""
-        with disable_input_dtype_casting(cast(torch.nn.Module, self.model), self.autocasts):
+        casting = disable_input_dtype_casting(cast(torch.nn.Module, self.model), self.autocasts)
+        with casting, without_cudnn_attention():
             return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -408,6 +409,21 @@ def check_balance(balance: float, arguments: TrainingArguments) -> None:
 def computing_in(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager[Any]:
     """torch.autocast to `dtype`; of None a context that changes nothing, whatever autocast it stands in."""
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Training within has gradients that are finite: cuDNN's attention is left out, PyTorch's other kernels do it.
+
+    Its backward pass gives NaN on Hopper GPUs where a batch with a mask is 64, 192, 320, … tokens long (PyTorch 2.11 to
+    2.13 at least, pytorch/pytorch issue 196678): nothing is wrong with the data or the learning rate then.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 class Seen:

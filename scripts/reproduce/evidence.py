@@ -29,7 +29,7 @@ from recllm.errors import UserError
 from recllm.evaluate.evaluation import machine
 from recllm.evaluate.statistics import Difference, holm, paired_differences
 from recllm.train.collator import IGNORE, Collator, TokenizedExamples
-from recllm.train.trainer import EpochSampler, completion_loss, computing_in
+from recllm.train.trainer import EpochSampler, completion_loss, computing_in, without_cudnn_attention
 
 Tables = dict[str, torch.Tensor]  # "representation" (N, D) or "gate_weights" (N, K), a row an example; {} of plain LoRA
 Cell = dict[str, Any]
@@ -107,6 +107,7 @@ class Plan(NamedTuple):
     warmup: int = 10
 
 
+@without_cudnn_attention()
 def fit(
     model: Any, examples: TokenizedExamples, collator: Collator, tables: Tables, plan: Plan, label: str = ""
 ) -> dict[str, float]:
@@ -141,8 +142,8 @@ def fit(
         optimizer.zero_grad()
         losses.append(float(total.detach()) / count)
         seconds.append(time.perf_counter() - started)
-    if not math.isfinite(losses[-1]):
-        raise RuntimeError(f"{label}: the loss is {losses[-1]} after {plan.steps} steps: lower the learning rate")
+        if not math.isfinite(losses[-1]):
+            raise RuntimeError(f"{label}: the loss is {losses[-1]} at step {len(losses)}: lower the learning rate")
     return {"loss": float(np.mean(losses[-max(1, plan.steps // 10) :])), "step_s": float(np.median(seconds))}
 
 

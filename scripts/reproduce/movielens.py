@@ -5,6 +5,7 @@
     python scripts/reproduce/movielens.py --data ml-1m=shared/data/ml-1m-dbpedia         MovieLens-1M
     python scripts/reproduce/movielens.py --estimate                           seconds a step here, minutes a cell
     python scripts/reproduce/movielens.py --evaluate                           then 20 candidates, with the baselines
+    python scripts/reproduce/movielens.py --device cuda --batch-size 64 --max-windows 4000     on a GPU
     python scripts/reproduce/movielens.py --report                             eval/reference/movielens_gate.md
 
 A cell is one adapter: r = 8 on all linear modules, bf16 base, dense windows of n titles, batch 8, 300 steps. A prompt
@@ -380,13 +381,15 @@ def set_up(run: Run, arm: str) -> tuple[Any, Tables, Tables]:
 def states(run: Run, examples: TokenizedExamples) -> torch.Tensor:
     """(N, D): what the encoder says of everything before each window."""
     encoder, _ = load_encoder(run.encoder_folder)
+    encoder.to(run.arguments.device)
     found = torch.empty(len(examples), encoder.hidden_size)
     order = np.argsort(examples.history_ends, kind="stable")
     for start in range(0, len(order), 256):
         rows = order[start : start + 256]
         users, ends = examples.user_indices[rows], examples.history_ends[rows]
         histories = [run.dataset.history(int(user), int(end), MAX_ITEMS) for user, end in zip(users, ends)]
-        found[torch.from_numpy(rows)] = encoder(torch.from_numpy(pad_left(histories)))
+        items = torch.from_numpy(pad_left(histories)).to(run.arguments.device)
+        found[torch.from_numpy(rows)] = encoder(items).float().cpu()
     return found
 
 

@@ -99,6 +99,19 @@ def test_uniform_gates_are_plain_lora_with_any_scaling(adapter: Any, tiny_llama:
     torch.testing.assert_close(_logits(model, tokens, gate_weights=torch.full((3, 3), 1 / 3)), plain, **CLOSE)
 
 
+def test_layers_with_a_scaling_of_their_own_keep_it(adapter: Any, tiny_llama: Any, tokens: torch.Tensor) -> None:
+    model = adapter()
+    plain = _plain_twin(model, tiny_llama)
+    before = _logits(plain, tokens)
+    for one in (model, plain):
+        for name, module in one.named_modules():
+            if isinstance(module, LoraLayer) and _layer_of(name) == 1:
+                module.scale_layer(4.0)
+    expected = _logits(plain, tokens)
+    assert (expected - before).abs().max() > 0.1
+    assert torch.equal(_logits(model, tokens, gate_weights=_uniform(model)), expected)
+
+
 def test_one_expert_is_plain_lora(adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
     model = adapter(num_experts=1)
     assert torch.equal(_logits(model, tokens, history_items=histories), _logits(_plain_twin(model, tiny_llama), tokens))

@@ -29,6 +29,7 @@ from recllm.train.collator import COLUMNS, TokenizedExamples, tokenize
 from recllm.train.encoder import fit_encoder
 from recllm.train.finetune import train, training_arguments
 from recllm.train.representations import representation_table, statistics_examples
+from recllm.train.trainer import AdapterTrainer
 
 from .conftest import recipe_of
 
@@ -143,6 +144,23 @@ def test_the_adapter_computes_in_the_base_models_precision(
     assert recipe.adapter.r == 4
     train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
     assert seen == {(expected, expected, torch.float32)}
+
+
+def test_training_keeps_off_cudnn_attention_and_leaves_the_setting_as_it_was(
+    dataset, encoder_folder, make_recipe, tmp_path, monkeypatch
+):
+    """Its backward pass gives NaN for some lengths on Hopper GPUs; the setting exists without a GPU too."""
+    seen, forward = set(), AdapterTrainer.compute_loss
+
+    def watched(self, *args, **kwargs):
+        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", watched)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    train(make_recipe(train={"max_steps": 2}), dataset.folder, encoder_folder, tmp_path / "adapter")
+    assert seen == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_bf16_base_model_learns_and_its_adapter_comes_back(dataset, encoder_folder, make_recipe, tmp_path):
