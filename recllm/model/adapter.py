@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from recllm.errors import UserError
 from recllm.files import read_json, replacing_folder, write_json, write_text
+from recllm.model.base_model import keep_head_folded
 from recllm.model.ilora import ILoraConfig, ILoraModel
 from recllm.model.sequence_encoder import SequenceEncoder, describe, load_encoder, read_tensors, write_encoder
 from recllm.model.soft_token import SoftTokenConfig, SoftTokenModel
@@ -93,6 +94,7 @@ def _ilora_config(section: AdapterSection, lora: dict[str, Any], encoder: Sequen
 def _wrap(base_model: Any, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False) -> PeftModel:
     try:
         if not isinstance(base_model, PeftModel):
+            keep_head_folded(base_model)
             return get_peft_model(base_model, config, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         base_model.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
         return base_model

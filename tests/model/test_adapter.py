@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recllm import files
 from recllm.errors import UserError
@@ -383,3 +384,26 @@ def test_another_vocabulary(saved: Path, adapter: Any, tmp_path: Path) -> None:
         check_vocabulary(saved, "w" * 64)
     save_adapter(adapter(method="lora"), tmp_path / "plain")
     check_vocabulary(tmp_path / "plain", "w" * 64)  # a plain LoRA holds no item indices
+
+
+def test_a_training_step_copies_no_weights_of_the_head(adapter: Any, tokens: torch.Tensor) -> None:
+    """Torch expands them over the batch where the head reads a slice of the hidden states and gradients are on."""
+
+    class Products(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: list[tuple[int, ...]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.bmm.default:
+                self.shapes += [tuple(value.shape) for value in args]
+            return func(*args, **(kwargs or {}))
+
+    for method in ("ilora", "lora"):
+        model = adapter(method=method).train()
+        given = {"gate_weights": torch.full((3, 4), 1 / 4)} if method == "ilora" else {}
+        with Products() as products:
+            logits = model(input_ids=tokens, logits_to_keep=4, **given).logits
+            logits.sum().backward()
+        assert logits.shape == (3, 4, 259)
+        assert not [shape for shape in products.shapes if 259 in shape]

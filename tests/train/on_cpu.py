@@ -1,4 +1,4 @@
-"""Real DDP, DeepSpeed and FSDP2 engines on CPU processes over gloo. For tests only; run as a script it is a server.
+"""Real DDP, DeepSpeed and FSDP2 engines on CPU processes over gloo. For tests only; as a script a server, or train.py.
 
 Without a GPU accelerate does not join the processes; asked for a CPU (train.use_cpu) it does, but trains as DDP where
 FSDP was asked for, and says nothing. Here it is told that gloo over CPUs is a device of its own. Whoever uses this must
@@ -14,11 +14,16 @@ A job is a JSON line on standard input, its result a JSON line on standard outpu
 
 The server imports everything once and forks the ranks of each job, so that a world starts in a second; the environment
 of the ranks is what `accelerate launch --config_file` sets.
+
+With arguments the script stands in for scripts/train.py in a real `accelerate launch`: it runs that with the shim and
+leaves a report in $RECLLM_TEST_REPORTS/RANK.json. $RECLLM_TEST_KILL, RANK:STEP, kills this rank's machine (it and its
+launcher, by SIGKILL) after that optimizer step.
 """
 
 import faulthandler
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -26,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,18 +46,22 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-LIMIT_S = 200  # of one job
+LIMIT_S = 200  # of one job, or one launch
+
+
+def environment() -> dict[str, str]:
+    """Of a process that trains on CPUs, whatever an earlier training of this one has set for accelerate."""
+    kept = {k: v for k, v in os.environ.items() if k != "CUDA_HOME" and not k.startswith("ACCELERATE_")}
+    return kept | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
 
 
 class Worlds:
     """Starts worlds of ranks, one after the other, in a server process of its own. Use it as a context."""
 
     def __enter__(self) -> "Worlds":
-        environment = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | ENVIRONMENT
-        environment["PYTHONPATH"] = str(ROOT)
         self.server = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), text=True,
         )  # fmt: skip
         return self
 
@@ -132,15 +142,19 @@ def launch_environment(config: str, processes: int) -> dict[str, str]:
     return found
 
 
+def compile_nothing() -> None:
+    """DeepSpeed's shared-memory op would be compiled for minutes."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
     """Answer jobs until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # engines print to standard output
-    import deepspeed.ops
-
+    compile_nothing()
     import recllm.train.finetune  # noqa: F401  # imported once, before the ranks are forked
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a C++ op is compiled for minutes
 
     for line in sys.stdin:
         job = json.loads(line)
@@ -209,10 +223,27 @@ def run_rank(job: dict[str, Any], rank: int, environment: dict[str, str], folder
 
 
 def train(job: dict[str, Any], rank: int, folder: Path) -> None:
-    """finetune.train, watched: which engine wrapped the model, and what rows this rank saw."""
+    """finetune.train, watched."""
+    from recllm.recipe import load_recipe
+    from recllm.train import finetune
+
+    def kill(step: int) -> None:
+        if rank == 0 and step == job.get("kill_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    report = watch(kill)
+    recipe = load_recipe(job["recipe"], job.get("overrides", ()))
+    paths = (Path(job[name]) for name in ("dataset", "encoder", "output"))
+    started = time.monotonic()
+    finetune.train(recipe, *paths)
+    report["wall_s"] = round(time.monotonic() - started, 2)
+    (folder / f"{rank}.json").write_text(json.dumps(report))
+
+
+def watch(after_step: Callable[[int], None]) -> dict[str, Any]:
+    """What the next training of this process will fill in: which engine wrapped the model, and what rows it saw."""
     from transformers import TrainerCallback
 
-    from recllm.recipe import load_recipe
     from recllm.train import finetune
 
     make = finetune.make_trainer
@@ -223,8 +254,7 @@ def train(job: dict[str, Any], rank: int, folder: Path) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             report.update(describe(self.trainer))
-            if rank == 0 and state.global_step == job.get("kill_at"):
-                os.kill(os.getpid(), signal.SIGKILL)
+            after_step(state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             report["losses"] += [logs["loss"]] if "loss" in logs else []
@@ -245,12 +275,7 @@ def train(job: dict[str, Any], rank: int, folder: Path) -> None:
         return trainer
 
     finetune.make_trainer = watched
-    recipe = load_recipe(job["recipe"], job.get("overrides", ()))
-    paths = (Path(job[name]) for name in ("dataset", "encoder", "output"))
-    started = time.monotonic()
-    finetune.train(recipe, *paths)
-    report["wall_s"] = round(time.monotonic() - started, 2)
-    (folder / f"{rank}.json").write_text(json.dumps(report))
+    return report
 
 
 def identity(row: Any) -> list[int]:
@@ -269,5 +294,27 @@ def describe(trainer: Any) -> dict[str, Any]:
     return found
 
 
+# ---- scripts/train.py ----
+
+
+def train_script() -> None:
+    """scripts/train.py with this process's arguments and the shim, watched; ends in SystemExit as it does."""
+    faulthandler.dump_traceback_later(0.75 * LIMIT_S, exit=True)  # a rank that hangs says where, before it is stopped
+    rank = os.environ.get("RANK", "0")
+
+    def kill(step: int) -> None:
+        if f"{rank}:{step}" == os.environ.get("RECLLM_TEST_KILL"):
+            for process in (os.getppid(), os.getpid()):  # of a machine nothing is left that could clean up
+                os.kill(process, signal.SIGKILL)
+
+    compile_nothing()
+    allow_engines_on_cpu()
+    report = watch(kill)
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    finally:
+        (Path(os.environ["RECLLM_TEST_REPORTS"]) / f"{rank}.json").write_text(json.dumps(report))
+
+
 if __name__ == "__main__":
-    main()
+    train_script() if sys.argv[1:] else main()
