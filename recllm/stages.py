@@ -184,15 +184,17 @@ def run(recipe: Recipe, force: bool = False) -> None:
 def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
     """The encoder where it is stale, then training, resumed from its last checkpoint: what `recllm train` does.
 
-    Under `accelerate launch` every rank comes here; the first fits the encoder while the others wait for it.
+    Under `accelerate launch` every rank comes here; the first alone decides whether the encoder is stale and fits it,
+    while the others wait: on another machine the base model's files have other times.
     """
     from accelerate import PartialState
 
     # The other ranks wait for the fit: torch's default of ten minutes would kill a long one
     patience = datetime.timedelta(seconds=float(recipe.train.get("ddp_timeout", 24 * 3600)))
     state = PartialState(cpu=bool(recipe.train.get("use_cpu")), timeout=patience)
-    with state.main_process_first():
+    if state.is_main_process:
         run_stage(recipe, "encoder")
+    state.wait_for_everyone()
     run_stage(recipe, "train", force=True, allow_template_mismatch=allow_template_mismatch)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -211,3 +212,14 @@ def test_an_error_of_the_user_is_one_line_and_status_2(arguments: list[str], cap
     shown = capsys.readouterr().err
     assert shown.startswith("recllm: ")
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(("is_main", "expected"), [(True, ["encoder", "wait", "train"]), (False, ["wait", "train"])])
+def test_one_process_of_a_launch_decides_about_the_encoder(monkeypatch, tiny_recipe, is_main, expected):
+    """On another machine the base model's files have other times: it would fit the shared encoder again."""
+    seen = []
+    state = SimpleNamespace(is_main_process=is_main, wait_for_everyone=lambda: seen.append("wait"))
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    monkeypatch.setattr(stages, "run_stage", lambda _, name, **__: seen.append(name))
+    stages.fine_tune(load_recipe(str(tiny_recipe)))
+    assert seen == expected

@@ -73,6 +73,7 @@ NO_WEIGHT = (  # beginnings of keys of `train:` that do not touch the weights: t
     "dataloader_pin_memory",
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
+    "ddp_timeout",
 )
 PROBE_ROWS = 2
 Array = npt.NDArray[Any]

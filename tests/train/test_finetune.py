@@ -582,7 +582,7 @@ def test_what_does_not_touch_the_weights_does_not_bar_resuming(dataset, encoder_
         return finetune.fingerprint_of(make_recipe(train=section), dataset, encoder_folder)
 
     harmless = {"logging_steps": 7, "report_to": "tensorboard", "run_name": "x", "save_steps": 3, "disable_tqdm": True}
-    harmless |= {"dataloader_num_workers": 2, "dataloader_pin_memory": False, "save_total_limit": 5}
+    harmless |= {"ddp_timeout": 60, "dataloader_num_workers": 2, "dataloader_pin_memory": False, "save_total_limit": 5}
     assert fingerprint(**harmless) == fingerprint()
     for key, value in {"learning_rate": 0.5, "max_steps": 7, "eval_strategy": "steps", "bf16": True}.items():
         assert fingerprint(**{key: value}) != fingerprint(), key
