@@ -54,13 +54,18 @@ SEQUENCES = pa.schema(
 
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 
+DATASET_FORMAT = 2  # counted up when the columns below change: what was converted before is converted again
+
 # One row an example. `prompt` may end in an assistant message: the completion then continues it.
 EXAMPLES = pa.schema(
     [
         pa.field("example_id", pa.string(), nullable=False),  # "<task>/<user_id>/<position>", position = history_end
         pa.field("task", pa.string(), nullable=False),
         pa.field("user_index", pa.int32(), nullable=False),
-        pa.field("history_end", pa.int32(), nullable=False),  # the gate may read positions [0, history_end)
+        pa.field("history_end", pa.int32(), nullable=False),  # position of the target, of a window its first item
+        pa.field(
+            "gate_end", pa.int32(), nullable=False
+        ),  # the gate reads positions [0, gate_end)
         pa.field("timestamp", pa.int64(), nullable=False),  # of position history_end: nothing seen is newer
         pa.field("prompt", MESSAGES, nullable=False),
         pa.field("completion", MESSAGES, nullable=False),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recllm import __version__, assets, files
+from recllm import __version__, assets, files, schema
 from recllm.data import offline
 from recllm.errors import UserError
 from recllm.recipe import Recipe
@@ -139,7 +139,7 @@ def _prototype_cost(
     texts = [(task.answer_texts(dataset.titles), task.right_column) for task in tasks]
     answers = [[row[right]] for rows, rights in texts for row, right in zip(rows, rights)]
     users = [user for task in tasks for user in task.examples.user_index]
-    ends = [end for task in tasks for end in task.examples.history_end]
+    ends = [end for task in tasks for end in task.examples.gate_end]
     own = folding.gates_of(model, dataset, users, ends, recipe.history.max_items)
     engine = TransformersEngine(model, tokenizer, recipe.evaluate.batch_size)
 
@@ -230,6 +230,7 @@ def fingerprint(recipe: Recipe, name: str) -> str:
     sections: tuple[str, ...]
     if name == "convert":
         sections = ("data", "filter", "history", "prompt", "tasks")
+        read["format"] = schema.DATASET_FORMAT
         read |= {"split": document["protocol"]["split"], "candidates": document["protocol"]["candidates"]}
         paths = source_paths(recipe.data, recipe.protocol.split)
         read["files"] = {path: files.sha256_of(offline.resolve(path)) for path in paths}

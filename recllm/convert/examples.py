@@ -131,6 +131,7 @@ def _examples(piece: _Piece) -> pa.RecordBatch:
         "task": _repeat(task.task, len(piece)),
         "user_index": pa.array(sequences.user_index[targets.row]),
         "history_end": pa.array(targets.start.astype(np.int32)),
+        "gate_end": pa.array(_gate_ends(piece).astype(np.int32)),
         "timestamp": pa.array(sequences.timestamps[first]),  # of a window its beginning: the gate's cut-off
         "prompt": _prompt(piece, candidates),
         "completion": _completion(piece, label),
@@ -140,6 +141,18 @@ def _examples(piece: _Piece) -> pa.RecordBatch:
         "split": _repeat(piece.split, len(piece)),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in OUTPUT.names], schema=OUTPUT)
+
+
+def _gate_ends(piece: _Piece) -> Ints:
+    """(N,) where the histories that the gate reads end: before the first title of a dense list, as in training.
+
+    A held-out dense example continues a list that it shows. The window that a gate was trained with began behind all
+    that the gate had read; one that has read the list's titles too was never seen, and is worse than none.
+    """
+    start = piece.targets.start
+    if piece.task.dense_window and piece.split != "train":
+        return np.maximum(start - piece.converter.prompt_max_items, 0)
+    return start
 
 
 def _candidates(piece: _Piece, target: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

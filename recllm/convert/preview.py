@@ -68,7 +68,7 @@ def _block(split: str, example: dict[str, Any], texts: Any, count_tokens: TokenC
         lines.append(f"[label] {example['label']}")
     if example["candidates"] is not None:
         lines.append("[candidates] " + " | ".join(texts[item].as_py() for item in example["candidates"]))
-    lines.append(f"[gate] reads the {example['history_end']} earlier items (at most history.max_items)")
+    lines.append(f"[gate] reads the {example['gate_end']} earlier items (at most history.max_items)")
     return "\n".join([*lines, _length(example, count_tokens)])
 
 

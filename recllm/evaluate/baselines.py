@@ -32,17 +32,18 @@ class Examples(NamedTuple):
 
     example_ids: list[str]
     user_index: npt.NDArray[np.int32]  # (N,)
-    history_end: npt.NDArray[np.int32]  # (N,)
+    history_end: npt.NDArray[np.int32]  # (N,) baselines read everything before it
+    gate_end: npt.NDArray[np.int32]  # (N,) gates and soft tokens do before this
 
     @classmethod
     def of(cls, table: pa.Table) -> "Examples":
         """From a table of schema.EXAMPLES."""
-        users, ends = (table[name].to_numpy().astype(np.int32) for name in ("user_index", "history_end"))
-        return cls(table["example_id"].to_pylist(), users, ends)
+        columns = (table[name].to_numpy().astype(np.int32) for name in ("user_index", "history_end", "gate_end"))
+        return cls(table["example_id"].to_pylist(), *columns)
 
     def part(self, rows: slice) -> "Examples":
         """Some consecutive examples."""
-        return Examples(self.example_ids[rows], self.user_index[rows], self.history_end[rows])
+        return Examples(self.example_ids[rows], self.user_index[rows], self.history_end[rows], self.gate_end[rows])
 
 
 Scorer = Callable[[Examples], Floats]  # (B examples) → (B, num_items)

@@ -346,7 +346,8 @@ def expert_figures(
     weights = language_model.by_expert(gates.all_weights(tasks))
     users = np.concatenate([task.users for task in tasks])
     ends = np.concatenate([task.examples.history_end for task in tasks])
-    return experts.summarise(gates.system, weights, users, ends, dataset, groups, recipe)
+    gate_ends = np.concatenate([task.examples.gate_end for task in tasks])
+    return experts.summarise(gates.system, weights, users, ends, gate_ends, dataset, groups, recipe)
 
 
 def provenance(recipe: Recipe, dataset: Dataset, encoder_folder: Path, adapters: list[Adapter]) -> dict[str, Any]:

@@ -150,6 +150,7 @@ class Users(NamedTuple):
 
     user_index: npt.NDArray[np.int64]  # (U,)
     history_end: npt.NDArray[np.int64]  # (U,)
+    gate_end: npt.NDArray[np.int64]  # (U,) the gate reads positions before it
 
 
 def last_examples(users: npt.NDArray, ends: npt.NDArray) -> npt.NDArray[np.int64]:
@@ -167,7 +168,7 @@ def item_part(groups: ItemGroups, dataset: Dataset, users: Users) -> Part:
     """Share of each group in each user's history, as much of it as the gate reads; the most frequent groups."""
     longest = int(dataset.manifest["history_max_items"])
     shares = np.zeros((len(users.user_index), len(groups.names)))
-    for line, user, end in zip(shares, users.user_index.tolist(), users.history_end.tolist(), strict=True):
+    for line, user, end in zip(shares, users.user_index.tolist(), users.gate_end.tolist(), strict=True):
         if end:
             line[:] = groups.members[dataset.history(user, end, longest)].mean(axis=0)
     kept = np.flatnonzero((shares > 0).sum(axis=0) >= statistics.FEW_USERS)
@@ -198,7 +199,7 @@ def _head_shares(dataset: Dataset, users: Users) -> Floats:
     """Share of head items in each history, (U,); NaN without a history."""
     head = popularity_classes(item_counts(dataset)) == "head"
     longest = int(dataset.manifest["history_max_items"])
-    pairs = zip(users.user_index.tolist(), users.history_end.tolist(), strict=True)
+    pairs = zip(users.user_index.tolist(), users.gate_end.tolist(), strict=True)
     return np.array([head[dataset.history(user, end, longest)].mean() if end else np.nan for user, end in pairs])
 
 
@@ -297,19 +298,20 @@ def summarise(
     weights: Floats,
     users: npt.NDArray,
     ends: npt.NDArray,
+    gate_ends: npt.NDArray,
     dataset: Dataset,
     groups: Groups,
     recipe: Recipe,
 ) -> dict[str, Any] | None:
     """The entry `experts` of metrics.json; None with a single expert.
 
-    weights (N, K) of the examples, whose users (N,) and history_end (N,) are given. All intervals of the entry hold at
-    once with protocol.bootstrap.confidence.
+    weights (N, K) of the examples, whose users (N,), history_end (N,) and gate_end (N,) are given. All intervals of
+    the entry hold at once with protocol.bootstrap.confidence.
     """
     if weights.shape[1] < 2:
         return None
     rows = last_examples(users, ends)
-    chosen = Users(users[rows].astype(np.int64), ends[rows].astype(np.int64))
+    chosen = Users(*(column[rows].astype(np.int64) for column in (users, ends, gate_ends)))
     parts = [] if groups.items is None else [item_part(groups.items, dataset, chosen)]
     attributes = {name: [values[user] for user in chosen.user_index] for name, values in groups.attributes.items()}
     parts += user_parts(dataset, chosen, attributes)

@@ -237,7 +237,7 @@ class LanguageModels:
         return found
 
     def _represent(self, model: Any, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
-        """(N, D) by task: what the adapter's encoder says of all of the history before each example's cut-off.
+        """(N, D) by task: what the adapter's encoder says of the history that each example's gate reads.
 
         Each different history is encoded once, whatever the number of examples, controls and generations that read it.
         """
@@ -245,7 +245,7 @@ class LanguageModels:
 
         encoder = model.base_model.sequence_encoder[model.active_adapter]
         longest = int(self.dataset.manifest["history_max_items"])
-        pairs = [pair for task in tasks for pair in zip(task.users.tolist(), task.examples.history_end.tolist())]
+        pairs = [pair for task in tasks for pair in zip(task.users.tolist(), task.examples.gate_end.tolist())]
         histories = [self.dataset.history(user, end, longest) for user, end in pairs]
         states = encode_histories(encoder, histories, device=self.device).numpy()
         ends = np.cumsum([len(task.users) for task in tasks])[:-1]

@@ -20,7 +20,7 @@ from recllm.errors import UserError
 from recllm.model.chat import RememberingEncoder
 
 IGNORE = -100  # label of a position without loss
-COLUMNS = ["example_id", "user_index", "history_end", "prompt", "completion"]  # what training reads of an example
+COLUMNS = ["example_id", "user_index", "gate_end", "prompt", "completion"]  # what training reads of an example
 Array = npt.NDArray[Any]
 
 
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     input_ids: Array  # prompt and completion, int32
     completion_tokens: int  # how many of them, at the end, carry the loss
     user_index: int
-    history_end: int  # the gate reads positions [0, history_end) of this user
+    gate_end: int  # the gate reads positions [0, gate_end) of this user
     given: tuple[str, Array] | None = None  # a forward argument of the adapter and this row's value of it
 
 
@@ -47,11 +47,11 @@ class TokenizedExamples(torch.utils.data.Dataset):
     """Examples tokenised once; token ids lie in one flat array, so that a million examples stay a few hundred MB."""
 
     def __init__(
-        self, tokens: Array, lengths: Array, completion_tokens: Array, user_indices: Array, history_ends: Array
+        self, tokens: Array, lengths: Array, completion_tokens: Array, user_indices: Array, gate_ends: Array
     ) -> None:
         """`tokens` holds the ids of all N examples, one after the other; the others are (N,), as in `Row`."""
         self.lengths, self.completion_tokens = lengths, completion_tokens
-        self.user_indices, self.history_ends = user_indices, history_ends
+        self.user_indices, self.gate_ends = user_indices, gate_ends
         self.argument: str | None = None
         self.table: Array = np.empty(0)  # with `argument`: see give()
         self._tokens = tokens
@@ -79,7 +79,7 @@ class TokenizedExamples(torch.utils.data.Dataset):
         tokens = self._tokens[self._offsets[example] : self._offsets[example + 1]]
         completion = 0 if index < 0 else int(self.completion_tokens[example])
         given = None if self.argument is None else (self.argument, self.table[example])
-        return Row(tokens, completion, int(self.user_indices[example]), int(self.history_ends[example]), given)
+        return Row(tokens, completion, int(self.user_indices[example]), int(self.gate_ends[example]), given)
 
 
 def tokenize(
@@ -103,18 +103,18 @@ def tokenize(
     """
     encode = RememberingEncoder(tokenizer)
     tokens = array("i")
-    columns = [array("q") for _ in range(4)]  # length, completion tokens, user_index, history_end
+    columns = [array("q") for _ in range(4)]  # length, completion tokens, user_index, gate_end
     too_long = _TooLong(max_tokens, split)
     with tqdm(total=total, desc=f"tokenise {split}", unit="example", unit_scale=True) as progress:
         for batch in batches:
-            for example_id, user_index, history_end, prompt, completion in _rows(batch):
+            for example_id, user_index, gate_end, prompt, completion in _rows(batch):
                 prompt_ids, completion_ids = encode(prompt, completion)
                 _check_ids(split, example_id, len(prompt_ids), len(completion_ids))
                 tokens.extend(prompt_ids)
                 tokens.extend(completion_ids)
                 length = len(prompt_ids) + len(completion_ids)
                 too_long.see(length, example_id)
-                for column, value in zip(columns, (length, len(completion_ids), user_index, history_end)):
+                for column, value in zip(columns, (length, len(completion_ids), user_index, gate_end)):
                     column.append(value)
             progress.update(batch.num_rows)
     if not columns[0]:
@@ -202,6 +202,6 @@ class Collator:
             values = np.stack([np.asarray(value, dtype=np.float32) for _, value in given])
             batch[given[0][0]] = torch.from_numpy(values)
         elif self.histories is not None:
-            histories = [self.histories.history(row.user_index, row.history_end, self.max_items) for row in rows]
+            histories = [self.histories.history(row.user_index, row.gate_end, self.max_items) for row in rows]
             batch["history_items"] = torch.from_numpy(pad_left(histories))
         return batch

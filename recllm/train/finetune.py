@@ -431,7 +431,7 @@ def save_and_check(
 
 def _probe(trainer: AdapterTrainer, examples: TokenizedExamples) -> dict[str, Any]:
     """A batch without labels of the examples whose gate has most to say: an empty history has a uniform one."""
-    longest = np.argsort(-examples.history_ends, kind="stable")[:PROBE_ROWS]
+    longest = np.argsort(-examples.gate_ends, kind="stable")[:PROBE_ROWS]
     rows: list[Any] = [examples[int(i)]._replace(given=None) for i in longest]  # through the encoder, saved as well
     device = trainer.accelerator.device
     batch = trainer.data_collator(rows)

@@ -34,7 +34,7 @@ def encode_examples(
     device: torch.device,
 ) -> torch.Tensor:
     """(len(chosen), D) float32: what the encoder says of the histories of the chosen examples."""
-    users, ends = examples.user_indices[chosen], examples.history_ends[chosen]
+    users, ends = examples.user_indices[chosen], examples.gate_ends[chosen]
     histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, ends)]
     progress = "encode histories" if PartialState().is_local_main_process else None
     return encode_histories(encoder, histories, device=device, progress=progress)
@@ -101,7 +101,7 @@ def statistics_examples(examples: TokenizedExamples, seed: int) -> Array:
 
     An empty history has a uniform gate, whatever the statistics.
     """
-    chosen = np.flatnonzero(examples.history_ends)
+    chosen = np.flatnonzero(examples.gate_ends)
     if len(chosen) > STATISTICS_HISTORIES:
         chosen = np.random.default_rng([seed, 0]).choice(chosen, STATISTICS_HISTORIES, replace=False)
     return np.sort(chosen)

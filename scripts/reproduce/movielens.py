@@ -133,6 +133,7 @@ def data_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What decides data set and encoder, beside data, protocol, window and seed."""
     return {
         "version": __version__,
+        "dataset_format": schema.DATASET_FORMAT,
         "model": arguments.model,
         "encoder_epochs": arguments.encoder_epochs,
         "max_items": MAX_ITEMS,
@@ -383,10 +384,10 @@ def states(run: Run, examples: TokenizedExamples) -> torch.Tensor:
     encoder, _ = load_encoder(run.encoder_folder)
     encoder.to(run.arguments.device)
     found = torch.empty(len(examples), encoder.hidden_size)
-    order = np.argsort(examples.history_ends, kind="stable")
+    order = np.argsort(examples.gate_ends, kind="stable")
     for start in range(0, len(order), 256):
         rows = order[start : start + 256]
-        users, ends = examples.user_indices[rows], examples.history_ends[rows]
+        users, ends = examples.user_indices[rows], examples.gate_ends[rows]
         histories = [run.dataset.history(int(user), int(end), MAX_ITEMS) for user, end in zip(users, ends)]
         items = torch.from_numpy(pad_left(histories)).to(run.arguments.device)
         found[torch.from_numpy(rows)] = encoder(items).float().cpu()
@@ -418,7 +419,7 @@ def _cell(run: Run, arm: str, model: Any, tables: Tables, log: dict[str, float])
         "titles": run.titles,
         "same_people": True,
         "users": run.held.user_indices.tolist(),
-        "history": run.held.history_ends.tolist(),
+        "history": run.held.gate_ends.tolist(),
         "machine": this_machine(run.arguments.device),
         **log,
     }
@@ -498,7 +499,7 @@ def _first(examples: TokenizedExamples, count: int) -> TokenizedExamples:
     tokens = np.concatenate([row.input_ids for row in rows])
     columns = [np.array([len(row.input_ids) for row in rows])]
     columns += [
-        np.array(part)[:count] for part in (examples.completion_tokens, examples.user_indices, examples.history_ends)
+        np.array(part)[:count] for part in (examples.completion_tokens, examples.user_indices, examples.gate_ends)
     ]
     return TokenizedExamples(tokens, *columns)
 

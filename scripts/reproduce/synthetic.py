@@ -321,11 +321,11 @@ class World:
         """(N, D): what the encoder says of the last `max_items` items before each example."""
         encoder, _ = load_encoder(self.encoder_folder)
         found = torch.empty(len(examples), encoder.hidden_size)
-        order = np.argsort(np.minimum(examples.history_ends, max_items), kind="stable")
+        order = np.argsort(np.minimum(examples.gate_ends, max_items), kind="stable")
         for start in range(0, len(order), 512):
             rows = order[start : start + 512]
             histories = [
-                self.dataset.history(int(examples.user_indices[row]), int(examples.history_ends[row]), max_items)
+                self.dataset.history(int(examples.user_indices[row]), int(examples.gate_ends[row]), max_items)
                 for row in rows
             ]
             found[torch.from_numpy(rows)] = encoder(torch.from_numpy(pad_left(histories)))
@@ -360,7 +360,7 @@ class World:
         """Nats of the best possible predictors on these very targets."""
         sequences, items = self.dataset.sequences, self.dataset.items["item_id"].to_pylist()
         world_items = np.array([int(item) for item in items])[sequences.items].reshape(-1, LENGTH)
-        rows, columns = self.asked.user_indices, self.asked.history_ends - 1
+        rows, columns = self.asked.user_indices, self.asked.gate_ends - 1
         seen = {
             "cluster": bayes_scores(self.truth, world_items, clusters=self._clusters())[0],
             "all": bayes_scores(self.truth, world_items)[0],

@@ -52,6 +52,7 @@ def test_ordinary_next_item(make_batch, make_converter):
     assert "Item 16" not in text
     assert content(example["completion"]) == [("assistant", "Item 16")]
     assert (example["target"], example["history_end"], example["timestamp"]) == (16, 6, 600)
+    assert example["gate_end"] == 6  # nothing continues a list here: the gate may read what the prompt shows
     assert example["label"] is None
     assert sorted(set(example["candidates"])) == sorted(example["candidates"])
     assert 16 in example["candidates"]
@@ -71,6 +72,8 @@ def test_dense_windows_and_their_continuation(make_batch, make_converter):
     assert content(valid["completion"]) == [("assistant", "Item 15\n")]
     assert content(test["prompt"])[1:] == [("assistant", "Item 13\nItem 14\nItem 15\n")]
     assert (test["history_end"], test["target"]) == (6, 16)
+    # the gate has read what precedes the list, as it had when the windows were trained
+    assert [example["gate_end"] for example in (old, new, valid, test)] == [0, 2, 2, 3]
 
 
 def test_dense_prompt_without_history_is_the_instruction_alone(make_batch, make_converter):
@@ -185,6 +188,8 @@ def test_no_gate_and_no_prompt_sees_a_target(make_batch, make_converter, users, 
             if 0 <= moved <= len(events):
                 with pytest.raises((AssertionError, IndexError)):
                     check_example({**example, "history_end": moved}, events, task, shown)
+        with pytest.raises(AssertionError):
+            check_example({**example, "gate_end": example["gate_end"] + 1}, events, task, shown)
 
 
 def check_example(example: dict, events: list[tuple], task: dict, shown: int) -> None:
@@ -200,6 +205,8 @@ def check_example(example: dict, events: list[tuple], task: dict, shown: int) ->
     assert {code for _, _, code, _ in targets} == {schema.SPLIT_CODES[example["split"]]}
     assert all(time <= example["timestamp"] for _, time, *_ in events[:begin])
     text = "\n".join(message["content"] for message in example["prompt"])
+    continued = dense and example["split"] != "train"
+    assert example["gate_end"] == (max(0, begin - shown) if continued else begin)
     if task["task"] == "next_item":
         expected = [] if dense and example["split"] == "train" else titles[max(0, begin - shown) : begin]
         assert [line for line in text.splitlines() if line.startswith("Item ")] == expected

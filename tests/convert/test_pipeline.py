@@ -413,7 +413,7 @@ def check_no_leak(folder: Path, dense: bool, max_items: int) -> int:
 
 
 def check_row(row: dict, split: str, user: dict, texts: list[str], dense: bool, max_items: int) -> None:
-    """One example against its user's sequence: the gate reads positions before history_end, the rest is text."""
+    """One example against its user's sequence: the gate reads positions before gate_end, the rest is text."""
     begin = row["history_end"]
     seen, ahead = range(begin), range(begin, len(user["items"]))
     titles = row["completion"][0]["content"].splitlines()
@@ -427,6 +427,7 @@ def check_row(row: dict, split: str, user: dict, texts: list[str], dense: bool, 
     shown = row["prompt"][-1]["content"].splitlines() if row["prompt"][-1]["role"] == "assistant" else []
     expected = seen[-max_items:] if dense and split != "train" else []
     assert shown == [texts[user["items"][position]] for position in expected]
+    assert row["gate_end"] == begin - len(shown)
     if row["candidates"] is not None:
         assert row["candidates"].count(row["target"]) == 1
         assert set(row["candidates"]) & set(user["items"]) == {row["target"]}

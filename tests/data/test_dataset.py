@@ -34,7 +34,8 @@ def sequences_table(items=((0, 1, 2), (3,), (2, 2))):
 def example(user, target, candidates=None):
     message = [{"role": "user", "content": "x"}]
     return {
-        "example_id": f"next_item/u{user}/1", "task": "next_item", "user_index": user, "history_end": 1, "timestamp": 6,
+        "example_id": f"next_item/u{user}/1", "task": "next_item", "user_index": user, "history_end": 1, "gate_end": 1,
+        "timestamp": 6,
         "prompt": message, "completion": message, "target": target, "candidates": candidates, "label": None,
     }  # fmt: skip
 

@@ -29,7 +29,7 @@ def dataset_of(users, num_items):
 
 def examples(*pairs):
     users, ends = (np.array(column, dtype=np.int32) for column in zip(*pairs))
-    return Examples([f"next_item/{user}/{end}" for user, end in pairs], users, ends)
+    return Examples([f"next_item/{user}/{end}" for user, end in pairs], users, ends, ends)
 
 
 @pytest.fixture

@@ -459,7 +459,8 @@ def test_each_example_is_scored_with_the_gate_of_its_own_history(made, report):
     engine = TransformersEngine(load_adapter(base, made.adapter), tokenizer, 1)
     dataset = Dataset.open(made.dataset)
     task = load_tasks(dataset, "test", 10, 0)[0]
-    pairs = list(zip(task.users, task.examples.history_end, strict=True))
+    assert (task.examples.gate_end == np.maximum(task.examples.history_end - 3, 0)).all()  # prompt.max_items: 3
+    pairs = list(zip(task.users, task.examples.gate_end, strict=True))
     histories = [dataset.history(int(user), int(end), 200) for user, end in pairs]
     answers = task.answer_texts(dataset.titles)
     rows = pq.read_table(folder / "predictions.parquet").to_pylist()

@@ -73,7 +73,7 @@ def summarised(made, weights, **changes):
     groups = experts.load_groups(made.recipe, dataset)._replace(**changes)
     users = np.arange(dataset.sequences.num_users)
     ends = np.diff(dataset.sequences.offsets) - 1
-    return experts.summarise("ilora", weights, users, ends, dataset, groups, made.recipe)
+    return experts.summarise("ilora", weights, users, ends, ends, dataset, groups, made.recipe)
 
 
 def part(found, name):
@@ -121,7 +121,7 @@ def test_each_user_counts_once_at_their_last_example():
 def test_user_groups_cover_every_user_once(made):
     dataset = Dataset.open(made.dataset)
     ends = np.diff(dataset.sequences.offsets) - 1
-    users = Users(np.arange(len(ends)), ends)
+    users = Users(np.arange(len(ends)), ends, ends)
     parts = list(experts.user_parts(dataset, users, {"gender": ["M", "F"] * (len(ends) // 2)}))
     assert {"history length", "gender"} <= {part.name for part in parts}
     for mine in parts:

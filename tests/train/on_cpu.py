@@ -280,7 +280,7 @@ def watch(after_step: Callable[[int], None]) -> dict[str, Any]:
 
 def identity(row: Any) -> list[int]:
     """What tells an example from every other one."""
-    return [int(row.user_index), int(row.history_end), crc32(row.input_ids)]
+    return [int(row.user_index), int(row.gate_end), crc32(row.input_ids)]
 
 
 def describe(trainer: Any) -> dict[str, Any]:

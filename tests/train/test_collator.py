@@ -36,12 +36,13 @@ def test_no_gate_of_a_dense_window_sees_a_target(dataset):
     examples = dataset.examples("train")
     collator = Collator(0, dataset, max_items=50)
     for example in examples.to_pylist():
-        row = Row(np.array([1, 2], dtype=np.int32), 1, example["user_index"], example["history_end"])
+        row = Row(np.array([1, 2], dtype=np.int32), 1, example["user_index"], example["gate_end"])
         shown = collator([row])["history_items"][0]
         titles = example["completion"][0]["content"].splitlines()
         begin = dataset.sequences.offsets[example["user_index"]]
-        before = dataset.sequences.items[begin : begin + example["history_end"]].tolist()
+        before = dataset.sequences.items[begin : begin + example["gate_end"]].tolist()
         assert [i for i in shown.tolist() if i >= 0] == before
+        assert example["gate_end"] == example["history_end"]  # of a window; a continued list's lies before the list
         window = dataset.sequences.items[begin + example["history_end"] :][: len(titles)]
         assert [dataset.titles[i] for i in window] == titles
 
@@ -63,7 +64,7 @@ def test_tokenizing_gives_the_ids_of_encode_in_order(dataset, tiny_tokenizer, sp
             prompt, completion = encode(tiny_tokenizer, example["prompt"], example["completion"])
             assert row.input_ids.tolist() == prompt + completion
             assert row.completion_tokens == len(completion)
-            assert (row.user_index, row.history_end) == (example["user_index"], example["history_end"])
+            assert (row.user_index, row.gate_end) == (example["user_index"], example["gate_end"])
             assert tokenized.lengths[number] == len(prompt) + len(completion)
 
 

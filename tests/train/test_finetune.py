@@ -92,7 +92,7 @@ def test_gate_statistics_are_those_of_the_training_histories(dataset, encoder_fo
     encoder, _ = load_encoder(encoder_folder)
     states = []
     for example in dataset.examples("train").to_pylist():
-        history = dataset.history(example["user_index"], example["history_end"], 12)
+        history = dataset.history(example["user_index"], example["gate_end"], 12)
         if len(history):  # an empty history has a uniform gate whatever the statistics are
             states.append(encoder(torch.tensor(history).long()[None]).detach())
     rows = torch.cat(states)
@@ -295,7 +295,7 @@ def test_a_large_table_is_a_file_that_nothing_is_left_of(
     assert list((tmp_path / "run").iterdir()) == []
     np.testing.assert_allclose(mapped, small, atol=1e-6)
     for number in (0, 5, len(examples) - 1):
-        history = dataset.history(int(examples.user_indices[number]), int(examples.history_ends[number]), 12)
+        history = dataset.history(int(examples.user_indices[number]), int(examples.gate_ends[number]), 12)
         alone = encoder(torch.tensor(history).long()[None])[0].detach().numpy() if len(history) else np.zeros(16)
         np.testing.assert_allclose(small[number], alone, atol=1e-5)
 
