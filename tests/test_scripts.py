@@ -91,6 +91,9 @@ def test_movielens_evidence_runs_resumes_and_reports(run, tmp_path, movielens, t
     assert "windows of 2 titles" in (tmp_path / "gate.md").read_text()
     run("reproduce/movielens.py", *small, "--arms", "lora", "--steps", 2)  # other steps: not taken for finished
     assert [json.loads(line)["settings"]["steps"] for line in path.read_text().splitlines()].count(2) == 1
+    run("reproduce/movielens.py", *small, "--arms", "soft_token", "--jobs", 2, "--seeds", 0, 1)
+    made = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {cell["seed"] for cell in made if cell["arm"] == "soft_token"} == {0, 1}
 
 
 def test_movielens_seeds_share_the_data_and_reports_are_made_again(
@@ -110,7 +113,7 @@ def test_movielens_seeds_share_the_data_and_reports_are_made_again(
     run("reproduce/movielens.py", *small, "--seeds", 0, 1, "--arms", "lora", "ilora")
     cells = [json.loads(line) for line in (tmp_path / "work" / "cells.jsonl").read_text().splitlines()]
     assert all(cell["users"] == cells[0]["users"] and cell["history"] == cells[0]["history"] for cell in cells)
-    assert len(list(tmp_path.glob("work/*/window2/dataset"))) == 1
+    assert len(list(tmp_path.glob("work/*/window2/dataset-*"))) == 1
     assert len(list(tmp_path.glob("work/*/encoder-seed*"))) == 2
     ask = [*small, "--seeds", 0, "--evaluate", "--arms", "lora", "ilora"]
     run("reproduce/movielens.py", *ask, "--keep")

@@ -5,7 +5,7 @@
     python scripts/reproduce/movielens.py --data ml-1m=shared/data/ml-1m-dbpedia         MovieLens-1M
     python scripts/reproduce/movielens.py --estimate                           seconds a step here, minutes a cell
     python scripts/reproduce/movielens.py --evaluate                           then 20 candidates, with the baselines
-    python scripts/reproduce/movielens.py --device cuda --batch-size 64 --max-windows 4000     on a GPU
+    python scripts/reproduce/movielens.py --device cuda --batch-size 64 --max-windows 4000 --jobs 6     on a GPU
     python scripts/reproduce/movielens.py --report                             eval/reference/movielens_gate.md
 
 A cell is one adapter: r = 8 on all linear modules, bf16 base, dense windows of n titles, batch 8, 300 steps. A prompt
@@ -28,8 +28,10 @@ import argparse
 import contextlib
 import json
 import shutil
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +58,7 @@ from evidence import (
     this_machine,
     trained_parameters,
 )
+from tqdm import tqdm
 
 from recllm import __version__, files, schema
 from recllm.convert.pipeline import convert
@@ -109,10 +112,12 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     cells = Cells(arguments.work / "cells.jsonl", KEY)
-    if not arguments.report:
-        for seed in arguments.seeds:  # a whole seed first: a run that is stopped has something to compare
-            for window in arguments.windows:
-                run_arms(arguments, cells, window, seed)
+    runs = [(window, seed) for seed in arguments.seeds for window in arguments.windows]  # a whole seed first
+    if arguments.jobs > 1 and not arguments.report:
+        run_at_once(arguments, runs)
+    elif not arguments.report:
+        for window, seed in runs:
+            run_arms(arguments, cells, window, seed)
     text = report(_wanted(arguments, cells), cells.path.parent)
     print(text)
     if arguments.report:
@@ -133,7 +138,6 @@ def data_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What decides data set and encoder, beside data, protocol, window and seed."""
     return {
         "version": __version__,
-        "dataset_format": schema.DATASET_FORMAT,
         "model": arguments.model,
         "encoder_epochs": arguments.encoder_epochs,
         "max_items": MAX_ITEMS,
@@ -165,6 +169,30 @@ def training_part(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- running ----
+
+
+def run_at_once(arguments: argparse.Namespace, runs: list[tuple[int, int]]) -> None:
+    """A process for each window and seed, `jobs` at a time: a small model's steps leave most of a GPU idle.
+
+    Data and encoders, which they share, are made first, one after the other.
+    """
+    for window, seed in runs:
+        prepare(arguments, arguments.data.split("=")[0], window, seed)
+
+    def start(run: tuple[int, int]) -> int:
+        log = arguments.work / "logs" / "window{}-seed{}.log".format(*run)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        own = ["--jobs", "1", "--windows", str(run[0]), "--seeds", str(run[1])]  # the last of an option counts
+        with log.open("ab") as file:
+            code = subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], stdout=file, stderr=file).returncode
+        if code:
+            _say(f"exit code {code}, the others go on; {log}: …{log.read_text(errors='replace')[-400:]}")
+        return code
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        codes = list(tqdm(pool.map(start, runs), total=len(runs), desc="windows and seeds", unit="run"))
+    if any(codes):
+        raise UserError(f"{sum(map(bool, codes))} of {len(runs)} windows and seeds failed: start again for the rest")
 
 
 def run_arms(arguments: argparse.Namespace, cells: Cells, window: int, seed: int) -> None:
@@ -206,7 +234,7 @@ def _say(text: str) -> None:
 def prepare(arguments: argparse.Namespace, data: str, window: int, seed: int) -> Run:
     """Convert and fit the encoder where that is not done, and tokenise."""
     shared = Path(arguments.work) / f"{data}-{arguments.protocol}-{settings_hash(data_settings(arguments))}"
-    dataset_folder = shared / f"window{window}" / "dataset"  # of all seeds
+    dataset_folder = shared / f"window{window}" / f"dataset-{schema.DATASET_FORMAT}"  # of all seeds
     folder = shared / f"window{window}" / f"seed{seed}-{settings_hash(training_settings(arguments))}"
     report_folder = folder / f"report-{arguments.max_examples}-users{'-exhaustive' * arguments.exhaustive}"
     recipe = make_recipe(arguments, data, window, folder, shared)
@@ -587,6 +615,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate", action="store_true", help="20 candidates and the baselines, by recllm evaluate")
     parser.add_argument("--max-examples", type=int, default=200, help="users that --evaluate scores")
     parser.add_argument("--exhaustive", action="store_true", help="--evaluate ranks the whole catalogue by every title")
+    parser.add_argument("--jobs", type=int, default=1, help="windows and seeds at once, a process each (15 GB each)")
     parser.add_argument("--keep", action="store_true", help="keep the adapters after --evaluate")
     parser.add_argument("--estimate", action="store_true", help="time a few steps and stop")
     parser.add_argument("--report", action="store_true", help="write the report from the cells that are there")
