@@ -63,9 +63,7 @@ EXAMPLES = pa.schema(
         pa.field("task", pa.string(), nullable=False),
         pa.field("user_index", pa.int32(), nullable=False),
         pa.field("history_end", pa.int32(), nullable=False),  # position of the target, of a window its first item
-        pa.field(
-            "gate_end", pa.int32(), nullable=False
-        ),  # the gate reads positions [0, gate_end)
+        pa.field("gate_end", pa.int32(), nullable=False),  # the gate reads positions [0, gate_end)
         pa.field("timestamp", pa.int64(), nullable=False),  # of position history_end: nothing seen is newer
         pa.field("prompt", MESSAGES, nullable=False),
         pa.field("completion", MESSAGES, nullable=False),

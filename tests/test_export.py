@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from recllm.cli import main
+from recllm.model import export
 
 
 @pytest.fixture
@@ -44,6 +47,25 @@ def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["export", recipe, "--user", "u7", "--output", str(tmp_path / "run")]) == 2
     assert "no earlier export" in capsys.readouterr().err
     assert (out / "prototypes.json").is_file()
+
+
+@pytest.mark.parametrize(("dense", "listed"), [(4, 4), (0, 0)])
+def test_the_gate_reads_what_precedes_the_list_of_the_next_prompt(tiny_recipe, tmp_path, monkeypatch, dense, listed):
+    edited = yaml.safe_load(tiny_recipe.read_text())
+    edited["tasks"] = [{"task": "next_item", "template": "next_item/films", "dense_window": dense}]
+    tiny_recipe.write_text(yaml.safe_dump(edited))
+    for verb in ("convert", "train"):
+        assert main([verb, str(tiny_recipe)]) == 0
+    seen, gates_of = [], export.gates_of
+
+    def watched(model, dataset, users, ends, max_items):
+        seen.append((users, ends, np.diff(dataset.sequences.offsets)))
+        return gates_of(model, dataset, users, ends, max_items)
+
+    monkeypatch.setattr(export, "gates_of", watched)
+    assert main(["export", str(tiny_recipe), "--user", "u7", "--output", str(tmp_path / "user")]) == 0
+    ((users, ends, lengths),) = seen
+    assert ends.tolist() == [lengths[users[0]] - listed]
 
 
 def test_export_before_training(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

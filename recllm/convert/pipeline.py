@@ -297,6 +297,7 @@ def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written:
     colliding = _colliding(converter.texts)
     return {
         "recllm_version": recllm.__version__,
+        "format": schema.DATASET_FORMAT,
         "recipe": recipe.model_dump(mode="json", include=READ),
         "templates": [_provenance(task) for task in converter.tasks],
         "inputs": prepared.inputs,

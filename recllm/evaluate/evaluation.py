@@ -120,6 +120,11 @@ def evaluate(
     dataset = Dataset.open(Path(dataset_folder))
     adapters = list_adapters(recipe, None if adapter_folder is None else Path(adapter_folder))
     check_protocol(recipe, dataset)
+    if recipe.evaluate.exhaustive and not recipe.protocol.ranking.full_catalogue:
+        raise UserError(
+            "evaluate.exhaustive=true ranks the whole catalogue, protocol.ranking.full_catalogue=false does not want "
+            "that: set one of them the other way"
+        )
     tasks = load_tasks(dataset, recipe.evaluate.split, recipe.evaluate.max_examples, recipe.seed)
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
     wants_model = adapters or BASE_MODEL in recipe.evaluate.baselines
@@ -140,6 +145,8 @@ def evaluate(
 
     document = summarise(recipe, dataset, tasks, systems, gates, groups)
     document["notes"] = notes(recipe, adapters) + (models.notes if models else [])
+    if gates:
+        document["notes"] += unread_notes(tasks)
     document["provenance"] |= provenance(recipe, dataset, Path(encoder_folder), adapters)
     document["training_log"] = log
     with files.replacing_folder(Path(output)) as folder:
@@ -180,6 +187,17 @@ def list_adapters(recipe: Recipe, main: Path | None) -> list[Adapter]:
 def notes(recipe: Recipe, adapters: list[Adapter]) -> list[str]:
     """What was asked for and does not go with the run's adapter."""
     return [note for a in adapters for note in language_model.control_notes(recipe.evaluate.controls, a)]
+
+
+def unread_notes(tasks: list[Task]) -> list[str]:
+    """A sentence for each task with examples whose gate has nothing to read."""
+    counts = {task.name: (int((task.examples.gate_end == 0).sum()), len(task.target)) for task in tasks}
+    return [
+        f"{name}: of {unread} of {total} examples the gate has nothing to read, because their users did nothing before "
+        "what the prompt shows: they get the plain LoRA, under every control too that does not swap gates."
+        for name, (unread, total) in counts.items()
+        if unread
+    ]
 
 
 def check_protocol(recipe: Recipe, dataset: Dataset) -> None:

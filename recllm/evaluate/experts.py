@@ -311,6 +311,9 @@ def summarise(
     if weights.shape[1] < 2:
         return None
     rows = last_examples(users, ends)
+    rows = rows[gate_ends[rows] > 0]  # of whom the gate has read nothing, it has nothing to say: all experts alike
+    if not len(rows):
+        return None
     chosen = Users(*(column[rows].astype(np.int64) for column in (users, ends, gate_ends)))
     parts = [] if groups.items is None else [item_part(groups.items, dataset, chosen)]
     attributes = {name: [values[user] for user in chosen.user_index] for name, values in groups.attributes.items()}

@@ -22,7 +22,7 @@ from recllm.evaluate.tasks import NEXT_ITEM, Prediction, Task
 from recllm.recipe import Recipe
 
 MAX_GENERATIONS = 50  # examples of a task that are also answered freely
-CATALOGUE_PART, CATALOGUE_USERS = 256, 256  # titles scored together, users whose scores of all titles are held at once
+CATALOGUE_USERS = 256  # whose scores of all titles are held at once
 
 BASE_MODEL = "base_model"
 METHODS = {"ilora": "instance-wise LoRA", "soft_token": "LoRA beside a soft token", "lora": "plain LoRA"}
@@ -113,7 +113,11 @@ class LanguageModels:
         limit = self.recipe.protocol.decoding.max_new_tokens
         for task in tasks:
             generated = MAX_GENERATIONS if task.kind == NEXT_ITEM else 0
-            engine.check(task.prompts, task.answer_texts(self.dataset.titles), limit, generated)
+            answers = task.answer_texts(self.dataset.titles)
+            if self._ranks_all(task):
+                longest = max(self.dataset.titles, key=lambda title: engine.num_tokens([[title]])[0, 0])
+                answers = [[*row, f"{longest}{end}"] for row, end in zip(answers, task.ends)]
+            engine.check(task.prompts, answers, limit, generated)
         for adapter in self.adapters:
             self.base = load_adapter(self.base, adapter.folder).unload()
 
@@ -198,19 +202,22 @@ class LanguageModels:
         )
         return prediction._replace(generations=[(text.text, text.finished) for text in generated])
 
+    def _ranks_all(self, task: Task) -> bool:
+        return self.recipe.evaluate.exhaustive and task.kind == NEXT_ITEM
+
     def _full_ranks(
         self, engine: Any, task: Task, label: str, given: dict[str, npt.NDArray[np.float32]]
     ) -> npt.NDArray[np.int64] | None:
         """(N,): the target's rank among all items by the likelihood of every title; None where it is not asked for.
 
-        Items with the same title have the same score, so each of them ranks above a target that is one of them.
+        Each different title is scored once: items that share one have the same score, and rank above a target that is
+        one of them.
         """
-        ranking, score = self.recipe.protocol.ranking, self.recipe.protocol.decoding.score
-        if not (self.recipe.evaluate.exhaustive and ranking.full_catalogue and task.kind == NEXT_ITEM):
+        if not self._ranks_all(task):
             return None
-        titles, examples = self.dataset.titles, task.examples
-        order = np.array(sorted(range(len(titles)), key=titles.__getitem__))  # shared beginnings side by side
-        parts = np.split(order, range(CATALOGUE_PART, len(order), CATALOGUE_PART))
+        ranking, score = self.recipe.protocol.ranking, self.recipe.protocol.decoding.score
+        titles, place = np.unique(np.array(self.dataset.titles, dtype=object), return_inverse=True)  # sorted: a
+        examples, parts = task.examples, engine.parts(titles.tolist())  # part's titles share their beginnings
         found = np.empty(len(task.target), dtype=np.int64)
         blocks = [
             rows[start : start + CATALOGUE_USERS]
@@ -218,13 +225,13 @@ class LanguageModels:
             for rows in [np.flatnonzero(np.array(task.ends) == end)]
             for start in range(0, len(rows), CATALOGUE_USERS)
         ]
-        with tqdm(total=len(blocks) * len(parts), desc=f"{label}, all {len(order)} titles", unit="part") as bar:
+        with tqdm(total=len(blocks) * len(parts), desc=f"{label}, all {len(titles)} titles", unit="part") as bar:
             for rows in blocks:
                 prompts, end = [task.prompts[row] for row in rows], task.ends[rows[0]]
                 own = {argument: table[rows] for argument, table in given.items()}
-                table = np.empty((len(rows), len(order)))
+                table = np.empty((len(rows), len(titles)))
                 for part in parts:
-                    texts = [titles[item] + end for item in part]
+                    texts = [title + end for title in titles[part]]
                     asked = [texts] * len(rows)
                     table[:, part] = engine.score(prompts, asked, length_normalised=score == "mean", **own)
                     bar.update()
@@ -233,7 +240,7 @@ class LanguageModels:
                     if ranking.exclude_history
                     else None
                 )
-                found[rows] = ranks(table, task.target[rows], excluded)
+                found[rows] = ranks(table[:, place], task.target[rows], excluded)
         return found
 
     def _represent(self, model: Any, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:

@@ -15,6 +15,7 @@ takes no such mask (flash attention, sliding windows, state-space layers).
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from recllm.model.chat import answer_ids, prompt_ids
 Prompt = Sequence[dict[str, str]]
 
 _LOGITS_BYTES = 512 << 20  # a batch's logits in fp32 stay below, whatever the vocabulary; four times that on a GPU
+
+_PART_TOKENS = 2048  # of many answers read together: their mask grows with the square
 
 
 class Generation(NamedTuple):
@@ -95,7 +98,8 @@ class TransformersEngine:
             prompts: N lists of chat messages; one that ends in an assistant message is continued.
             answers: N lists of answers; one that ends in a newline is ended by it, any other by eos (model/chat.py).
                 Prompts that are given the very same list share its trie.
-            histories: N arrays of item indices for the gate or the soft token, oldest first.
+            histories: N arrays of item indices for the gate or the soft token, oldest first; of an adapter trained on
+                dense windows without the items of the list that the prompt begins, as in training.
             gate_weights: (N, K) or (N, layers, K), instead of histories.
             representations: (N, D) of the sequence encoder, instead of histories.
             progress: name for the progress bar; None shows none.
@@ -128,6 +132,19 @@ class TransformersEngine:
                     known[text] = len(answer_ids(self.tokenizer, text))
                 row[column] = known[text]
         return counts
+
+    def parts(self, answers: Sequence[str]) -> list[slice]:
+        """Stretches of many answers, each small enough to be scored with one prompt: by the memory for logits."""
+        most = min(_PART_TOKENS, self._logits_bytes // (4 * self.config.vocab_size))
+        counts = self.num_tokens([[text] for text in answers])[:, 0].tolist()
+        ends, held = [0], 0
+        for position, count in enumerate(counts):
+            if held and held + count > most:
+                ends.append(position)
+                held = 0
+            held += count
+        ends.append(len(counts))
+        return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
     @torch.inference_mode()
     def generate(

@@ -47,8 +47,8 @@ DECODER_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.") 
 class Rows(NamedTuple):
     """What the layers of an adapter multiply A x by in one forward.
 
-    factors: each (B, 1, R), `scaling` within: one for all layers, or one for each decoder layer. In an autocast they
-        have its dtype already, so that not every layer casts them.
+    factors: (B, 1, R) of each LoRA layer, `scaling` within; views of one tensor, which in an autocast has been cast to
+        its dtype once. Their gradients then meet in one sum, in float32.
     """
 
     factors: tuple[torch.Tensor, ...]
@@ -155,11 +155,11 @@ class UsingRows:
 class ILoraVariant(LoraVariant):
     """The formula of one layer. PEFT calls it in place of its own from every kind of linear layer, quantised or not.
 
-    `row`: which of the adapter's factors is this layer's; 0 where all share one.
+    `place`: which of the adapter's factors is this layer's.
     """
 
-    def __init__(self, state: GateRows, row: int = 0) -> None:
-        self.state, self.row = state, row
+    def __init__(self, state: GateRows, place: int = 0) -> None:
+        self.state, self.place = state, place
 
     def supports_lora_conversion(self) -> bool:
         """No: one user's gate can be folded (export.export_user_adapter), all users' cannot."""
@@ -172,7 +172,7 @@ class ILoraVariant(LoraVariant):
         given = self.state.by_adapter.get(active_adapter)
         if given is None:
             raise RuntimeError(_NO_GATE.format(adapter=active_adapter))
-        factor, scaling = given.factors[self.row], module.scaling[active_adapter]  # (B, 1, R)
+        factor, scaling = given.factors[self.place], module.scaling[active_adapter]  # (B, 1, R)
         activations = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (B, T, R)
         if activations.dim() != 3 or activations.shape[0] != factor.shape[0]:
             raise RuntimeError(_NO_ROWS.format(activations=tuple(activations.shape), rows=factor.shape[0]))
@@ -210,13 +210,14 @@ class ILoraModel(GuidedLoraModel):
     arguments = GATE_ARGUMENTS
     gate: Any  # nn.ModuleDict: adapter name → Gate
     gate_rows: GateRows
+    decoder_layers: dict[str, torch.Tensor]  # adapter name → (M,) which of the gate's rows each LoRA layer takes
 
     # ---- adapters come and go ----
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Insert the LoRA layers, the adapter's gate, and our formula into each layer."""
         if self._make_modules():
-            self.gate_rows = GateRows()
+            self.gate_rows, self.decoder_layers = GateRows(), {}
         config = self.peft_config[adapter_name]
         gate = _make_gate(config, model)
         parameter = next(model.parameters())
@@ -235,6 +236,7 @@ class ILoraModel(GuidedLoraModel):
             self.gradient_checkpointing_enable()  # it was switched on before our layers were there
 
     def _set_variants(self, model: nn.Module, adapter_name: str) -> None:
+        rows: list[int] = []
         for name, module in model.named_modules():
             if not isinstance(module, LoraLayer):
                 continue
@@ -243,8 +245,9 @@ class ILoraModel(GuidedLoraModel):
             if adapter_name in module.lora_A:
                 if not isinstance(module.lora_A[adapter_name], nn.Linear):
                     raise UserError(f"target_modules includes {name}, which is not linear: leave it out")
-                row = _decoder_layer(name, self.gate[adapter_name])
-                module.lora_variant[adapter_name] = ILoraVariant(self.gate_rows, row)
+                module.lora_variant[adapter_name] = ILoraVariant(self.gate_rows, len(rows))
+                rows.append(_decoder_layer(name, self.gate[adapter_name]))
+        self.decoder_layers[adapter_name] = torch.tensor(rows, device="cpu")  # on meta with low_cpu_mem_usage otherwise
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
         """Refused: gates of several adapters have no mean."""
@@ -292,9 +295,14 @@ class ILoraModel(GuidedLoraModel):
             config = self.peft_config[name]
             scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
             factor = self.factor(weights[name], name) * scaling  # (B, R) or (B, layers, R)
+            own = self.decoder_layers[name]
+            if factor.dim() == 3:
+                each = factor[:, own.to(factor.device)].transpose(0, 1)
+            else:
+                each = factor.expand(len(own), *factor.shape)
             if torch.is_autocast_enabled(factor.device.type):
-                factor = factor.to(torch.get_autocast_dtype(factor.device.type))
-            rows[name] = Rows(factor.unsqueeze(-2).unbind(1) if factor.dim() == 3 else (factor.unsqueeze(1),), scaling)
+                each = each.to(torch.get_autocast_dtype(factor.device.type))
+            rows[name] = Rows(each.unsqueeze(2).unbind(0), scaling)  # (M, B, 1, R)
         self.gate_rows.weights = weights
         return rows
 

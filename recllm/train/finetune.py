@@ -261,6 +261,7 @@ def fingerprint_of(
         document["train"] = {k: v for k, v in document["train"].items() if not k.startswith(NO_WEIGHT)}
     read: dict[str, Any] = {key: document[key] for key in ("seed", "model", "adapter", "train", "history", "prompt")}
     read["dataset"] = files.sha256_of(dataset.folder / "manifest.json")
+    read["compute_dtype"] = str(compute_dtype(recipe))
     if recipe.adapter.method != "lora":
         read["encoder"] = [document["encoder"], files.sha256_of(encoder_folder)]
     for name, table in (gate_inputs or {}).items():

@@ -51,7 +51,7 @@ from recllm.model.ilora import ILoraVariant, UsingRows
 from recllm.model.sequence_encoder import make_encoder
 from recllm.recipe import AdapterSection, EncoderSection, ModelSection
 from recllm.train.collator import Collator, TokenizedExamples
-from recllm.train.trainer import AdapterTrainer, completion_loss, computing_in
+from recllm.train.trainer import AdapterTrainer, completion_loss, computing_in, without_cudnn_attention
 
 PARTS = ("gated", "einsum", "trl", "dense")
 EXPERTS, RANK, ITEMS = 4, 8, 1000
@@ -73,7 +73,8 @@ def main() -> None:
     }
     measures = {"gated": measure_gated, "einsum": measure_einsum, "trl": measure_trl, "dense": measure_dense}
     for part in arguments.parts:
-        found = measures[part](arguments)
+        with without_cudnn_attention():
+            found = measures[part](arguments)
         print(f"{part}: {json.dumps(found)}", flush=True)
         line |= found
         gc.collect()

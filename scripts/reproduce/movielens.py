@@ -236,7 +236,8 @@ def prepare(arguments: argparse.Namespace, data: str, window: int, seed: int) ->
     shared = Path(arguments.work) / f"{data}-{arguments.protocol}-{settings_hash(data_settings(arguments))}"
     dataset_folder = shared / f"window{window}" / f"dataset-{schema.DATASET_FORMAT}"  # of all seeds
     folder = shared / f"window{window}" / f"seed{seed}-{settings_hash(training_settings(arguments))}"
-    report_folder = folder / f"report-{arguments.max_examples}-users{'-exhaustive' * arguments.exhaustive}"
+    kind = f"{arguments.max_examples}-users{'-exhaustive' * arguments.exhaustive}"
+    report_folder = folder / f"report{schema.DATASET_FORMAT}-{kind}"
     recipe = make_recipe(arguments, data, window, folder, shared)
     if not dataset_folder.is_dir():
         with contextlib.redirect_stdout(sys.stderr):
@@ -549,7 +550,7 @@ def report(found: list[Cell], work: Path) -> str:
         here = [cell for cell in found if (cell["data"], cell["protocol"], cell["window"]) == group]
         lines += [*_group(group, here), ""]
     ids = {settings_hash(training_part(cell["settings"])) for cell in found}
-    for path in sorted(work.glob("*/window*/seed*/report-*/metrics.json")):
+    for path in sorted(work.glob(f"*/window*/seed*/report{schema.DATASET_FORMAT}-*/metrics.json")):
         if path.parents[1].name.split("-")[-1] not in ids:
             continue  # of other settings
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate import baselines, figures, language_model
-from recllm.evaluate.evaluation import evaluate, training_log
+from recllm.evaluate.evaluation import evaluate, training_log, unread_notes
 from recllm.evaluate.language_model import principal_components, swapped_rows
 from recllm.evaluate.tasks import Prediction, load_tasks
+from recllm.infer import transformers_engine
 from recllm.infer.transformers_engine import TransformersEngine
 from recllm.recipe import RankingSection
 
@@ -543,7 +544,7 @@ def test_closed_figures_by_hand(made):
 
 
 def test_language_models_rank_the_whole_catalogue_where_that_is_asked_for(made, report, tmp_path, monkeypatch):
-    monkeypatch.setattr(language_model, "CATALOGUE_PART", 7)  # neither divides what it cuts
+    monkeypatch.setattr(transformers_engine, "_LOGITS_BYTES", 259 * 4 * 60)  # some seven titles a part
     monkeypatch.setattr(language_model, "CATALOGUE_USERS", 4)
     section = made.recipe.evaluate.model_copy(update={"exhaustive": True})
     recipe = made.recipe.model_copy(update={"evaluate": section})
@@ -566,3 +567,33 @@ def test_language_models_rank_the_whole_catalogue_where_that_is_asked_for(made, 
     ours = {r["example_id"]: r["full_rank"] for r in rows if (r["system"], r["task"]) == ("base_model", "next_item")}
     assert ours == found
     assert len(set(found.values())) > 1
+
+
+def test_ranking_everything_needs_a_protocol_that_ranks_everything(made, tmp_path):
+    section = made.recipe.evaluate.model_copy(update={"exhaustive": True})
+    ranking = made.recipe.protocol.ranking.model_copy(update={"full_catalogue": False})
+    protocol = made.recipe.protocol.model_copy(update={"ranking": ranking})
+    recipe = made.recipe.model_copy(update={"evaluate": section, "protocol": protocol})
+    with pytest.raises(UserError, match="exhaustive=true ranks the whole catalogue"):
+        evaluate(recipe, made.dataset, made.encoder, made.adapter, tmp_path / "report")
+
+
+def test_the_longest_title_of_all_is_checked_before_anything_is_scored(made, monkeypatch):
+    section = made.recipe.evaluate.model_copy(update={"exhaustive": True})
+    recipe = made.recipe.model_copy(update={"evaluate": section})
+    dataset = Dataset.open(made.dataset)
+    tasks = load_tasks(dataset, "test", 10, recipe.seed)
+    used = {int(item) for task in tasks if task.candidates is not None for item in task.candidates.ravel()}
+    unused = next(item for item in range(dataset.num_items) if item not in used)
+    dataset.titles[unused] = "x" * 600  # the tiny model reads 512 tokens
+    with pytest.raises(UserError, match="the model reads at most 512"):
+        language_model.LanguageModels(recipe, dataset, []).check(tasks)
+
+
+def test_the_report_says_of_how_many_examples_the_gate_has_nothing_to_read(made):
+    (task, like) = load_tasks(Dataset.open(made.dataset), "test", 10, made.recipe.seed)
+    assert unread_notes([task, like]) == []
+    ends = task.examples.gate_end.copy()
+    ends[:3] = 0
+    (note,) = unread_notes([task._replace(examples=task.examples._replace(gate_end=ends)), like])
+    assert note.startswith("next_item: of 3 of 10 examples the gate has nothing to read")

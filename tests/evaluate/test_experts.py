@@ -76,6 +76,24 @@ def summarised(made, weights, **changes):
     return experts.summarise("ilora", weights, users, ends, ends, dataset, groups, made.recipe)
 
 
+def test_users_of_whom_the_gate_has_read_nothing_do_not_count(made):
+    """They would have a share of 0 in every genre and uniform gates: a lift of all genres at once."""
+    dataset = Dataset.open(made.dataset)
+    groups = experts.load_groups(made.recipe, dataset)
+    count = dataset.sequences.num_users
+    users, ends = np.arange(count), np.diff(dataset.sequences.offsets) - 1
+    unread = users % 2 == 0
+    weights = np.where(unread[:, None], 0.5, np.array([[0.9, 0.1]]))
+    gate_ends = np.where(unread, 0, ends)
+    found = experts.summarise("ilora", weights, users, ends, gate_ends, dataset, groups, made.recipe)
+    assert found["num_users"] == count - unread.sum()
+    for mine in found["parts"]:
+        for group in mine["groups"]:
+            assert [lift["value"] for lift in group["lifts"]] == pytest.approx([1.0, 1.0])
+    nobody = np.zeros(count, dtype=np.int64)
+    assert experts.summarise("ilora", weights, users, ends, nobody, dataset, groups, made.recipe) is None
+
+
 def part(found, name):
     (mine,) = [part for part in found["parts"] if part["name"] == name]
     return {group["name"]: group for group in mine["groups"]}

@@ -86,6 +86,17 @@ def test_the_way_without_shared_prompts_gives_the_same_scores(gated, tiny_tokeni
     assert shared == pytest.approx(separate, abs=TOLERANCE)
 
 
+def test_many_answers_are_cut_by_the_memory_for_their_logits(tiny_llama, tiny_tokenizer, monkeypatch):
+    engine = TransformersEngine(tiny_llama(), tiny_tokenizer, 2)
+    answers = ["abc\n", "abcd\n", "a\n", "abcdefghijkl\n", "b\n"]  # 4, 5, 2, 13 and 2 tokens
+    assert engine.parts(answers) == [slice(0, 5)]
+    engine._logits_bytes = 4 * 259 * 11
+    assert engine.parts(answers) == [slice(0, 3), slice(3, 4), slice(4, 5)]  # one that is too long stands alone
+    whole = engine.score(PROMPTS[:1], [answers])
+    parts = [engine.score(PROMPTS[:1], [answers[part]]) for part in engine.parts(answers)]
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-4)
+
+
 def test_a_prompt_is_read_once_for_all_answers(tiny_llama, tiny_tokenizer):
     model, read = tiny_llama(), []
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(args[0].numel()))

@@ -112,6 +112,19 @@ def test_layers_with_a_scaling_of_their_own_keep_it(adapter: Any, tiny_llama: An
     assert torch.equal(_logits(model, tokens, gate_weights=_uniform(model)), expected)
 
 
+def test_gradients_of_all_layers_meet_in_float32(adapter: Any) -> None:
+    """In bf16 the small ones would be lost beside a large one: 1 + 1/512 is 1 there."""
+    tuner = adapter().base_model
+    weights = torch.full((2, 4), 1 / 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, *others = tuner._rows({"gate_weights": weights})["default"].factors
+    assert first.dtype == torch.bfloat16
+    assert len(others) == 2 * 7 - 1  # all linear modules of two decoder layers
+    (first.float().sum() + sum(factor.float().sum() for factor in others) / 512).backward()
+    scaling, num_experts, ranks = 16 / 8, 4, 2
+    assert torch.equal(weights.grad, torch.full((2, 4), scaling * num_experts * ranks * (1 + len(others) / 512)))
+
+
 def test_one_expert_is_plain_lora(adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor) -> None:
     model = adapter(num_experts=1)
     assert torch.equal(_logits(model, tokens, history_items=histories), _logits(_plain_twin(model, tiny_llama), tokens))
