@@ -81,9 +81,14 @@ class FilterSection(Section):
 
 
 class HistorySection(Section):
-    """What the gate reads."""
+    """What the gate reads: all items before the target, or of a held-out dense example those before the list.
+
+    In training the gate of a dense window has read what precedes the window. A held-out example continues a list that
+    its prompt shows: with `before_list` its gate has read what precedes the list, as in training, and nothing newer.
+    """
 
     max_items: int = Field(200, ge=1)
+    gate: Literal["all", "before_list"] = "all"
 
 
 class PromptSection(Section):

@@ -99,9 +99,9 @@ def export(
 ) -> None:
     """adapter/ → an ordinary LoRA of one user, or `prototypes` of them that stand for all users of dataset/.
 
-    A user's gate reads their history in dataset/; where a task is dense, without its last `prompt.max_items` items, for
-    those stand in the list that the next prompt begins, and the gate was trained on what precedes a list. What
-    prototypes cost is measured on up to `max_examples` held-out examples of each task (0: not at all).
+    A user's gate reads all of their history in dataset/; with history.gate=before_list and a dense task without its
+    last `prompt.max_items` items, which stand in the list that the next prompt begins. What prototypes cost is measured
+    on up to `max_examples` held-out examples of each task (0: not at all).
     """
     import numpy as np
 
@@ -116,7 +116,8 @@ def export(
     check_vocabulary(adapter, dataset.vocabulary_sha256)
     base_model, tokenizer = load_base_model(recipe.model)
     model = load_adapter(base_model, adapter)
-    listed = recipe.prompt.max_items if any(task.dense_window for task in recipe.tasks) else 0
+    before_list = recipe.history.gate == "before_list" and any(task.dense_window for task in recipe.tasks)
+    listed = recipe.prompt.max_items if before_list else 0
     lengths = np.diff(dataset.sequences.offsets)[list(users)]
     weights = folding.gates_of(model, dataset, users, np.maximum(lengths - listed, 0), recipe.history.max_items)
     if user_id is not None:

@@ -49,9 +49,10 @@ def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "prototypes.json").is_file()
 
 
-@pytest.mark.parametrize(("dense", "listed"), [(4, 4), (0, 0)])
-def test_the_gate_reads_what_precedes_the_list_of_the_next_prompt(tiny_recipe, tmp_path, monkeypatch, dense, listed):
+@pytest.mark.parametrize(("gate", "dense", "listed"), [("before_list", 4, 4), ("before_list", 0, 0), ("all", 4, 0)])
+def test_the_gate_reads_what_it_read_of_held_out_examples(tiny_recipe, tmp_path, monkeypatch, gate, dense, listed):
     edited = yaml.safe_load(tiny_recipe.read_text())
+    edited["history"] = {"gate": gate}
     edited["tasks"] = [{"task": "next_item", "template": "next_item/films", "dense_window": dense}]
     tiny_recipe.write_text(yaml.safe_dump(edited))
     for verb in ("convert", "train"):

@@ -49,6 +49,7 @@ class Converter:
     sampler: CandidateSampler
     prompt_max_items: int
     seed: int
+    before_list: bool = False  # history.gate
 
 
 def convert_batch(batch: pa.RecordBatch, converter: Converter) -> pa.RecordBatch:
@@ -144,13 +145,9 @@ def _examples(piece: _Piece) -> pa.RecordBatch:
 
 
 def _gate_ends(piece: _Piece) -> Ints:
-    """(N,) where the histories that the gate reads end: before the first title of a dense list, as in training.
-
-    A held-out dense example continues a list that it shows. The window that a gate was trained with began behind all
-    that the gate had read; one that has read the list's titles too was never seen, and is worse than none.
-    """
+    """(N,) where the histories that the gate reads end: at the target, or before the list that the prompt begins."""
     start = piece.targets.start
-    if piece.task.dense_window and piece.split != "train":
+    if piece.converter.before_list and piece.task.dense_window and piece.split != "train":
         return np.maximum(start - piece.converter.prompt_max_items, 0)
     return start
 

@@ -192,6 +192,7 @@ def make_converter(recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...]) 
         texts=pa.array(item_texts(prepared.items, recipe.prompt.item, special_tokens), pa.string()),
         sampler=CandidateSampler(prepared.items.height, prepared.train_counts, recipe.protocol.candidates),
         prompt_max_items=recipe.prompt.max_items,
+        before_list=recipe.history.gate == "before_list",
         seed=recipe.seed,
     )
 
@@ -307,6 +308,7 @@ def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written:
         "audit": prepared.audit,
         "seeds": {"recipe": recipe.seed, "candidates": recipe.protocol.candidates.seed},
         "history_max_items": recipe.history.max_items,
+        "history_gate": recipe.history.gate,
         "prompt_max_items": recipe.prompt.max_items,
     }
 

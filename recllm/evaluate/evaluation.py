@@ -201,11 +201,16 @@ def unread_notes(tasks: list[Task]) -> list[str]:
 
 
 def check_protocol(recipe: Recipe, dataset: Dataset) -> None:
-    """Refuse a protocol whose split or candidates are not those that the dataset was converted with.
+    """Refuse a protocol whose split or candidates, or a history.gate, that the dataset was not converted with.
 
     Raises:
         UserError: names the first section that differs.
     """
+    if (gate := dataset.manifest.get("history_gate")) != recipe.history.gate:
+        raise UserError(
+            f"{dataset.folder} was converted with history.gate={gate}, the recipe has {recipe.history.gate}: run "
+            "`recllm convert` with this recipe"
+        )
     converted = dataset.manifest.get("recipe", {}).get("protocol", {})
     for section in ("split", "candidates"):
         wanted = recipe.protocol.model_dump(mode="json")[section]

@@ -98,8 +98,7 @@ class TransformersEngine:
             prompts: N lists of chat messages; one that ends in an assistant message is continued.
             answers: N lists of answers; one that ends in a newline is ended by it, any other by eos (model/chat.py).
                 Prompts that are given the very same list share its trie.
-            histories: N arrays of item indices for the gate or the soft token, oldest first; of an adapter trained on
-                dense windows without the items of the list that the prompt begins, as in training.
+            histories: N arrays of item indices for the gate or the soft token, oldest first.
             gate_weights: (N, K) or (N, layers, K), instead of histories.
             representations: (N, D) of the sequence encoder, instead of histories.
             progress: name for the progress bar; None shows none.

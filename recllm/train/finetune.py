@@ -205,9 +205,13 @@ def check_inputs(
 
 
 def _check_settings(recipe: Recipe, dataset: Dataset) -> None:
-    wanted = {"history_max_items": recipe.history.max_items, "prompt_max_items": recipe.prompt.max_items}
+    wanted = {
+        "history_max_items": recipe.history.max_items,
+        "history_gate": recipe.history.gate,
+        "prompt_max_items": recipe.prompt.max_items,
+    }
     for key, value in wanted.items():
-        found = dataset.manifest[key]
+        found = dataset.manifest.get(key)
         if found != value:
             name = key.replace("_", ".", 1)
             raise UserError(

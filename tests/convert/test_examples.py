@@ -52,7 +52,8 @@ def test_ordinary_next_item(make_batch, make_converter):
     assert "Item 16" not in text
     assert content(example["completion"]) == [("assistant", "Item 16")]
     assert (example["target"], example["history_end"], example["timestamp"]) == (16, 6, 600)
-    assert example["gate_end"] == 6  # nothing continues a list here: the gate may read what the prompt shows
+    (*_, before) = convert_batch(one_user(make_batch), make_converter(before_list=True)).to_pylist()
+    assert example["gate_end"] == before["gate_end"] == 6  # nothing continues a list here
     assert example["label"] is None
     assert sorted(set(example["candidates"])) == sorted(example["candidates"])
     assert 16 in example["candidates"]
@@ -72,8 +73,9 @@ def test_dense_windows_and_their_continuation(make_batch, make_converter):
     assert content(valid["completion"]) == [("assistant", "Item 15\n")]
     assert content(test["prompt"])[1:] == [("assistant", "Item 13\nItem 14\nItem 15\n")]
     assert (test["history_end"], test["target"]) == (6, 16)
-    # the gate has read what precedes the list, as it had when the windows were trained
-    assert [example["gate_end"] for example in (old, new, valid, test)] == [0, 2, 2, 3]
+    assert all(example["gate_end"] == example["history_end"] for example in (old, new, valid, test))
+    before = convert_batch(one_user(make_batch), make_converter(dense_window=3, before_list=True)).to_pylist()
+    assert [example["gate_end"] for example in before] == [0, 2, 2, 3]
 
 
 def test_dense_prompt_without_history_is_the_instruction_alone(make_batch, make_converter):
@@ -174,25 +176,27 @@ def test_any_partition_of_the_users_gives_the_same_examples(many_users, make_con
     ),
     st.sampled_from(TASKS),
     st.integers(0, 5),
+    st.booleans(),
 )
-def test_no_gate_and_no_prompt_sees_a_target(make_batch, make_converter, users, task, shown):
+def test_no_gate_and_no_prompt_sees_a_target(make_batch, make_converter, users, task, shown, before_list):
     """Random roles and gaps in time, ties among them; titles are unique in a sequence, so text shows what is seen."""
     made = {}
     for number, events in enumerate(users):
         times = np.cumsum([gap for gap, _ in events]).tolist()
         made[f"u{number}"] = [(position, times[position], code, "like") for position, (_, code) in enumerate(events)]
-    for example in convert_batch(make_batch(made), make_converter(**task, prompt_max_items=shown)).to_pylist():
+    converter = make_converter(**task, prompt_max_items=shown, before_list=before_list)
+    for example in convert_batch(make_batch(made), converter).to_pylist():
         events = made[f"u{example['user_index']}"]
-        check_example(example, events, task, shown)
+        check_example(example, events, task, shown, before_list)
         for moved in (example["history_end"] - 1, example["history_end"] + 1):  # what the check is for, it catches
             if 0 <= moved <= len(events):
                 with pytest.raises((AssertionError, IndexError)):
-                    check_example({**example, "history_end": moved}, events, task, shown)
+                    check_example({**example, "history_end": moved}, events, task, shown, before_list)
         with pytest.raises(AssertionError):
-            check_example({**example, "gate_end": example["gate_end"] + 1}, events, task, shown)
+            check_example({**example, "gate_end": example["gate_end"] + 1}, events, task, shown, before_list)
 
 
-def check_example(example: dict, events: list[tuple], task: dict, shown: int) -> None:
+def check_example(example: dict, events: list[tuple], task: dict, shown: int, before_list: bool) -> None:
     """One example against its user's raw sequence: all that the gate and the prompt read lies before the target."""
     begin, dense = example["history_end"], bool(task.get("dense_window"))
     titles = [f"Item {event[0]}" for event in events]
@@ -205,7 +209,7 @@ def check_example(example: dict, events: list[tuple], task: dict, shown: int) ->
     assert {code for _, _, code, _ in targets} == {schema.SPLIT_CODES[example["split"]]}
     assert all(time <= example["timestamp"] for _, time, *_ in events[:begin])
     text = "\n".join(message["content"] for message in example["prompt"])
-    continued = dense and example["split"] != "train"
+    continued = before_list and dense and example["split"] != "train"
     assert example["gate_end"] == (max(0, begin - shown) if continued else begin)
     if task["task"] == "next_item":
         expected = [] if dense and example["split"] == "train" else titles[max(0, begin - shown) : begin]

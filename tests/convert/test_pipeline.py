@@ -65,8 +65,9 @@ def test_manifest_says_where_everything_came_from(make_recipe, tmp_path):
     manifest = convert(recipe, tmp_path / "dataset", workers=1)
     assert set(manifest) == {
         *("recllm_version", "recipe", "templates", "inputs", "items_sha256", "counts", "split", "audit", "seeds"),
-        *("history_max_items", "prompt_max_items"),
+        *("history_max_items", "prompt_max_items", "history_gate", "format"),
     }
+    assert manifest["format"] == schema.DATASET_FORMAT
     document = recipe.model_dump(mode="json")
     protocol = {name: document["protocol"][name] for name in ("name", "split", "candidates")}
     read = {name: document[name] for name in ("seed", "data", "filter", "history", "prompt", "tasks")}
@@ -427,7 +428,7 @@ def check_row(row: dict, split: str, user: dict, texts: list[str], dense: bool, 
     shown = row["prompt"][-1]["content"].splitlines() if row["prompt"][-1]["role"] == "assistant" else []
     expected = seen[-max_items:] if dense and split != "train" else []
     assert shown == [texts[user["items"][position]] for position in expected]
-    assert row["gate_end"] == begin - len(shown)
+    assert row["gate_end"] == begin
     if row["candidates"] is not None:
         assert row["candidates"].count(row["target"]) == 1
         assert set(row["candidates"]) & set(user["items"]) == {row["target"]}

@@ -460,7 +460,6 @@ def test_each_example_is_scored_with_the_gate_of_its_own_history(made, report):
     engine = TransformersEngine(load_adapter(base, made.adapter), tokenizer, 1)
     dataset = Dataset.open(made.dataset)
     task = load_tasks(dataset, "test", 10, 0)[0]
-    assert (task.examples.gate_end == np.maximum(task.examples.history_end - 3, 0)).all()  # prompt.max_items: 3
     pairs = list(zip(task.users, task.examples.gate_end, strict=True))
     histories = [dataset.history(int(user), int(end), 200) for user, end in pairs]
     answers = task.answer_texts(dataset.titles)
@@ -597,3 +596,10 @@ def test_the_report_says_of_how_many_examples_the_gate_has_nothing_to_read(made)
     ends[:3] = 0
     (note,) = unread_notes([task._replace(examples=task.examples._replace(gate_end=ends)), like])
     assert note.startswith("next_item: of 3 of 10 examples the gate has nothing to read")
+
+
+def test_a_dataset_of_another_gate_reading_is_refused(made, tmp_path):
+    history = made.recipe.history.model_copy(update={"gate": "before_list"})
+    recipe = made.recipe.model_copy(update={"history": history})
+    with pytest.raises(UserError, match=r"converted with history\.gate=all, the recipe has before_list: run"):
+        evaluate(recipe, made.dataset, made.encoder, made.adapter, tmp_path / "report")

@@ -415,6 +415,7 @@ def no_long_work(monkeypatch):
         ({"train": {"ignore_data_skip": True}}, "ignore_data_skip may not be set"),
         ({"train": {"lr_scheduler_type": "cosinus"}}, "cosinus"),
         ({"history": {"max_items": 13}}, r"history\.max_items=12, the recipe has 13: run `recllm convert`"),
+        ({"history": {"max_items": 12, "gate": "before_list"}}, r"history\.gate=all, the recipe has before_list"),
         ({"prompt": {"max_items": 5}}, r"prompt\.max_items=4, the recipe has 5"),
         ({"tasks": [{"task": "next_item", "template": "next_item/items", "dense_window": 4}]}, "template-mismatch"),
     ],
