@@ -105,6 +105,9 @@ class TaskSection(Section):
     task: Literal["next_item", "next_item_among", "like"]
     template: str  # a shipped name or a path, e.g. next_item/films
     dense_window: int = Field(0, ge=0)  # n > 0: training examples are windows of n titles with the loss on each
+    # random: the loss begins at a random title of the window; those before it are shown and read by the gate, as the
+    # list of a held-out example is
+    dense_start: Literal["first", "random"] = "first"
     max_train_targets: int | None = Field(None, ge=1)  # training targets per user (or windows), chosen by seed
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recllm import schema
-from recllm.convert.targets import PHRASING_SALT, Ints, Sequences, Targets, find_targets
+from recllm.convert.targets import PHRASING_SALT, START_SALT, Ints, Sequences, Targets, find_targets
 from recllm.convert.templates import Template, render_rows
 from recllm.data.candidates import CandidateSampler, Taken
 from recllm.data.randomness import mix
@@ -38,6 +38,7 @@ class Task:
     template: Template
     dense_window: int = 0
     max_train_targets: int | None = None
+    dense_start: str = "first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def iterate_examples(batch: pa.RecordBatch, converter: Converter) -> Iterator[tu
     for split in schema.SPLITS:
         for task in converter.tasks:
             for part in targets_of(sequences, task, split, converter.seed).pieces(PIECE):
-                yield split, task.name, _examples(_Piece(sequences, taken, part, task, split, converter))
+                yield split, task.name, _examples(_Piece.of(sequences, taken, part, task, split, converter))
 
 
 def targets_of(sequences: Sequences, task: Task, split: str, seed: int) -> Targets:
@@ -99,9 +100,24 @@ class _Piece:
     sequences: Sequences
     taken: Taken  # what the batch's users had, for the candidates
     targets: Targets
+    listed: Ints  # (N,) the position from which the prompt shows items
     task: Task
     split: str
     converter: Converter
+
+    @classmethod
+    def of(
+        cls, sequences: Sequences, taken: Taken, targets: Targets, task: Task, split: str, converter: Converter
+    ) -> "_Piece":
+        """With what the prompts show: the last items, of a training window those of it that carry no loss."""
+        listed = np.maximum(targets.start - converter.prompt_max_items, 0)
+        if task.dense_window and split == "train":
+            listed = targets.start
+            if task.dense_start == "random":
+                keys = mix(converter.seed, START_SALT, sequences.user_key[targets.row], targets.start)
+                skipped = (keys % (targets.stop - targets.start).astype(np.uint64)).astype(np.int64)
+                targets = dataclasses.replace(targets, start=targets.start + skipped)
+        return cls(sequences, taken, targets, listed, task, split, converter)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -146,10 +162,7 @@ def _examples(piece: _Piece) -> pa.RecordBatch:
 
 def _gate_ends(piece: _Piece) -> Ints:
     """(N,) where the histories that the gate reads end: at the target, or before the list that the prompt begins."""
-    start = piece.targets.start
-    if piece.converter.before_list and piece.task.dense_window and piece.split != "train":
-        return np.maximum(start - piece.converter.prompt_max_items, 0)
-    return start
+    return piece.listed if piece.converter.before_list and piece.task.dense_window else piece.targets.start
 
 
 def _candidates(piece: _Piece, target: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -198,8 +211,7 @@ def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListA
     """Chat messages: (system,) user, and for what continues a dense list the unfinished answer."""
     phrasings, dense = piece.task.template.phrasings, piece.task.dense_window > 0
     choice = (piece.draw(PHRASING_SALT) % np.uint64(len(phrasings))).astype(np.int64)
-    end = piece.begin + piece.targets.start
-    shown = _ranges(np.maximum(end - piece.converter.prompt_max_items, piece.begin), end)
+    shown = _ranges(piece.begin + piece.listed, piece.begin + piece.targets.start)
     variables = {} if dense else _variables(piece, candidates, *shown)
     if piece.sequences.user is not None:
         variables["user"] = piece.sequences.user.take(pa.array(piece.targets.row)).to_pylist()
@@ -208,7 +220,7 @@ def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListA
     if any(p.system is not None for p in phrasings):
         systems = _render([p.system or "" for p in phrasings], choice, variables)
         slots.insert(0, ("system", systems, np.array([p.system is not None for p in phrasings])[choice]))
-    if dense and piece.split != "train":
+    if dense:
         begun = pc.binary_join_element_wise(_joined(piece.texts(shown[1]), shown[0]), "", "\n")
         slots.append(("assistant", begun, np.diff(shown[0]) > 0))
     return _messages(slots)

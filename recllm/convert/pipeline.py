@@ -113,10 +113,15 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
                 f"task {entry.task} has dense_window={entry.dense_window}: windows of 2 and more titles are for "
                 "next_item, other tasks need 0"
             )
+        if entry.dense_start == "random" and not entry.dense_window:
+            raise UserError(
+                f"task {entry.task} has dense_start=random without dense_window: set dense_window to the titles of a "
+                "window, or leave dense_start out"
+            )
         seen[entry.task] += 1
         name = entry.task if seen[entry.task] == 1 else f"{entry.task}.{seen[entry.task]}"
         template = load_template(entry.template, entry.task, dense=entry.dense_window > 0)
-        tasks.append(Task(name, entry.task, template, entry.dense_window, entry.max_train_targets))
+        tasks.append(Task(name, entry.task, template, entry.dense_window, entry.max_train_targets, entry.dense_start))
     return tuple(tasks)
 
 

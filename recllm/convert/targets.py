@@ -16,7 +16,7 @@ from recllm import schema
 from recllm.data.dataset import flat
 from recllm.data.randomness import mix
 
-TARGET_SALT, PHRASING_SALT = 1, 2  # keep the random choices of one position independent
+TARGET_SALT, PHRASING_SALT, START_SALT = 1, 2, 3  # keep the random choices of one position independent
 
 Ints = npt.NDArray[np.int64]
 

@@ -45,7 +45,9 @@ def make_converter() -> Callable[..., Converter]:
     """A converter over NUM_ITEMS items called "Item 0", "Item 1", …"""
 
     def make(task: str = "next_item", template: str = "next_item/films", **changes: object) -> Converter:
-        shape = {key: changes.pop(key) for key in ("dense_window", "max_train_targets") if key in changes}
+        shape = {
+            key: changes.pop(key) for key in ("dense_window", "max_train_targets", "dense_start") if key in changes
+        }
         loaded = load_template(template, task, dense=bool(shape.get("dense_window")))
         settings: dict = {"prompt_max_items": 3, "seed": 0, **changes}
         return Converter(

@@ -78,6 +78,24 @@ def test_dense_windows_and_their_continuation(make_batch, make_converter):
     assert [example["gate_end"] for example in before] == [0, 2, 2, 3]
 
 
+def test_a_random_start_shows_the_first_titles_of_a_window_without_loss(make_batch, make_converter):
+    """As a held-out example does: a list in the answer that the completion continues, and a gate that has read it."""
+    users = {f"u{number}": [(item, item, TRAIN) for item in range(10, 14)] for number in range(40)}
+    plain = convert_batch(make_batch(users), make_converter(dense_window=4)).to_pylist()
+    found = convert_batch(make_batch(users), make_converter(dense_window=4, dense_start="random")).to_pylist()
+    assert len(found) == len(plain) == 40
+    starts = [example["history_end"] for example in found]
+    assert set(starts) == {0, 1, 2, 3}
+    for example, start in zip(found, starts):
+        titles = [f"Item {item}\n" for item in range(10, 14)]
+        assert content(example["prompt"])[1:] == ([("assistant", "".join(titles[:start]))] if start else [])
+        assert content(example["completion"]) == [("assistant", "".join(titles[start:]))]
+        assert (example["gate_end"], example["target"]) == (start, 13)
+        assert example["timestamp"] == 10 + start
+    again = convert_batch(make_batch(users), make_converter(dense_window=4, dense_start="random")).to_pylist()
+    assert again == found
+
+
 def test_dense_prompt_without_history_is_the_instruction_alone(make_batch, make_converter):
     batch = make_batch({"new": [(1, 5, TEST)], "old": [(2, 5, TRAIN), (3, 6, TEST)]})
     alone, continued = convert_batch(batch, make_converter(dense_window=3)).to_pylist()
@@ -174,7 +192,7 @@ def test_any_partition_of_the_users_gives_the_same_examples(many_users, make_con
     st.lists(
         st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=25), min_size=1, max_size=4
     ),
-    st.sampled_from(TASKS),
+    st.sampled_from([*TASKS, {"task": "next_item", "dense_window": 3, "dense_start": "random"}]),
     st.integers(0, 5),
     st.booleans(),
 )
@@ -209,9 +227,16 @@ def check_example(example: dict, events: list[tuple], task: dict, shown: int, be
     assert {code for _, _, code, _ in targets} == {schema.SPLIT_CODES[example["split"]]}
     assert all(time <= example["timestamp"] for _, time, *_ in events[:begin])
     text = "\n".join(message["content"] for message in example["prompt"])
-    continued = before_list and dense and example["split"] != "train"
-    assert example["gate_end"] == (max(0, begin - shown) if continued else begin)
-    if task["task"] == "next_item":
+    random = task.get("dense_start") == "random" and example["split"] == "train"
+    if not random:
+        continued = before_list and dense and example["split"] != "train"
+        assert example["gate_end"] == (max(0, begin - shown) if continued else begin)
+    if random:
+        listed = [line for line in text.splitlines() if line.startswith("Item ")]
+        assert listed == titles[begin - len(listed) : begin]
+        assert len(listed) + len(completion) <= task["dense_window"]
+        assert example["gate_end"] == (begin - len(listed) if before_list else begin)
+    elif task["task"] == "next_item":
         expected = [] if dense and example["split"] == "train" else titles[max(0, begin - shown) : begin]
         assert [line for line in text.splitlines() if line.startswith("Item ")] == expected
 

@@ -435,6 +435,12 @@ def check_row(row: dict, split: str, user: dict, texts: list[str], dense: bool, 
         assert len(set(row["candidates"])) == len(row["candidates"])
 
 
+def test_a_random_start_without_a_window_is_refused(make_recipe, tmp_path):
+    task = {"task": "next_item", "template": "next_item/films", "dense_start": "random"}
+    with pytest.raises(UserError, match="dense_start=random without dense_window: set dense_window"):
+        convert(make_recipe(tasks=[task]), tmp_path / "dataset", workers=1)
+
+
 @pytest.mark.parametrize("task", ALL_TASKS[:2])
 def test_the_leak_check_passes_and_catches_a_moved_history_end(make_recipe, tmp_path, task):
     folder, dense = tmp_path / "dataset", "dense_window" in task
