@@ -255,6 +255,7 @@ def measure_einsum(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def task(layer: Any, with_base: bool) -> Step:
         def step() -> None:
+            x.grad = None  # to add to an old one would cost both forms the same, which is no part of the layer
             run_layer(tuner, layer, x, given, None if with_base else none).backward(gradient)
 
         return step
