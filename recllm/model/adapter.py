@@ -417,9 +417,23 @@ def _read_config(folder: Path) -> LoraConfig:
         return SoftTokenConfig(**known, representation_size=_representation_size(folder))
     if not any((folder / name).exists() for name in (ILORA_CONFIG, GATE_WEIGHTS, ENCODER)):
         return LoraConfig(**known)
-    ilora = read_json(folder / ILORA_CONFIG, "the shape of an instance-wise adapter")
-    _check_ilora(ilora, known, folder)
+    ilora = _read_ilora(folder, known)
     return ILoraConfig(**known, **{name: ilora[name] for name in _GATE_SHAPE | _GATE_KIND if name in ilora})
+
+
+def read_ilora(folder: Path) -> dict[str, Any]:
+    """ilora.json of an instance-wise adapter's folder: experts, scaling, gate shape, vocabulary.
+
+    Raises:
+        UserError: a file is missing or damaged, or it and the LoRA's config disagree.
+    """
+    return _read_ilora(Path(folder), read_json(Path(folder) / LORA_CONFIG, "the config of a LoRA adapter"))
+
+
+def _read_ilora(folder: Path, lora: dict[str, Any]) -> dict[str, Any]:
+    ilora = read_json(folder / ILORA_CONFIG, "the shape of an instance-wise adapter")
+    _check_ilora(ilora, lora, folder)
+    return ilora
 
 
 def _representation_size(folder: Path) -> int:
