@@ -1,7 +1,8 @@
 """Scoring and generating with Transformers.
 
 Prompts (chat messages), answers and, for an adapter that reads histories (a gate, a soft token), one history, its
-representation or its gate a prompt enter; log-likelihoods of the answers, or generated texts, leave.
+representation or its gate a prompt enter; log-likelihoods of the answers, the best titles of a catalogue, or generated
+texts, leave.
 
 Scoring reads each prompt once and keeps its keys and values. The answers of a prompt are merged into a trie, so that
 equal beginnings are read once too, and all of the trie's inner tokens are read together in a second forward:
@@ -12,6 +13,9 @@ equal beginnings are read once too, and all of the trie's inner tokens are read 
 A 4D attention mask says who sees whom. An answer's last token is predicted and never read. This equals one forward per
 (prompt, answer), which `TransformersEngine(…, share_prompts=False)` does: the way that is left for attention that
 takes no such mask (flash attention, sliding windows, state-space layers).
+
+Ranking a whole catalogue is a beam search over the trie of its titles (item_trie.py, beams.py). There the trie grows as
+the search goes, and its tokens are appended to the prompt's keys and values depth by depth, under the same mask.
 """
 
 import contextlib
@@ -20,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft import PeftModel
 from tqdm import tqdm
@@ -27,21 +32,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 
 from recllm.data.dataset import pad_left
 from recllm.errors import UserError
+from recllm.infer.beams import Beam, Ranking, search
+from recllm.infer.item_trie import ItemTrie
+from recllm.infer.tokens import Generation, Prompt, Tokens, listed_by_default
 from recllm.model.adapter import accepts_history
-from recllm.model.chat import answer_ids, prompt_ids
-
-Prompt = Sequence[dict[str, str]]
 
 _LOGITS_BYTES = 512 << 20  # a batch's logits in fp32 stay below, whatever the vocabulary; four times that on a GPU
 
 _PART_TOKENS = 2048  # of many answers read together: their mask grows with the square
-
-
-class Generation(NamedTuple):
-    """A generated answer; `finished` says that it ended by itself (eos, or the newline of a list) within the limit."""
-
-    text: str
-    finished: bool
 
 
 class Trie(NamedTuple):
@@ -68,6 +66,7 @@ class TransformersEngine:
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.config = model.config.get_text_config()
+        self.tokens = Tokens.of(tokenizer, self.config)
         self.share_prompts = takes_tree_mask(self.config) if share_prompts is None else share_prompts
         if self.share_prompts and not takes_tree_mask(self.config):
             raise UserError(
@@ -106,7 +105,7 @@ class TransformersEngine:
         Raises:
             UserError: a prompt with its longest answer exceeds the model's context.
         """
-        rows, candidates = self._tokenize(prompts, answers)
+        rows, candidates = self.tokens.pairs(prompts, answers)
         gates = self._gates(len(rows), histories, gate_weights, representations)
         scores = np.full((len(rows), max(map(len, candidates), default=0)), np.nan)
         score_batch = self._score_shared if self.share_prompts else self._score_separately
@@ -123,14 +122,7 @@ class TransformersEngine:
 
     def num_tokens(self, answers: Sequence[Sequence[str]]) -> np.ndarray:
         """Tokens of each answer with its terminator, (N, C); 0 in the columns that a shorter list lacks."""
-        counts = np.zeros((len(answers), max(map(len, answers), default=0)), dtype=np.int64)
-        known: dict[str, int] = {}
-        for row, texts in zip(counts, answers):
-            for column, text in enumerate(texts):
-                if text not in known:
-                    known[text] = len(answer_ids(self.tokenizer, text))
-                row[column] = known[text]
-        return counts
+        return self.tokens.num_tokens(answers)
 
     def parts(self, answers: Sequence[str]) -> list[slice]:
         """Stretches of many answers, each small enough to be scored with one prompt: by the memory for logits."""
@@ -144,6 +136,58 @@ class TransformersEngine:
             held += count
         ends.append(len(counts))
         return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+    @torch.inference_mode()
+    def rank_titles(
+        self,
+        prompts: Sequence[Prompt],
+        trie: ItemTrie,
+        width: int,
+        k: int | None = None,
+        excluded: Sequence[npt.ArrayLike] | None = None,
+        histories: Sequence[np.ndarray] | None = None,
+        gate_weights: np.ndarray | None = None,
+        representations: np.ndarray | None = None,
+        length_normalised: bool = False,
+        progress: str | None = None,
+    ) -> list[Ranking]:
+        """The best titles of a whole catalogue, by beam search: one ranking a prompt, in the order of the prompts.
+
+        A title's score is what `score` gives it. With a width of at least the number of titles the ranking is exact.
+
+        Args:
+            prompts: N lists of chat messages; one that ends in an assistant message is continued.
+            trie: of the catalogue, from this tokenizer and with the end that answers to these prompts have.
+            width: beginnings of titles that are kept at each depth.
+            k: titles in a ranking at most; None: as many as the width.
+            excluded: N arrays of item indices that the prompt's user is not shown.
+            histories: for the gate or the soft token; these three as in `score`.
+            gate_weights: instead of histories.
+            representations: instead of histories.
+            length_normalised: rank by the mean over a title's tokens instead of their sum.
+            progress: name for the progress bar; None shows none.
+
+        Raises:
+            UserError: a prompt with the longest title exceeds the model's context; all titles are excluded for a
+                prompt; a trie of another tokenizer.
+        """
+        rows = self.tokens.for_ranking(prompts, trie)
+        gates = self._gates(len(rows), histories, gate_weights, representations)
+        beams = _beams(trie, len(rows), excluded, width, k, length_normalised)
+        make_reader = _TreeReader if self.share_prompts else _PrefixReader
+        with tqdm(total=len(rows), desc=progress, disable=progress is None, unit="prompt") as bar:
+            for batch in self._ranking_batches(rows, min(width, trie.num_titles)):
+                search([beams[i] for i in batch], make_reader(self, [rows[i] for i in batch], gates, batch))
+                bar.update(len(batch))
+        return [beam.ranking() for beam in beams]
+
+    def check_ranking(self, prompts: Sequence[Prompt], trie: ItemTrie) -> None:
+        """Find now what `rank_titles` would refuse of these prompts.
+
+        Raises:
+            UserError: a prompt with the longest title exceeds the model's context; a trie of another tokenizer.
+        """
+        self.tokens.for_ranking(prompts, trie)
 
     @torch.inference_mode()
     def generate(
@@ -161,11 +205,9 @@ class TransformersEngine:
         A `listed` answer (by default that of a prompt that ends in an assistant message) stops at its newline too, any
         other only at eos; neither is part of the text. One that reaches `max_new_tokens` first is not `finished`.
         """
-        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        self._check_generation(rows, max_new_tokens)
+        rows = self.tokens.for_generation(prompts, max_new_tokens)
         gates = self._gates(len(rows), histories, gate_weights, representations)
-        if listed is None:
-            listed = [prompt[-1]["role"] == "assistant" for prompt in prompts]
+        listed = listed_by_default(prompts) if listed is None else listed
         texts: list[Generation | None] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with tqdm(total=len(rows), desc=progress, disable=progress is None, unit="prompt") as bar:
@@ -192,45 +234,8 @@ class TransformersEngine:
             UserError: a prompt without answers; a prompt that with its longest answer, or with max_new_tokens, exceeds
                 the model's context.
         """
-        rows, _ = self._tokenize(prompts, answers)
-        self._check_generation(rows[:num_generated], max_new_tokens)
-
-    def _tokenize(
-        self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]
-    ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        if len(prompts) != len(answers):
-            raise ValueError(
-                f"{len(prompts)} prompts and {len(answers)} lists of answers: one list a prompt is expected"
-            )
-        known: dict[str, list[int]] = {}  # a catalogue's titles come again and again
-        lists: dict[int, list[list[int]]] = {}  # one list of texts for many prompts stays one list
-        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        candidates = []
-        for texts in answers:
-            if id(texts) in lists:
-                candidates.append(lists[id(texts)])
-                continue
-            if not texts:
-                raise UserError("a prompt has 0 answers to score, at least 1 is needed: check its candidates")
-            for text in texts:
-                if text not in known:
-                    known[text] = answer_ids(self.tokenizer, text)
-            lists[id(texts)] = [known[text] for text in texts]
-            candidates.append(lists[id(texts)])
-        self._check_lengths([len(row) + max(map(len, texts)) for row, texts in zip(rows, candidates)])
-        return rows, candidates
-
-    def _check_generation(self, rows: list[list[int]], max_new_tokens: int) -> None:
-        advice = f"lower protocol.decoding.max_new_tokens ({max_new_tokens} of them), or prompt.max_items and convert"
-        self._check_lengths([len(row) + max_new_tokens for row in rows], f"{advice} again")
-
-    def _check_lengths(self, lengths: list[int], advice: str = "lower prompt.max_items and convert again") -> None:
-        context = getattr(self.config, "max_position_embeddings", None)
-        if context and lengths and max(lengths) > context:
-            raise UserError(
-                f"prompt {int(np.argmax(lengths))} with its answer has {max(lengths)} tokens, the model reads at most "
-                f"{context}: {advice}"
-            )
+        self.tokens.pairs(prompts, answers)
+        self.tokens.for_generation(prompts[:num_generated], max_new_tokens)
 
     def _gates(
         self,
@@ -340,21 +345,34 @@ class TransformersEngine:
         values: list[list[float]] = [[] for _ in rows]
         for start in range(0, len(pairs), self.batch_size):
             part = pairs[start : start + self.batch_size]
-            input_ids = pad_left([np.array(tokens) for _, tokens, _ in part], 0)
-            mask = _mask([len(tokens) for _, tokens, _ in part], input_ids.shape[1])
             keep = max(length for _, _, length in part) + 1
-            logits = self.model(
-                input_ids=torch.from_numpy(input_ids).to(self.device),
-                attention_mask=torch.from_numpy(mask).to(self.device),
-                position_ids=torch.from_numpy(np.maximum(mask.cumsum(1) - 1, 0)).to(self.device),
-                logits_to_keep=keep,
-                use_cache=False,
-                **self._gates_of(gates, [batch[b] for b, _, _ in part]),
-            ).logits
+            given = self._gates_of(gates, [batch[b] for b, _, _ in part])
+            logits = self._last_logits([tokens for _, tokens, _ in part], keep, given)
             for (b, tokens, length), row in zip(part, logits, strict=True):
                 step = (np.arange(keep - 1 - length, keep - 1), np.array(tokens[-length:]))
                 values[b] += _sums(row, [step])
         return values
+
+    def _last_logits(self, rows: list[list[int]], keep: int, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, keep, V): what the last tokens of whole rows predict, by one plain forward."""
+        input_ids = pad_left([np.array(tokens) for tokens in rows], 0)
+        mask = _mask([len(tokens) for tokens in rows], input_ids.shape[1])
+        logits: torch.Tensor = self.model(
+            input_ids=torch.from_numpy(input_ids).to(self.device),
+            attention_mask=torch.from_numpy(mask).to(self.device),
+            position_ids=torch.from_numpy(np.maximum(mask.cumsum(1) - 1, 0)).to(self.device),
+            logits_to_keep=keep,
+            use_cache=False,
+            **given,
+        ).logits
+        return logits
+
+    def _ranking_batches(self, rows: list[list[int]], width: int) -> Iterator[list[int]]:
+        """Prompts of similar length together, as many as the batch size and the logits of their beams allow."""
+        size = min(self.batch_size, max(1, self._logits_bytes // (4 * self.config.vocab_size * width)))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
 
     def _generate(
         self, rows: list[list[int]], listed: list[bool], gates: dict[str, Any], batch: Sequence[int], limit: int
@@ -373,15 +391,116 @@ class TransformersEngine:
                 **self._gates_of(gates, batch),
             )
         answers = output[:, input_ids.shape[1] :].tolist()
-        return [self._read(tokens, is_listed, eos) for tokens, is_listed in zip(answers, listed, strict=True)]
+        return [self.tokens.read(tokens, is_listed) for tokens, is_listed in zip(answers, listed, strict=True)]
 
-    def _read(self, tokens: list[int], listed: bool, eos: int | None) -> Generation:
-        finished = eos is not None and eos in tokens
-        kept = tokens[: tokens.index(eos)] if eos is not None and finished else tokens
-        text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
-        if listed and "\n" in text:
-            text, finished = text.split("\n", 1)[0], True
-        return Generation(text, finished)
+
+class _TreeReader:
+    """What beams ask of a batch of prompts, each read once: B rows, to which every depth's frontiers are appended.
+
+    A frontier's tokens see what their parents saw, and themselves; nothing is copied or put in another order.
+    """
+
+    def __init__(
+        self, engine: TransformersEngine, rows: list[list[int]], gates: dict[str, Any], batch: Sequence[int]
+    ) -> None:
+        self.engine, self.given, self.depth = engine, engine._gates_of(gates, batch), 0
+        self.roots = [row[-1] for row in rows]
+        self.ends = np.array([len(row) - 1 for row in rows])  # (B,) the root's position
+        read = int(self.ends.max())
+        self.cache = engine._prefill(rows, read, self.given)
+        self.sees = np.arange(read) < self.ends[:, None, None]  # (B, 1, columns) what each frontier node sees of them
+
+    def __call__(self, beams: Sequence[Beam]) -> list[np.ndarray]:
+        """Log-probabilities of each beam's choices."""
+        width = max(len(beam.frontier) for beam in beams)  # W: the frontiers that are narrower end in padding
+        input_ids = np.zeros((len(beams), width), dtype=np.int64)
+        origins = np.zeros((len(beams), width), dtype=np.int64)
+        for b, beam in enumerate(beams):
+            size = len(beam.frontier)
+            input_ids[b, :size] = beam.tokens if self.depth else self.roots[b]
+            origins[b, :size] = beam.origins
+        itself = np.broadcast_to(np.eye(width, dtype=bool), (len(beams), width, width))
+        self.sees = np.concatenate([np.take_along_axis(self.sees, origins[..., None], axis=1), itself], axis=2)
+        positions = np.repeat((self.ends + self.depth)[:, None], width, axis=1)
+        self.depth += 1
+        return self._read(input_ids, positions, beams)
+
+    def _read(self, input_ids: np.ndarray, positions: np.ndarray, beams: Sequence[Beam]) -> list[np.ndarray]:
+        """Append the frontiers (B, W), in parts that the memory for logits allows: none sees another's node."""
+        count, width = input_ids.shape
+        part = max(1, min(_PART_TOKENS, self.engine._logits_bytes // (4 * self.engine.config.vocab_size * count)))
+        asked = _Asked(beams)
+        for start in range(0, width, part):
+            end = min(start + part, width)
+            output = self.engine.model(
+                input_ids=torch.from_numpy(input_ids[:, start:end]).to(self.engine.device),
+                attention_mask=self.engine._additive(self.sees[:, start:end, : self.sees.shape[2] - width + end]),
+                position_ids=torch.from_numpy(positions[:, start:end]).to(self.engine.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.given,
+            )
+            self.cache = output.past_key_values
+            here = (asked.places >= start) & (asked.places < end)
+            rows = asked.prompts[here] * (end - start) + asked.places[here] - start
+            asked.answer(here, output.logits.flatten(0, 1), rows)
+        return asked.by_beam()
+
+
+class _PrefixReader:
+    """The same with one row per (prompt, frontier node), read anew at each depth: what it means, and dear."""
+
+    def __init__(
+        self, engine: TransformersEngine, rows: list[list[int]], gates: dict[str, Any], batch: Sequence[int]
+    ) -> None:
+        self.engine, self.rows, self.gates, self.batch = engine, rows, gates, batch
+
+    def __call__(self, beams: Sequence[Beam]) -> list[np.ndarray]:
+        """Log-probabilities of each beam's choices."""
+        prefixes = [(b, self.rows[b] + beam.trie.path(n)) for b, beam in enumerate(beams) for n in beam.frontier]
+        asked = _Asked(beams)
+        rows = np.cumsum([0] + [len(beam.frontier) for beam in beams])[asked.prompts] + asked.places
+        for start in range(0, len(prefixes), self.engine.batch_size):
+            part = prefixes[start : start + self.engine.batch_size]
+            here = (rows >= start) & (rows < start + len(part))
+            given = self.engine._gates_of(self.gates, [self.batch[b] for b, _ in part])
+            logits = self.engine._last_logits([tokens for _, tokens in part], 1, given)[:, 0]
+            asked.answer(here, logits, rows[here] - start)
+        return asked.by_beam()
+
+
+class _Asked:
+    """The choices of many beams as flat arrays (C,), and their log-probabilities as they come in."""
+
+    def __init__(self, beams: Sequence[Beam]) -> None:
+        choices = [beam.choices for beam in beams]
+        self.counts = [len(one.rows) for one in choices]
+        self.prompts = np.repeat(np.arange(len(beams)), self.counts)
+        self.places = np.concatenate([one.rows for one in choices])  # of the node asked about, in its own frontier
+        self.tokens = np.concatenate([one.tokens for one in choices])
+        self.log_probs = np.full(len(self.places), np.nan)
+
+    def answer(self, which: np.ndarray, logits: torch.Tensor, rows: np.ndarray) -> None:
+        """Fill in the choices of a mask (C,) from logits (S, V), by the row of each."""
+        self.log_probs[which] = _log_probs(logits, rows, self.tokens[which])
+
+    def by_beam(self) -> list[np.ndarray]:
+        """One array a beam."""
+        return np.split(self.log_probs, np.cumsum(self.counts)[:-1])
+
+
+def _beams(
+    trie: ItemTrie,
+    count: int,
+    excluded: Sequence[npt.ArrayLike] | None,
+    width: int,
+    k: int | None,
+    length_normalised: bool,
+) -> list[Beam]:
+    if excluded is not None and len(excluded) != count:
+        raise ValueError(f"{len(excluded)} arrays of excluded items for {count} prompts: one a prompt is expected")
+    blocked = [trie.excluding(items) for items in excluded] if excluded is not None else [None] * count
+    return [Beam(trie, width, k, own, length_normalised, f"prompt {i}") for i, own in enumerate(blocked)]
 
 
 def takes_tree_mask(config: Any) -> bool:
@@ -425,11 +544,17 @@ def build_trie(root: int, answers: Sequence[Sequence[int]]) -> Trie:
 
 def _sums(logits: torch.Tensor, steps: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     """Σ log p of each answer; logits (S, V) by predicting node, normalised in fp32."""
-    nodes = torch.from_numpy(np.concatenate([nodes for nodes, _ in steps])).to(logits.device)
-    tokens = torch.from_numpy(np.concatenate([tokens for _, tokens in steps])).to(logits.device)
-    values = (logits[nodes, tokens].float() - _normalisers(logits)[nodes]).double().cpu().numpy()
+    nodes, tokens = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    values = _log_probs(logits, nodes, tokens)
     ends = np.cumsum([len(nodes) for nodes, _ in steps])
     return [float(part.sum()) for part in np.split(values, ends[:-1])]
+
+
+def _log_probs(logits: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """(C,) float64: log p of a token by a row of logits (S, V), for each pair of the two; normalised in fp32."""
+    places, chosen = (torch.from_numpy(numbers.astype(np.int64)).to(logits.device) for numbers in (rows, tokens))
+    values: np.ndarray = (logits[places, chosen].float() - _normalisers(logits)[places]).double().cpu().numpy()
+    return values
 
 
 def _normalisers(logits: torch.Tensor) -> torch.Tensor:
