@@ -54,7 +54,7 @@ def gate_layers() -> int:
         RuntimeError: the variable is no positive number.
     """
     text = os.environ.get(PER_LAYER, "1")
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise RuntimeError(f"{PER_LAYER}={text!r}: the number of decoder layers is expected, or leave it unset")
     return int(text)
 
@@ -63,6 +63,9 @@ def gated_lora_request(lora_request: "LoRARequest", gate_weights: Any) -> "LoRAR
     """The same adapter, with a user's gate in its name: for `LLM.beam_search`, which drops extra_args.
 
     The gate is taken out again before the engine sees the request: adapter, slot and metrics are the plain one's.
+
+    Raises:
+        GateError: a ValueError, of what can be no gate.
     """
     import msgspec
 

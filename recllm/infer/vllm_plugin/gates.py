@@ -11,6 +11,8 @@ import functools
 import hashlib
 import json
 import math
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,11 +90,24 @@ def _read_shape(place: Path, _: int) -> Shape:
         if document.get("gate_per_layer"):
             layers = json.loads((place.parent / "base_model.json").read_text(encoding="utf-8"))["num_hidden_layers"]
         shape = Shape(str(gate_type), int(num_experts), int(r), None if layers is None else int(layers))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lora = json.loads((place.parent / "adapter_config.json").read_text(encoding="utf-8"))
+        rank, trained = lora["r"], lora.get("target_modules") or ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise GateError(f"{place} is damaged ({error!r}): copy the adapter's folder again") from None
-    if shape.num_experts < 1 or shape.r % shape.num_experts:
-        raise GateError(f"{place}: {shape.num_experts} experts do not divide r={shape.r}: copy the folder again")
+    if not _is_shape(shape) or shape.r != rank:
+        raise GateError(f"{place}: {shape} is no gate of a LoRA with r={_short(rank)}: copy the adapter's folder again")
+    if any("lm_head" in name for name in ([trained] if isinstance(trained, str) else trained)):
+        raise GateError(
+            f"{place.parent} has a LoRA of lm_head, and vLLM has no place for a gate there: serve its users' exports, "
+            "or train without it"
+        )
     return shape
+
+
+def _is_shape(shape: Shape) -> bool:
+    if shape.num_experts < 1 or shape.r % shape.num_experts or shape.r < 1 or shape.rows < 1 or shape.layers == 0:
+        return False
+    return shape.gate_type == "softmax" or (shape.gate_type == "sigmoid" and shape.num_experts == shape.r)
 
 
 # ---- from a request ----
@@ -136,21 +151,32 @@ def _numbers(weights: Any, shape: Shape) -> list[float]:
     flat: Sequence[Any] = weights
     if shape.layers and weights and all(isinstance(row, (list, tuple)) for row in weights):
         if any(len(row) != shape.num_experts for row in weights):
-            raise GateError(f"{GATE_WEIGHTS} has rows of {sorted({len(row) for row in weights})} numbers, {expected}")
+            lengths = _short(sorted({len(row) for row in weights}))
+            raise GateError(f"{GATE_WEIGHTS} has rows of {lengths} numbers, {expected} is expected")
         flat = [value for row in weights for value in row]
     wanted = shape.rows * shape.num_experts
     if len(flat) != wanted:
         raise GateError(f"{GATE_WEIGHTS} has {len(flat)} numbers, {expected} is expected for this adapter")
-    for value in flat:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise GateError(f"{GATE_WEIGHTS} holds {_short(value)}, a number is expected")
-        if not math.isfinite(value) or value < 0:
-            raise GateError(f"{GATE_WEIGHTS} holds {_short(value)}, finite numbers of at least 0 are expected")
-    return [float(value) for value in flat]
+    return [_number(value) for value in flat]
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise GateError(f"{GATE_WEIGHTS} holds {_short(value)}, a number is expected")
+    try:
+        number = float(value) + 0.0  # -0.0 becomes 0.0: equal gates have one hash
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number) or number < 0:
+        raise GateError(f"{GATE_WEIGHTS} holds {_short(value)}, finite numbers of at least 0 are expected")
+    return number
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = reprlib.repr(value)  # of any depth and length
+    except ValueError:  # an integer of thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
@@ -162,8 +188,16 @@ def name_with_gate(name: str, weights: Any) -> str:
 
     >>> split_name(name_with_gate("mine", [0.5, 0.25, 0.25]))
     ('mine', [0.5, 0.25, 0.25])
+
+    Raises:
+        GateError: what can be no gate. Numbers are checked as those of every request, where it is started.
     """
-    text = json.dumps(np.asarray(weights, dtype=np.float64).tolist())
+    try:
+        text = json.dumps(weights, default=operator.methodcaller("tolist"))  # arrays and tensors within
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        text = "null"
+    if text == "null":
+        raise GateError(f"{GATE_WEIGHTS} is {_short(weights)}, a list of numbers is expected")
     return f"{name}{NAME_TAG}{base64.urlsafe_b64encode(text.encode()).decode()}"
 
 
@@ -177,9 +211,12 @@ def split_name(name: str) -> tuple[str, Any]:
     if not tag:
         return name, None
     try:
-        return plain, json.loads(base64.urlsafe_b64decode(coded.encode()))
-    except ValueError:
-        raise GateError(f"the LoRA name {_short(name)} holds a damaged gate: make it with gated_lora_request") from None
+        weights = json.loads(base64.b64decode(coded.encode(), altchars=b"-_", validate=True))
+    except (ValueError, RecursionError):
+        weights = None
+    if weights is None:
+        raise GateError(f"the LoRA name {_short(name)} holds a damaged gate: make it with gated_lora_request")
+    return plain, weights
 
 
 # ---- in the engine ----

@@ -4,12 +4,12 @@ import copy
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import vllm
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
@@ -23,6 +23,7 @@ HOOKED: dict[tuple[str, str], tuple[str, ...]] = {
         "self", "request_id", "prompt", "params", "supported_tasks", "arrival_time", "lora_request",
     ),
     ("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"): ("self", "request"),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name"): ("self", "lora_request"),
     ("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys"): ("request",),
     ("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys"): (
         "request", "start_token_idx", "end_token_idx", "start_mm_idx",
@@ -71,8 +72,11 @@ def check() -> None:
     Raises:
         RuntimeError: its version, or a symbol that is missing or has other parameters.
     """
-    found = Version(vllm.__version__)
-    if not SpecifierSet(SUPPORTED).contains(found.base_version):
+    try:
+        supported = SpecifierSet(SUPPORTED).contains(Version(vllm.__version__).base_version)
+    except InvalidVersion:  # "dev": a source tree that was never built
+        supported = False
+    if not supported:
         raise RuntimeError(_refusal(f"it supports vLLM {SUPPORTED}"))
     table = HOOKED | (HOOKED_ON_GPU if has_triton() else {})
     if problems := [text for place, wanted in table.items() if (text := _difference(*place, wanted))]:
@@ -125,6 +129,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[.
 
 
 def _hook_front_end(layers: int) -> None:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -149,8 +154,15 @@ def _hook_front_end(layers: int) -> None:
 
         return hooked
 
+    def model_name(old: Callable[..., Any]) -> Callable[..., Any]:
+        def hooked(self: Any, *arguments: Any, **options: Any) -> Any:
+            return old(self, *arguments, **options).partition(gates.NAME_TAG)[0]  # what the answer calls the model
+
+        return hooked
+
     _wrap(InputProcessor, "process_inputs", process_inputs)
     _wrap(BaseServing, "_maybe_get_adapters", maybe_get_adapters)
+    _wrap(OpenAIServingModels, "model_name", model_name)
 
 
 def prepare(params: Any, lora_request: Any, layers: int) -> tuple[Any, Any, str | None]:
@@ -167,6 +179,8 @@ def prepare(params: Any, lora_request: Any, layers: int) -> tuple[Any, Any, str 
 
 def _prepare(params: Any, lora_request: Any, layers: int) -> tuple[Any, Any, str | None]:
     extra = (params.extra_kwargs if isinstance(params, PoolingParams) else getattr(params, "extra_args", None)) or {}
+    if not isinstance(extra, Mapping):
+        raise gates.GateError(f"extra_args is a {type(extra).__name__}, a dict with {gates.GATE_WEIGHTS} is expected")
     if gates.FACTORS in extra:
         raise gates.GateError(f"{gates.FACTORS} is the engine's own: send {gates.GATE_WEIGHTS}")
     weights = extra.get(gates.GATE_WEIGHTS)
@@ -174,7 +188,7 @@ def _prepare(params: Any, lora_request: Any, layers: int) -> tuple[Any, Any, str
         name, carried = gates.split_name(lora_request.lora_name)
         lora_request = copy.copy(lora_request)
         lora_request.lora_name = name
-        if weights is not None and weights != carried:
+        if gates.GATE_WEIGHTS in extra:
             raise gates.GateError(f"two gates, one in {gates.GATE_WEIGHTS} and one in the LoRA's name: send one")
         weights = carried
     if weights is None:
@@ -220,7 +234,7 @@ def carried_by_name(lora_request: Any, request: Any) -> Any:
     """For a beam search over HTTP: the LoRA with the gate in its name, as beam search drops vllm_xargs.
 
     Raises:
-        InvalidGate: a gate, and no adapter to carry it.
+        InvalidGate: a gate and no adapter to carry it, or what can be no gate.
     """
     extra = getattr(request, "vllm_xargs", None)
     if not getattr(request, "use_beam_search", False) or not extra or gates.GATE_WEIGHTS not in extra:
@@ -228,7 +242,10 @@ def carried_by_name(lora_request: Any, request: Any) -> Any:
     if lora_request is None:
         raise InvalidGate(f"{gates.GATE_WEIGHTS} for the base model: name an instance-wise adapter as the model")
     carried = copy.copy(lora_request)
-    carried.lora_name = gates.name_with_gate(lora_request.lora_name, extra[gates.GATE_WEIGHTS])
+    try:
+        carried.lora_name = gates.name_with_gate(lora_request.lora_name, extra[gates.GATE_WEIGHTS])
+    except gates.GateError as error:
+        raise InvalidGate(str(error)) from None
     return carried
 
 
@@ -274,14 +291,8 @@ def _hook_kernels(layers: int, cpu_runs: bool) -> None:
     def create_lora_modules(old: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(self: Any) -> None:
             old(self)
-            if layers == 1:
-                return
-            from recllm.infer.vllm_plugin import punica
-
-            for name, module in self.modules.items():
-                found = punica.LAYER.search(name)
-                if found and isinstance(module.punica_wrapper, punica.Gated):
-                    module.set_mapping(module.punica_wrapper.of_layer(int(found[1])))
+            if layers > 1:
+                give_views(self.modules, language_kernels(self), layers)
 
         return hooked
 
@@ -300,6 +311,25 @@ def _hook_kernels(layers: int, cpu_runs: bool) -> None:
     _wrap(WorkerLoRAManager, "_load_adapter", load_adapter)
 
 
+def give_views(modules: Mapping[str, Any], wrapper: Any, layers: int) -> None:
+    """The LoRA modules of each decoder layer get that layer's view of the language model's kernels.
+
+    Raises:
+        RuntimeError: the model has more decoder layers than factors are kept for.
+    """
+    from recllm.infer.vllm_plugin import punica
+
+    if not isinstance(wrapper, punica.Gated):
+        return
+    for name, module in modules.items():
+        found = punica.LAYER.search(name)
+        if found is None or module.punica_wrapper is not wrapper:
+            continue
+        if int(found[1]) >= layers:
+            raise RuntimeError(f"{PER_LAYER}={layers}, and the model has {name}: set it to its number of layers")
+        module.set_mapping(wrapper.of_layer(int(found[1])))
+
+
 # ---- the worker, once a step ----
 
 
@@ -308,21 +338,19 @@ def language_kernels(manager: Any) -> Any:
     return next(iter(manager.punica_wrapper_mapping.values()))
 
 
-def write_gates(manager: Any, names: Sequence[str], packed: list[Any], counts: Any) -> None:
+def write_gates(manager: Any, packed: list[Any], counts: Any) -> None:
     """The factors of a step's requests, to the language model's kernels.
 
     Args:
         manager: vLLM's LoRAModelManager.
-        names: of the requests, in the batch's order.
-        packed: of each request; None where it has no gate.
+        packed: of each request, in the batch's order; None where it has no gate.
         counts: tokens of each in this step.
     """
     from recllm.infer.vllm_plugin.punica import Gated
 
     wrapper = language_kernels(manager)
     if isinstance(wrapper, Gated):
-        rows = [None if entry is None else gates.unpack(entry) for entry in packed]
-        wrapper.gates.write(names, rows, counts)
+        wrapper.gates.write(packed, counts)
 
 
 def _packed(sampling_params: Any) -> list[Any] | None:
@@ -335,9 +363,8 @@ def _hook_runner() -> None:
     def set_active_loras(old: Callable[..., Any]) -> Callable[..., Any]:
         def hooked(self: Any, input_batch: Any, num_scheduled_tokens: Any, *rest: Any, **options: Any) -> Any:
             result = old(self, input_batch, num_scheduled_tokens, *rest, **options)
-            names = input_batch.req_ids
-            packed = [_packed(self.requests[name].sampling_params) for name in names]
-            write_gates(self.lora_manager._adapter_manager, names, packed, num_scheduled_tokens)
+            packed = [_packed(self.requests[name].sampling_params) for name in input_batch.req_ids]
+            write_gates(self.lora_manager._adapter_manager, packed, num_scheduled_tokens)
             return result
 
         return hooked
@@ -375,12 +402,12 @@ def _hook_runner_v2() -> None:
 def note_gates(lora_state: Any, scheduler_output: Any) -> None:
     """Remember the gates of new requests until they are removed from `lora_state`."""
     known: dict[str, Any] = lora_state.__dict__.setdefault("recllm_gates", {})
+    for name in scheduler_output.finished_req_ids:  # first: a new request may have the name of one that is done
+        known.pop(name, None)
     for new in scheduler_output.scheduled_new_reqs:
         known.pop(new.req_id, None)
         if (packed := _packed(new.sampling_params)) is not None:
             known[new.req_id] = packed
-    for name in [name for name in known if name in scheduler_output.finished_req_ids]:
-        del known[name]
 
 
 def step_noted(old: Callable[..., Any]) -> Callable[..., Any]:
@@ -388,7 +415,7 @@ def step_noted(old: Callable[..., Any]) -> Callable[..., Any]:
 
     def hooked(self: Any, req_ids: Any, idx_mapping: Any, num_scheduled_tokens: Any) -> Any:
         known = getattr(self, "recllm_gates", {})
-        self.recllm_step = req_ids, [known.get(name) for name in req_ids], num_scheduled_tokens
+        self.recllm_step = [known.get(name) for name in req_ids], num_scheduled_tokens
         return old(self, req_ids, idx_mapping, num_scheduled_tokens)
 
     return hooked

@@ -19,9 +19,11 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")  # of a module's name, as model/ilora.py reads it
+from recllm.infer.vllm_plugin.gates import unpack
 
-Rows = npt.NDArray[np.float32]  # (rows, R): the factors of one request
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")  # in a module's name, as model/ilora.py's
+
+Packed = Sequence[Any]  # the factors of one request, as `Factors.packed` made them
 
 
 class StepGates:
@@ -43,19 +45,19 @@ class StepGates:
         self._owners = [torch.zeros(max_tokens, dtype=torch.int64, pin_memory=on_gpu) for _ in range(1 + on_gpu)]
         self._copied: list[Any] = [None, None]  # CUDA events: when the buffers of that number may be written again
         self._turn = 0
-        self._step: tuple[list[str], list[int]] | None = None  # names and counts of the last one
+        self._step: tuple[list[Packed | None], list[int]] | None = None  # gates and counts of the last one
 
-    def write(self, names: Sequence[str], gates: Sequence[Rows | None], counts: npt.NDArray[np.integer]) -> None:
+    def write(self, gates: Sequence[Packed | None], counts: npt.NDArray[np.integer]) -> None:
         """The gate of each request of the step, None for those without, and how many tokens it has.
 
-        `names` are the requests'; a step like the last one (decoding goes on) changes nothing.
+        A step with the gates and counts of the last one (decoding goes on) changes nothing.
         """
-        step = list(names), counts.tolist()
+        step = list(gates), counts.tolist()  # compared by identity first: a request's gate stays one object
         if step == self._step:
             return
         self._step = step
         tokens = int(counts.sum())
-        if not any(rows is not None for rows in gates):
+        if not any(gate is not None for gate in gates):
             if self.gated_tokens:
                 self.factors[:, : self.gated_tokens].fill_(1.0)
                 self.gated_tokens = 0
@@ -65,7 +67,8 @@ class StepGates:
         rows.fill(1.0)
         for row, gate in zip(rows, gates):
             if gate is not None:
-                row[:, : gate.shape[1]] = gate
+                factors = unpack(gate)
+                row[:, : factors.shape[1]] = factors
         owners.numpy()[:tokens] = np.repeat(np.arange(len(gates)), counts)
         used = host[: len(gates)].to(self.device, non_blocking=True)
         index = owners[:tokens].to(self.device, non_blocking=True)
@@ -135,7 +138,7 @@ class LayerView:
 class GatedPunicaCPU(Gated, PunicaWrapperCPU):
     """On a CPU, where LoRA layers are never compiled (vLLM runs them eagerly).
 
-    vLLM's own kernels gather an A and a B for every token, which costs more than the base model, and where all LoRA slots
+    vLLM's own kernels gather an A and a B for every token, which costs more than the base model, and where all slots
     are taken they give requests without a LoRA that of the last slot (index -1). Neighbouring tokens mostly have the
     same LoRA: `by_runs` a stretch of them is one product, in the model's dtype. It is on as soon as a gated adapter is
     loaded; until then everything is vLLM's own.
@@ -147,17 +150,22 @@ class GatedPunicaCPU(Gated, PunicaWrapperCPU):
         PunicaWrapperCPU.__init__(self, max_num_batched_tokens, max_batches, device, **options)
         rank = options["lora_config"].max_lora_rank
         self.gates = StepGates(layers, max_num_batched_tokens, max_batches, rank, device)
-        self.by_runs, self._runs = by_runs, list[tuple[int, int, int]]()  # (first token, one behind, LoRA slot)
+        self.by_runs, self._runs = by_runs, list[tuple[int, int, int]]()
+        self._runs_known = True  # none, before the first step
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
-        """As vLLM's, and the stretches of tokens with one LoRA."""
+        """As vLLM's; the stretches of tokens with one LoRA are others now."""
         super().update_metadata(*arguments, **options)
-        if not self.by_runs:
-            return
-        slots, lengths = torch.unique_consecutive(self.token_lora_indices, return_counts=True)
-        ends = np.cumsum(lengths.numpy()).tolist()
-        starts = [0, *ends[:-1]]
-        self._runs = [run for run in zip(starts, ends, slots.tolist()) if run[2] >= 0]
+        self._runs_known = False
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Stretches of the step's tokens with one LoRA: (first token, one behind, LoRA slot)."""
+        if not self._runs_known:
+            slots, lengths = torch.unique_consecutive(self.token_lora_indices, return_counts=True)
+            ends = np.cumsum(lengths.numpy()).tolist()
+            self._runs = [run for run in zip([0, *ends[:-1]], ends, slots.tolist()) if run[2] >= 0]
+            self._runs_known = True
+        return self._runs
 
     def linear_gated(
         self, layer: int | None, y: Any, x: Any, a_stacked: Any, b_stacked: Any, scale: float, slices: Any
@@ -165,7 +173,7 @@ class GatedPunicaCPU(Gated, PunicaWrapperCPU):
         """`add_lora_linear` stretch by stretch; `layer` of the factors, None: no gate reaches this module."""
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         gated = layer is not None and self.gates.gated_tokens
-        for start, end, slot in self._runs:
+        for start, end, slot in self.runs():
             offset = 0
             for a, b, width in zip(a_stacked, b_stacked, slices):
                 shrunk = x[start:end] @ a[slot, 0].t()  # (tokens, rank)
@@ -175,13 +183,14 @@ class GatedPunicaCPU(Gated, PunicaWrapperCPU):
                 offset += width
 
     def add_lora_linear(
-        self, y: Any, x: Any, a_stacked: Any, b_stacked: Any, scale: float, slices: Any, **options: Any
+        self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **options: Any
     ) -> None:
         """By stretches where asked for, else as vLLM's."""
+        arguments = (y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
         if self.by_runs and options.get("buffer") is None and options.get("add_inputs", True):
-            self.linear_gated(0 if self.gates.layers == 1 else None, y, x, a_stacked, b_stacked, scale, slices)
+            self.linear_gated(0 if self.gates.layers == 1 else None, *arguments)
         else:
-            PunicaWrapperCPU.add_lora_linear(self, y, x, a_stacked, b_stacked, scale, slices, **options)
+            PunicaWrapperCPU.add_lora_linear(self, *arguments, **options)
 
     def expand_gated(self, layer: int, y: Any, x: Any, *arguments: Any, **options: Any) -> None:
         """`add_expand`; x are the activations of each slice, (tokens, rank)."""
