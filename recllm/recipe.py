@@ -184,13 +184,14 @@ class AdapterSection(Section):
 class EvaluateSection(Section):
     """What is scored beside the adapter of this run."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"  # who runs the language models: this process, or vLLM
     split: Literal["valid", "test"] = "test"
     batch_size: int = Field(8, ge=1)
     max_examples: int | None = Field(None, ge=1)  # a seeded choice of users; None scores all
-    exhaustive: bool = (
-        False  # language models score every title of the catalogue: exact full ranks, at its tokens a user
-    )
+    # Ranks of language models in the whole catalogue: exact, by the likelihood of every title, at its tokens a user; or
+    # by a beam search of this width, where a target that it does not find is a miss. Both: how much the beam finds.
+    exhaustive: bool = False
+    beam_width: int | None = Field(None, ge=1)
     baselines: list[Literal["random", "popularity", "item_to_item", "sequence_encoder", "base_model"]] = [
         "random",
         "popularity",

@@ -24,6 +24,7 @@ better for nats, brier and calibration_error only.
                       has_gate, task, description, num_examples, num_users,
                       metrics {"hit_rate@1": ESTIMATE, … "ndcg@k", "mrr@k", "mrr", "valid_ratio", "nats"},
                       full_catalogue: null | {the same without nats},
+                      beam: null | {width, k, recall: null | share of the exhaustive best k that the beam found}
                       generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit}}]
                     nats, of language models only: negative log-likelihood of the right answer, terminator included.
                     Closed tasks (like): accuracy, balanced_accuracy, "f1 LABEL", auc, brier, calibration_error, …
@@ -120,10 +121,12 @@ def evaluate(
     dataset = Dataset.open(Path(dataset_folder))
     adapters = list_adapters(recipe, None if adapter_folder is None else Path(adapter_folder))
     check_protocol(recipe, dataset)
-    if recipe.evaluate.exhaustive and not recipe.protocol.ranking.full_catalogue:
+    section = recipe.evaluate
+    if (section.exhaustive or section.beam_width) and not recipe.protocol.ranking.full_catalogue:
+        asked = "exhaustive=true" if section.exhaustive else f"beam_width={section.beam_width}"
         raise UserError(
-            "evaluate.exhaustive=true ranks the whole catalogue, protocol.ranking.full_catalogue=false does not want "
-            "that: set one of them the other way"
+            f"evaluate.{asked} ranks the whole catalogue, protocol.ranking.full_catalogue=false does not want that: "
+            "set one of them the other way"
         )
     tasks = load_tasks(dataset, recipe.evaluate.split, recipe.evaluate.max_examples, recipe.seed)
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)

@@ -79,6 +79,7 @@ def system_entries(
             **size,
             "metrics": figures,
             "full_catalogue": ranked or None,
+            "beam": prediction.beam,
             "generation": generation_figures(task, prediction, titles, protocol),
         }
         for system, prediction, figures, ranked in zip(systems, predictions, scored, full, strict=True)

@@ -12,17 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tqdm import tqdm
 
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.evaluate.baselines import in_history
-from recllm.evaluate.metrics import ranks
+from recllm.evaluate.catalogue import Catalogue
 from recllm.evaluate.tasks import NEXT_ITEM, Prediction, Task
 from recllm.recipe import Recipe
 
 MAX_GENERATIONS = 50  # examples of a task that are also answered freely
-CATALOGUE_USERS = 256  # whose scores of all titles are held at once
 
 BASE_MODEL = "base_model"
 METHODS = {"ilora": "instance-wise LoRA", "soft_token": "LoRA beside a soft token", "lora": "plain LoRA"}
@@ -80,25 +77,20 @@ class Gates(NamedTuple):
 
 
 class LanguageModels:
-    """The base model with its tokenizer, checked against every adapter before anything is scored."""
+    """Everything that is scored by language models, checked before anything is."""
 
     def __init__(self, recipe: Recipe, dataset: Dataset, adapters: list[Adapter]) -> None:
-        import torch
-
-        from recllm.model.adapter import check_base_model, check_vocabulary
-        from recllm.model.base_model import load_base_model
+        from recllm.evaluate.engines import make_engines
+        from recllm.model.adapter import check_vocabulary
 
         for adapter in adapters:
             check_adapter_folder(adapter.folder)
             check_vocabulary(adapter.folder, dataset.vocabulary_sha256)
         self.recipe, self.dataset, self.adapters = recipe, dataset, adapters
-        base, self.tokenizer = load_base_model(recipe.model)
-        for adapter in adapters:
-            check_base_model(base, adapter.folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.base = base.to(self.device)
+        self.engines = make_engines(recipe, [adapter.folder for adapter in adapters])
         self.gates: Gates | None = None  # of the run's own adapter
         self.notes: list[str] = []  # what was not scored, and why
+        self.catalogue = Catalogue(recipe, dataset, self.engines.tokenizer)
 
     def check(self, tasks: list[Task]) -> None:
         """Find now what would stop the scoring later: prompts beyond the context, adapters with damaged weights.
@@ -106,63 +98,75 @@ class LanguageModels:
         Raises:
             UserError: names the prompt or the file.
         """
-        from recllm.infer.transformers_engine import TransformersEngine
-        from recllm.model.adapter import load_adapter
-
-        engine = TransformersEngine(self.base, self.tokenizer, self.recipe.evaluate.batch_size)
-        limit = self.recipe.protocol.decoding.max_new_tokens
+        tokens, limit = self.engines.tokens, self.recipe.protocol.decoding.max_new_tokens
         for task in tasks:
-            generated = MAX_GENERATIONS if task.kind == NEXT_ITEM else 0
             answers = task.answer_texts(self.dataset.titles)
-            if self._ranks_all(task):
-                longest = max(self.dataset.titles, key=lambda title: engine.num_tokens([[title]])[0, 0])
+            if self.catalogue.is_asked(task):
+                longest = max(self.dataset.titles, key=lambda title: tokens.num_tokens([[title]])[0, 0])
                 answers = [[*row, f"{longest}{end}"] for row, end in zip(answers, task.ends)]
-            engine.check(task.prompts, answers, limit, generated)
-        for adapter in self.adapters:
-            self.base = load_adapter(self.base, adapter.folder).unload()
+            tokens.pairs(task.prompts, answers)
+            tokens.for_generation(task.prompts[: _generated(task)], limit)
+        self.engines.check([adapter.folder for adapter in self.adapters])
 
     def systems(self, tasks: list[Task]) -> Iterator[System]:
         """Score system by system, the base model first."""
-        if BASE_MODEL in self.recipe.evaluate.baselines:
-            yield self._ask(self.base, tasks, BASE_MODEL, BASE_MODEL, "the language model untuned", None, {}, True)
-        for adapter in self.adapters:
-            yield from self._adapter(adapter, tasks)
-
-    def _adapter(self, adapter: Adapter, tasks: list[Task]) -> Iterator[System]:
-        from recllm.model.adapter import load_adapter
-
-        model = load_adapter(self.base, adapter.folder).to(self.device)
+        self.engines.start(self._longest(tasks))
         try:
-            given = self._given(model, adapter, tasks)
-            what = METHODS[adapter.method]
-            text = f"{what} of this run" if adapter.is_main else f"{what} from {adapter.folder}"
-            yield self._ask(model, tasks, adapter.name, "adapter", text, adapter.method, given, True)
-            for control in chosen_controls(self.recipe.evaluate.controls, adapter):
-                neutral = self.gates.uniform if adapter.method == "ilora" and self.gates else 0.0
-                changed = control_rows(control, given, neutral, tasks, self.recipe.seed)
-                if changed is None:
-                    self.notes.append(f"No {control} control: all examples are of one user, so there is none to swap.")
-                    continue
-                name, text = f"{adapter.name}_{control}", CONTROLS[adapter.method][control]
-                yield self._ask(model, tasks, name, "control", text, adapter.method, changed, False)
+            if BASE_MODEL in self.recipe.evaluate.baselines:
+                with self.engines.engine(None) as engine:
+                    text = "the language model untuned"
+                    yield self._ask(engine, tasks, BASE_MODEL, BASE_MODEL, text, None, {}, True)
+            for adapter in self.adapters:
+                with self.engines.engine(adapter.folder) as engine:
+                    yield from self._adapter(engine, adapter, tasks)
         finally:
-            self.base = model.unload()
+            self.engines.close()
 
-    def _given(self, model: Any, adapter: Adapter, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
+    def _longest(self, tasks: list[Task]) -> int:
+        """Tokens of the longest prompt with what may follow it."""
+        tokens, lengths = self.engines.tokens, [1]
+        for task in tasks:
+            answers = task.answer_texts(self.dataset.titles)
+            rows, candidates = tokens.pairs(task.prompts, answers)
+            ends = [max(map(len, texts)) for texts in candidates]
+            if self.catalogue.is_asked(task):
+                ends = [max(end, self.catalogue.trie(task.ends[0]).depth + 1) for end in ends]
+            few = _generated(task)
+            limit = self.recipe.protocol.decoding.max_new_tokens
+            lengths += [
+                len(row) + max(end, limit if place < few else 0) for place, (row, end) in enumerate(zip(rows, ends))
+            ]
+        return max(lengths) + 1
+
+    def _adapter(self, engine: Any, adapter: Adapter, tasks: list[Task]) -> Iterator[System]:
+        given = self._given(adapter, tasks)
+        what = METHODS[adapter.method]
+        text = f"{what} of this run" if adapter.is_main else f"{what} from {adapter.folder}"
+        yield self._ask(engine, tasks, adapter.name, "adapter", text, adapter.method, given, True)
+        for control in chosen_controls(self.recipe.evaluate.controls, adapter):
+            neutral = self.gates.uniform if adapter.method == "ilora" and self.gates else 0.0
+            changed = control_rows(control, given, neutral, tasks, self.recipe.seed)
+            if changed is None:
+                self.notes.append(f"No {control} control: all examples are of one user, so there is none to swap.")
+                continue
+            name, text = f"{adapter.name}_{control}", CONTROLS[adapter.method][control]
+            yield self._ask(engine, tasks, name, "control", text, adapter.method, changed, False)
+
+    def _given(self, adapter: Adapter, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
         """What an adapter takes beside tokens, by task: gate weights, representations, or nothing of a plain LoRA."""
         if adapter.method == "lora":
             return {}
-        states = self._represent(model, tasks)
+        states = self._represent(adapter, tasks)
         if adapter.method == "soft_token":
             return states
-        gates = _weigh(model, adapter.name, states)
+        gates = _weigh(adapter, states)
         if adapter.is_main:
             self.gates = gates
         return gates.weights
 
     def _ask(
         self,
-        model: Any,
+        engine: Any,
         tasks: list[Task],
         name: str,
         kind: str,
@@ -171,9 +175,6 @@ class LanguageModels:
         given: dict[str, npt.NDArray[np.float32]],
         generate: bool,
     ) -> System:
-        from recllm.infer.transformers_engine import TransformersEngine
-
-        engine = TransformersEngine(model, self.tokenizer, self.recipe.evaluate.batch_size)
         started = time.monotonic()
         rows = {task.name: {_GIVEN_AS[method]: given[task.name]} if given and method else {} for task in tasks}
         predictions = {task.name: self._predict(engine, task, name, rows[task.name], generate) for task in tasks}
@@ -189,7 +190,10 @@ class LanguageModels:
         nats = -scores[np.arange(len(scores)), task.right_column]
         if mean:
             nats = nats * engine.num_tokens([[row[right]] for row, right in zip(answers, task.right_column)])[:, 0]
-        prediction = Prediction(scores, full_rank=self._full_ranks(engine, task, label, given), nats=nats)
+        full = self.catalogue.full_ranks(engine, task, label, given)
+        prediction = Prediction(scores, nats=nats)
+        if full is not None:
+            prediction = prediction._replace(full_rank=full.ranks, beam=full.beam)
         if not generate or task.kind != NEXT_ITEM:
             return prediction
         few = slice(0, MAX_GENERATIONS)
@@ -202,74 +206,38 @@ class LanguageModels:
         )
         return prediction._replace(generations=[(text.text, text.finished) for text in generated])
 
-    def _ranks_all(self, task: Task) -> bool:
-        return self.recipe.evaluate.exhaustive and task.kind == NEXT_ITEM
-
-    def _full_ranks(
-        self, engine: Any, task: Task, label: str, given: dict[str, npt.NDArray[np.float32]]
-    ) -> npt.NDArray[np.int64] | None:
-        """(N,): the target's rank among all items by the likelihood of every title; None where it is not asked for.
-
-        Each different title is scored once: items that share one have the same score, and rank above a target that is
-        one of them.
-        """
-        if not self._ranks_all(task):
-            return None
-        ranking, score = self.recipe.protocol.ranking, self.recipe.protocol.decoding.score
-        titles, place = np.unique(np.array(self.dataset.titles, dtype=object), return_inverse=True)  # sorted: a
-        examples, parts = task.examples, engine.parts(titles.tolist())  # part's titles share their beginnings
-        found = np.empty(len(task.target), dtype=np.int64)
-        blocks = [
-            rows[start : start + CATALOGUE_USERS]
-            for end in dict.fromkeys(task.ends)
-            for rows in [np.flatnonzero(np.array(task.ends) == end)]
-            for start in range(0, len(rows), CATALOGUE_USERS)
-        ]
-        with tqdm(total=len(blocks) * len(parts), desc=f"{label}, all {len(titles)} titles", unit="part") as bar:
-            for rows in blocks:
-                prompts, end = [task.prompts[row] for row in rows], task.ends[rows[0]]
-                own = {argument: table[rows] for argument, table in given.items()}
-                table = np.empty((len(rows), len(titles)))
-                for part in parts:
-                    texts = [title + end for title in titles[part]]
-                    asked = [texts] * len(rows)
-                    table[:, part] = engine.score(prompts, asked, length_normalised=score == "mean", **own)
-                    bar.update()
-                excluded = (
-                    in_history(self.dataset, examples.user_index[rows], examples.history_end[rows])
-                    if ranking.exclude_history
-                    else None
-                )
-                found[rows] = ranks(table[:, place], task.target[rows], excluded)
-        return found
-
-    def _represent(self, model: Any, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
+    def _represent(self, adapter: Adapter, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
         """(N, D) by task: what the adapter's encoder says of the history that each example's gate reads.
 
         Each different history is encoded once, whatever the number of examples, controls and generations that read it.
         """
-        from recllm.model.sequence_encoder import encode_histories
+        import torch
 
-        encoder = model.base_model.sequence_encoder[model.active_adapter]
+        from recllm.model.adapter import ENCODER
+        from recllm.model.sequence_encoder import encode_histories, load_encoder
+
+        encoder, _ = load_encoder(adapter.folder / ENCODER)
         longest = int(self.dataset.manifest["history_max_items"])
         pairs = [pair for task in tasks for pair in zip(task.users.tolist(), task.examples.gate_end.tolist())]
         histories = [self.dataset.history(user, end, longest) for user, end in pairs]
-        states = encode_histories(encoder, histories, device=self.device).numpy()
+        device = "cuda" if torch.cuda.is_available() and self.recipe.evaluate.engine == "transformers" else "cpu"
+        states = encode_histories(encoder, histories, device=device).numpy()
         ends = np.cumsum([len(task.users) for task in tasks])[:-1]
         return {task.name: part for task, part in zip(tasks, np.split(states, ends), strict=True)}
 
 
-def _weigh(model: Any, name: str, states: dict[str, npt.NDArray[np.float32]]) -> Gates:
-    """The gate weights of representations, by task."""
-    import torch
+def _generated(task: Task) -> int:
+    """How many of a task's examples are also answered freely."""
+    return MAX_GENERATIONS if task.kind == NEXT_ITEM else 0
 
-    gate = model.base_model.gate[model.active_adapter]
-    with torch.inference_mode():
-        weights = {
-            task: model.base_model.gate_weights(representation=torch.from_numpy(rows)).float().cpu().numpy()
-            for task, rows in states.items()
-        }
-    return Gates(name, gate.gate_type, gate.uniform, weights, states)
+
+def _weigh(adapter: Adapter, states: dict[str, npt.NDArray[np.float32]]) -> Gates:
+    """The gate weights of representations, by task."""
+    from recllm.model.user_gate import UserGate
+
+    own = UserGate.load(adapter.folder)
+    weights = {task: own.weigh(rows) for task, rows in states.items()}
+    return Gates(adapter.name, own.gate.gate_type, own.gate.uniform, weights, states)
 
 
 def check_adapter_folder(folder: Path) -> None:

@@ -34,6 +34,7 @@ CPU_BLOCK = 32
 CPU_MEMORY = 0.25  # of the free memory, for keys and values at most
 CPU_REQUESTS, CPU_STEP_TOKENS = 128, 2048  # in a step
 BEAM_PROMPTS = 64  # whose beams are driven at once
+PART_ANSWERS = 512
 
 
 class Loaded(NamedTuple):
@@ -272,6 +273,10 @@ class VllmEngine:
     def num_tokens(self, answers: Sequence[Sequence[str]]) -> np.ndarray:
         """Tokens of each answer with its terminator, (N, C); 0 in the columns that a shorter list lacks."""
         return self.tokens.num_tokens(answers)
+
+    def parts(self, answers: Sequence[str]) -> list[slice]:
+        """Stretches of many answers that are scored with one prompt at once."""
+        return [slice(start, start + PART_ANSWERS) for start in range(0, len(answers), PART_ANSWERS)]
 
     def rank_titles(
         self,

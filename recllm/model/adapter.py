@@ -509,9 +509,26 @@ def check_base_model(base_model: Any, folder: Path) -> None:
     """
     if not (folder / BASE_MODEL).is_file():
         return  # written by stock PEFT: the shapes of its tensors are checked on loading
-    wanted = read_json(folder / BASE_MODEL, "the base model of an adapter")
     base: Any = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
-    config = base.config.get_text_config()
+    wanted = check_base_config(base.config.get_text_config(), folder)
+    own, given = wanted.get(WEIGHTS_SHA256), weights_sha256(base)
+    if own and given and own != given:
+        raise UserError(
+            f"{folder} is an adapter for {wanted.get('name_or_path')} (weights {own[:12]}…), the base model given is "
+            f"{base.name_or_path} (weights {given[:12]}…): of the same sizes, but with other weights. Load the base "
+            "model that it was trained on (model.name_or_path)"
+        )
+
+
+def check_base_config(config: Any, folder: Path) -> dict[str, Any]:
+    """The sizes alone, by a text config, where the weights are another process's; returns base_model.json.
+
+    Raises:
+        UserError: the adapter in `folder` was trained on a base model of other sizes.
+    """
+    if not (folder / BASE_MODEL).is_file():
+        return {}
+    wanted: dict[str, Any] = read_json(folder / BASE_MODEL, "the base model of an adapter")
     differing = {
         name: (value, getattr(config, name, None))
         for name, value in wanted.items()
@@ -523,13 +540,7 @@ def check_base_model(base_model: Any, folder: Path) -> None:
             f"{folder} is an adapter for {wanted.get('name_or_path')} with {text}: load that base model "
             "(model.name_or_path)"
         )
-    own, given = wanted.get(WEIGHTS_SHA256), weights_sha256(base)
-    if own and given and own != given:
-        raise UserError(
-            f"{folder} is an adapter for {wanted.get('name_or_path')} (weights {own[:12]}…), the base model given is "
-            f"{base.name_or_path} (weights {given[:12]}…): of the same sizes, but with other weights. Load the base "
-            "model that it was trained on (model.name_or_path)"
-        )
+    return wanted
 
 
 def _check_fit(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], folder: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 import transformers
 from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from recllm.data import offline
 from recllm.errors import UserError
@@ -117,6 +117,18 @@ def keep_head_folded(model: Any) -> None:
 
 def _contiguous(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.contiguous() if torch.is_tensor(value) else value for value in inputs)
+
+
+def load_base_config(name_or_path: str) -> Any:
+    """The text config of a base model, without its weights.
+
+    Raises:
+        UserError: as `load_base_model`.
+    """
+    place = model_folder(name_or_path)
+    with _explaining(name_or_path):
+        config = AutoConfig.from_pretrained(place, local_files_only=Path(place).is_dir(), trust_remote_code=False)
+    return config.get_text_config()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -1,6 +1,6 @@
 """A user's gate without the base model: for engines and servers that hold the base model themselves.
 
-The folder of an instance-wise adapter and histories of item indices enter; gate weights leave. Only sequence encoder and
+The folder of an instance-wise adapter and histories of item indices enter; gate weights leave. Only the encoder and the
 gate are loaded, some hundred kilobytes; the numbers are those of the whole model (`gate_weights` of the tuner).
 """
 
@@ -67,11 +67,9 @@ class UserGate:
             ) from None
         return cls(load_encoder(folder / ENCODER)[0], gate, cache)
 
-    def representations(self, histories: Sequence[History], progress: str | None = None) -> npt.NDArray[np.float32]:
+    def representations(self, histories: Sequence[History]) -> npt.NDArray[np.float32]:
         """(N, D) of histories of item indices, oldest first; zeros for an empty one."""
-        states: npt.NDArray[np.float32] = encode_histories(
-            self.encoder, histories, cache=self.cache, progress=progress
-        ).numpy()
+        states: npt.NDArray[np.float32] = encode_histories(self.encoder, histories, cache=self.cache).numpy()
         return states
 
     @torch.inference_mode()

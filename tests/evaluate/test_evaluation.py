@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.evaluate import baselines, figures, language_model
+from recllm.evaluate import baselines, catalogue, figures, language_model
 from recllm.evaluate.evaluation import evaluate, training_log, unread_notes
 from recllm.evaluate.language_model import principal_components, swapped_rows
 from recllm.evaluate.tasks import Prediction, load_tasks
@@ -412,15 +412,12 @@ def test_an_answer_that_the_model_has_no_room_for_is_refused(made, tmp_path, no_
 
 
 def test_a_prompt_that_the_model_has_no_room_for_is_refused(made, tmp_path, no_scoring, monkeypatch):
-    from recllm.infer.transformers_engine import TransformersEngine
+    from recllm.infer.tokens import Tokens
 
-    before = TransformersEngine.__init__
-
-    def narrow(self, *args, **kwargs):
-        before(self, *args, **kwargs)
-        self.config.max_position_embeddings = 20
-
-    monkeypatch.setattr(TransformersEngine, "__init__", narrow)
+    before = Tokens.__init__
+    monkeypatch.setattr(
+        Tokens, "__init__", lambda self, tokenizer, context, vocabulary: before(self, tokenizer, 20, vocabulary)
+    )
     refuse(made, tmp_path, "the model reads at most 20: lower prompt.max_items")
 
 
@@ -544,7 +541,7 @@ def test_closed_figures_by_hand(made):
 
 def test_language_models_rank_the_whole_catalogue_where_that_is_asked_for(made, report, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers_engine, "_LOGITS_BYTES", 259 * 4 * 60)  # some seven titles a part
-    monkeypatch.setattr(language_model, "CATALOGUE_USERS", 4)
+    monkeypatch.setattr(catalogue, "CATALOGUE_USERS", 4)
     section = made.recipe.evaluate.model_copy(update={"exhaustive": True})
     recipe = made.recipe.model_copy(update={"evaluate": section})
     document = evaluate(recipe, made.dataset, made.encoder, made.adapter, tmp_path / "report")
@@ -555,7 +552,8 @@ def test_language_models_rank_the_whole_catalogue_where_that_is_asked_for(made, 
     dataset = Dataset.open(made.dataset)
     (task, _) = load_tasks(dataset, "test", 10, recipe.seed)
     models = language_model.LanguageModels(recipe, dataset, [])
-    engine = TransformersEngine(models.base, models.tokenizer, 4, share_prompts=False)  # a forward for each title
+    base, tokenizer = models.engines.base, models.engines.tokenizer
+    engine = TransformersEngine(base, tokenizer, 4, share_prompts=False)  # a forward for each title
     scores = engine.score(task.prompts, [[f"{title}{end}" for title in dataset.titles] for end in task.ends])
     found = {}
     for row, (user, end, target) in enumerate(zip(task.users, task.examples.history_end, task.target)):
@@ -566,6 +564,40 @@ def test_language_models_rank_the_whole_catalogue_where_that_is_asked_for(made, 
     ours = {r["example_id"]: r["full_rank"] for r in rows if (r["system"], r["task"]) == ("base_model", "next_item")}
     assert ours == found
     assert len(set(found.values())) > 1
+
+
+@pytest.mark.parametrize("width", [1000, 3])
+def test_a_beam_ranks_the_whole_catalogue_as_far_as_it_reaches(made, tmp_path, width):
+    """All titles wide it is the exhaustive ranking; narrow, a target that it does not find is a miss."""
+    documents, ranks = {}, {}
+    for name, update in (
+        ("exhaustive", {"exhaustive": True}),
+        ("beam", {"beam_width": width}),
+        ("both", {"exhaustive": True, "beam_width": width}),
+    ):
+        recipe = made.recipe.model_copy(update={"evaluate": made.recipe.evaluate.model_copy(update=update)})
+        documents[name] = evaluate(recipe, made.dataset, made.encoder, made.adapter, tmp_path / name)
+        rows = pq.read_table(tmp_path / name / "predictions.parquet").to_pylist()
+        ranks[name] = {
+            (row["system"], row["example_id"]): row["full_rank"]
+            for row in rows
+            if row["task"] == "next_item" and row["nats"] is not None
+        }
+    assert ranks["both"] == ranks["exhaustive"]  # exact ranks stay exact
+    k = max(made.recipe.protocol.ranking.k)
+    for name in ("ilora", "base_model"):
+        assert entry(documents["exhaustive"], name)["beam"] is None
+        assert entry(documents["beam"], name)["beam"] == {"width": width, "k": k, "recall": None}
+        recall = entry(documents["both"], name)["beam"]["recall"]
+        assert recall == 1 if width == 1000 else 0 < recall < 1
+    for place, rank in ranks["beam"].items():
+        exact = ranks["exhaustive"][place]
+        if width == 1000:
+            assert rank == (exact if exact <= k else 0)
+        else:
+            assert rank == 0 or rank <= k
+    assert any(ranks["beam"].values())
+    assert entry(documents["beam"], "ilora", "like")["beam"] is None
 
 
 def test_ranking_everything_needs_a_protocol_that_ranks_everything(made, tmp_path):

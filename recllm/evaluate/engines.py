@@ -1,0 +1,143 @@
+"""The two ways of asking language models, behind one small interface: Transformers in this process, or vLLM.
+
+A recipe and its adapters enter; engines leave, one for each adapter or for the base model alone. Both have `score`,
+`rank_titles`, `generate` and `num_tokens`, and give the same numbers.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from recllm.errors import UserError
+from recllm.recipe import Recipe
+
+
+class Engines(Protocol):
+    """What the evaluation needs of either."""
+
+    tokenizer: Any
+    tokens: Any  # infer.tokens.Tokens: prompts and answers as token ids, within the model's context
+
+    def check(self, folders: list[Path]) -> None:
+        """Find now what would stop `engine` later.
+
+        Raises:
+            UserError: a damaged adapter.
+        """
+
+    def start(self, longest: int) -> None:
+        """Before the first engine: prompts with their answers have `longest` tokens at most."""
+
+    def engine(self, folder: Path | None) -> contextlib.AbstractContextManager[Any]:
+        """An engine for an adapter, or for the base model alone; one at a time."""
+
+    def close(self) -> None:
+        """After the last engine."""
+
+
+def make_engines(recipe: Recipe, folders: list[Path]) -> Engines:
+    """As evaluate.engine says, with every adapter checked against the base model.
+
+    Raises:
+        UserError: an adapter of another base model; what the engine cannot do.
+    """
+    return VllmEngines(recipe, folders) if recipe.evaluate.engine == "vllm" else TransformersEngines(recipe, folders)
+
+
+class TransformersEngines:
+    """The base model is loaded once; an adapter is put on it and taken off again."""
+
+    def __init__(self, recipe: Recipe, folders: list[Path]) -> None:
+        import torch
+
+        from recllm.infer.tokens import Tokens
+        from recllm.model.adapter import check_base_model
+        from recllm.model.base_model import load_base_model
+
+        base, self.tokenizer = load_base_model(recipe.model)
+        for folder in folders:
+            check_base_model(base, folder)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.base, self.batch_size = base.to(self.device), recipe.evaluate.batch_size
+        self.tokens = Tokens.of(self.tokenizer, base.config.get_text_config())
+
+    def check(self, folders: list[Path]) -> None:
+        """Adapters with damaged weights are found by loading them."""
+        from recllm.model.adapter import load_adapter
+
+        for folder in folders:
+            self.base = load_adapter(self.base, folder).unload()
+
+    def start(self, longest: int) -> None:
+        """Nothing to start."""
+
+    @contextlib.contextmanager
+    def engine(self, folder: Path | None) -> Iterator[Any]:
+        """An engine for an adapter, or for the base model alone."""
+        from recllm.infer.transformers_engine import TransformersEngine
+        from recllm.model.adapter import load_adapter
+
+        if folder is None:
+            yield TransformersEngine(self.base, self.tokenizer, self.batch_size)
+            return
+        model = load_adapter(self.base, folder).to(self.device)
+        try:
+            yield TransformersEngine(model, self.tokenizer, self.batch_size)
+        finally:
+            self.base = model.unload()
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class VllmEngines:
+    """vLLM is started once, with room for every adapter; the base model is in its processes alone."""
+
+    def __init__(self, recipe: Recipe, folders: list[Path]) -> None:
+        from recllm.infer.tokens import Tokens
+        from recllm.infer.vllm_engine import gate_layers, lora_settings
+        from recllm.model.adapter import check_base_config
+        from recllm.model.base_model import load_base_config, load_tokenizer
+
+        if recipe.model.quantization is not None:
+            raise UserError(
+                f"evaluate.engine=vllm with model.quantization={recipe.model.quantization}: take evaluate.engine="
+                "transformers for a quantised base model"
+            )
+        config = load_base_config(recipe.model.name_or_path)
+        for folder in folders:
+            check_base_config(config, folder)
+        lora_settings(folders)
+        gate_layers(folders)
+        self.recipe, self.folders = recipe, folders
+        self.tokenizer = load_tokenizer(recipe.model.name_or_path)
+        self.tokens = Tokens.of(self.tokenizer, config)
+        self._model: Any = None
+
+    def check(self, folders: list[Path]) -> None:
+        """Adapters with damaged weights are found by reading them."""
+        from recllm.model.adapter import LORA_WEIGHTS
+        from recllm.model.sequence_encoder import read_tensors
+
+        for folder in folders:
+            read_tensors(folder / LORA_WEIGHTS, "LoRA weights")
+
+    def start(self, longest: int) -> None:
+        """Start vLLM."""
+        from recllm.infer.vllm_engine import VllmModel
+
+        if self._model is None:
+            self._model = VllmModel(self.recipe.model, self.folders, longest)
+
+    @contextlib.contextmanager
+    def engine(self, folder: Path | None) -> Iterator[Any]:
+        """An engine for an adapter, or for the base model alone."""
+        from recllm.infer.vllm_engine import VllmEngine
+
+        yield VllmEngine(self._model, folder)
+
+    def close(self) -> None:
+        """Stop vLLM."""
+        if self._model is not None:
+            self._model.close()
