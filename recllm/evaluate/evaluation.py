@@ -74,7 +74,7 @@ from tqdm import tqdm
 from recllm import __version__, files
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.evaluate import baselines, experts, figures, language_model
+from recllm.evaluate import baselines, experts, figures, language_model, reading
 from recllm.evaluate.baselines import Scorer
 from recllm.evaluate.language_model import BASE_MODEL, Adapter, Gates, LanguageModels, System
 from recllm.evaluate.tasks import Prediction, Task, load_tasks
@@ -456,6 +456,7 @@ def table_text(document: dict[str, Any]) -> str:
         lines += ["", f"{title}{systems[0]['num_users']} users, {confidence:.0%} intervals over users"]
         if "accuracy" not in systems[0]["metrics"]:
             lines.append(f"candidates {document['candidates_label']}; full: rank in the whole catalogue")
+            lines += [note] if (note := reading.beam_note(systems)) else []
         rows = [["system", *names]] + [[system["name"], *(_cell(system, name) for name in names)] for system in systems]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines += ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]

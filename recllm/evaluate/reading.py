@@ -370,3 +370,19 @@ def _list(words: Sequence[str], last: str = "and") -> str:
     'a, b and c'
     """
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def beam_note(systems: Sequence[Mapping[str, Any]]) -> str:
+    """How language models' ranks in the whole catalogue came about where a beam search had a part in it; "" elsewhere.
+
+    >>> beam_note([{"name": "lora", "beam": {"width": 20, "k": 10, "recall": None}}])
+    'language models by beams of 20: a target that a beam does not find is a miss'
+    """
+    found = {system["name"]: system["beam"] for system in systems if system.get("beam")}
+    if not found:
+        return ""
+    width, k = (next(iter(found.values()))[name] for name in ("width", "k"))
+    recalls = [f"{name} {beam['recall']:.2f}" for name, beam in found.items() if beam["recall"] is not None]
+    if recalls:
+        return f"language models by every title; of its best {k} a beam of {width} finds: {', '.join(recalls)}"
+    return f"language models by beams of {width}: a target that a beam does not find is a miss"

@@ -265,6 +265,7 @@ def _tables(
                 [],
                 confidence,
                 styles,
+                reading.beam_note(systems),
                 missing="no full-catalogue ranking for this system",
             )
         )

@@ -590,6 +590,10 @@ def test_a_beam_ranks_the_whole_catalogue_as_far_as_it_reaches(made, tmp_path, w
         assert entry(documents["beam"], name)["beam"] == {"width": width, "k": k, "recall": None}
         recall = entry(documents["both"], name)["beam"]["recall"]
         assert recall == 1 if width == 1000 else 0 < recall < 1
+        said = (tmp_path / "both" / "report.md").read_text()
+        assert f"of its best {k} a beam of {width} finds" in said
+        assert f"{name} {recall:.2f}" in said
+    assert f"language models by beams of {width}" in (tmp_path / "beam" / "report.md").read_text()
     for place, rank in ranks["beam"].items():
         exact = ranks["exhaustive"][place]
         if width == 1000:
