@@ -9,7 +9,8 @@ Each part is a process of its own, because a process has one engine; the last li
     gates     one engine, requests of many users, in turn: all with the adapter as a plain LoRA, all with a gate each,
               all with a LoRA each that has the gate folded in. gated_over_plain_throughput, gated_over_materialised:
               tokens a second, median over rounds. stock_plain_over_gated: the same plain LoRA with vLLM's own kernels
-              and the plugin off, which on a CPU are slower than the plugin's
+              and the plugin off, which on a CPU are slower than the plugin's. Every request reads its whole prompt;
+              with --prefix-caching users of the plain LoRA share the beginning of their prompts, which no two gates may
     scores    users a second, vLLM over Transformers. candidates: 20 titles each, by both engines' own way. beam: whole
               catalogue, 10 beams, vLLM's against `generate` with num_beams and prefix_allowed_tokens_fn, as released
               code does it; own_beam is against TransformersEngine.rank_titles
@@ -36,6 +37,7 @@ import numpy as np
 
 PARTS = ("gates", "stock", "scores_vllm", "scores_transformers", "gateway")
 GROUPS = {"gates": ["gates", "stock"], "scores": ["scores_transformers", "scores_vllm"], "gateway": ["gateway"]}
+GATED_OVER = {"gated_over_plain_throughput": "plain", "gated_over_materialised": "materialised"}
 K, R, NUM_ITEMS, HISTORY = 4, 8, 1682, 50
 
 
@@ -71,7 +73,7 @@ def environment(part: str) -> dict[str, str]:
     threads = str(_arguments().threads)
     own = {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     if part == "stock":
-        own["VLLM_PLUGINS"] = ""
+        own["VLLM_PLUGINS"] = ""  # none
     if not _has_gpu():
         own["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return os.environ | own
@@ -102,8 +104,6 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
 def ratios(found: dict[str, Any]) -> dict[str, Any]:
     """The ratios of what was measured, and what they are made of."""
     pairs = {
-        "gated_over_plain_throughput": ("gated_tokens_per_s", "plain_tokens_per_s"),
-        "gated_over_materialised": ("gated_tokens_per_s", "materialised_tokens_per_s"),
         "stock_plain_over_gated": ("stock_tokens_per_s", "gated_tokens_per_s"),
         "vllm_over_transformers_candidates": ("vllm_candidates_per_s", "transformers_candidates_per_s"),
         "vllm_over_transformers_beam": ("vllm_beam_per_s", "generate_beam_per_s"),
@@ -202,7 +202,7 @@ def gates_part(arguments: argparse.Namespace) -> dict[str, Any]:
             for gate in own
         ]
         llm.generate([{"prompt_token_ids": row} for row in rows], params, lora_request=requests, use_tqdm=False)
-        llm.reset_prefix_cache()  # every round reads its prompts
+        llm.reset_prefix_cache()
 
     plain = [None] * arguments.users
     ways = {
@@ -210,7 +210,7 @@ def gates_part(arguments: argparse.Namespace) -> dict[str, Any]:
         "gated": lambda: ask([adapter] * arguments.users, gates),
         "materialised": lambda: ask(users, plain),
     }
-    return throughput(ways, arguments, rows)
+    return throughput({name: ways[name] for name in arguments.ways}, arguments, rows)
 
 
 def stock_part(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -245,21 +245,27 @@ def start(arguments: argparse.Namespace, slots: int, adapters: int) -> tuple[Any
     longest = max(map(len, rows)) + arguments.new_tokens + 1
     asked = settings(section, [arguments.work / "adapter"], longest, current_platform.is_cpu())
     asked |= {"max_loras": slots, "max_cpu_loras": max(adapters, slots), "enforce_eager": arguments.eager}
+    asked["enable_prefix_caching"] = arguments.prefix_caching
     return LLM(**asked), rows
 
 
 def throughput(
     ways: dict[str, Callable[[], None]], arguments: argparse.Namespace, rows: list[list[int]]
 ) -> dict[str, Any]:
-    """Tokens a second of each way, the median of rounds in which they take turns."""
+    """Tokens a second of each way, and the gated one's over the others': medians over rounds, ratios within a round."""
     tokens = sum(map(len, rows)) + arguments.new_tokens * len(rows)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(arguments.rounds + 1):  # the first warms up and loads adapters
-        for name, way in ways.items():
-            taken = timed(way)
+        for name in list(ways) if turn % 2 else list(ways)[::-1]:
+            taken = timed(ways[name])
             if turn:
                 seconds[name].append(taken)
-    return {f"{name}_tokens_per_s": round(tokens / statistics.median(taken), 1) for name, taken in seconds.items()}
+    found = {f"{name}_tokens_per_s": round(tokens / statistics.median(taken), 1) for name, taken in seconds.items()}
+    return found | {
+        ratio: round(statistics.median(a / b for a, b in zip(seconds[other], seconds["gated"], strict=True)), 3)
+        for ratio, other in GATED_OVER.items()
+        if {other, "gated"} <= seconds.keys()
+    }
 
 
 def scores_vllm(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -400,6 +406,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=8, help="LoRAs on the device at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", default=["plain", "gated", "materialised"], help="of the part gates")
+    parser.add_argument("--prefix-caching", action="store_true", help="of the part gates")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--part", choices=list(RUN), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)

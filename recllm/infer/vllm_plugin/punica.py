@@ -41,6 +41,7 @@ class StepGates:
         self.factors = torch.ones(layers, max_tokens, max_rank, dtype=torch.float32, device=device)
         self.gated_tokens = 0  # the first so many rows of factors may differ from 1
         self.gated_steps = 0  # in which gates were written, since the start
+        self.version = 0  # of the factors
         on_gpu = self.device.type != "cpu"
         self._rows = [torch.ones(max_requests, layers, max_rank, pin_memory=on_gpu) for _ in range(1 + on_gpu)]
         self._owners = [torch.zeros(max_tokens, dtype=torch.int64, pin_memory=on_gpu) for _ in range(1 + on_gpu)]
@@ -57,6 +58,7 @@ class StepGates:
         if step == self._step:
             return
         self._step = step
+        self.version += 1
         tokens = int(counts.sum())
         if not any(gate is not None for gate in gates):
             if self.gated_tokens:
@@ -154,6 +156,8 @@ class GatedPunicaCPU(Gated, PunicaWrapperCPU):
         self.gates = StepGates(layers, max_num_batched_tokens, max_batches, rank, device)
         self.by_runs, self._runs = by_runs, list[tuple[int, int, int]]()
         self._runs_known = True  # none, before the first step
+        self._factors: dict[int, list[torch.Tensor]] = {}  # by layer, of the stretches
+        self._factors_version = 0
 
     def update_metadata(self, *arguments: Any, **options: Any) -> None:
         """As vLLM's; the stretches of tokens with one LoRA are others now."""
@@ -166,7 +170,7 @@ class GatedPunicaCPU(Gated, PunicaWrapperCPU):
             slots, lengths = torch.unique_consecutive(self.token_lora_indices, return_counts=True)
             ends = np.cumsum(lengths.numpy()).tolist()
             self._runs = [run for run in zip([0, *ends[:-1]], ends, slots.tolist()) if run[2] >= 0]
-            self._runs_known = True
+            self._runs_known, self._factors = True, {}
         return self._runs
 
     def linear_gated(
@@ -174,15 +178,26 @@ class GatedPunicaCPU(Gated, PunicaWrapperCPU):
     ) -> None:
         """`add_lora_linear` stretch by stretch; `layer` of the factors, None: no gate reaches this module."""
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        gated = layer is not None and self.gates.gated_tokens
-        for start, end, slot in self.runs():
+        runs, factors = self.runs(), None
+        if layer is not None and self.gates.gated_tokens:
+            factors = self._run_factors(layer, x.dtype)
+        for place, (start, end, slot) in enumerate(runs):
             offset = 0
             for a, b, width in zip(a_stacked, b_stacked, slices):
                 shrunk = x[start:end] @ a[slot, 0].t()  # (tokens, rank)
-                if gated:
-                    shrunk = (shrunk * self.gates.factors[layer, start:end, : shrunk.shape[1]]).to(shrunk.dtype)
+                if factors is not None:
+                    shrunk *= factors[place]
                 y[start:end, offset : offset + width].addmm_(shrunk, b[slot, 0].t(), alpha=scale)
                 offset += width
+
+    def _run_factors(self, layer: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """A layer's factors by stretch, in the model's dtype: made once a step, as training makes them (ilora.Rows)."""
+        if self._factors_version != self.gates.version:
+            self._factors, self._factors_version = {}, self.gates.version
+        if layer not in self._factors:
+            rows = self.gates.factors[layer, : self.gates.gated_tokens].to(dtype)
+            self._factors[layer] = [rows[start:end] for start, end, _ in self._runs]
+        return self._factors[layer]
 
     def add_lora_linear(
         self, y: Any, x: Any, lora_a_stacked: Any, lora_b_stacked: Any, scale: float, output_slices: Any, **options: Any
