@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "--examples", type=int, default=100, metavar="N", help="held-out examples that measure M's cost (default 100)"
     )
 
+    _serve_verb(verbs)
+
     compare = verbs.add_parser("compare", help="test the reports of several runs against each other")
     compare.add_argument("reports", nargs="+", metavar="REPORT", help="report/ folders")
     compare.add_argument("--metric", help="only this metric, e.g. hit_rate@1")
@@ -86,6 +88,39 @@ def _recipe_verb(verbs, name: str, function, text: str) -> argparse.ArgumentPars
     verb.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="e.g. adapter.r=16")
     verb.set_defaults(verb=function)
     return verb
+
+
+def _serve_verb(verbs) -> None:
+    text = "adapter/ → an OpenAI-compatible vLLM server, each request with its own user's gate"
+    serve = verbs.add_parser("serve", help=text, description=text)
+    serve.add_argument("adapter", metavar="ADAPTER", help="folder of an instance-wise or a plain LoRA")
+    serve.add_argument("--model", metavar="NAME", help="base model; default: the one that the adapter was trained on")
+    serve.add_argument("--name", default="recllm", help="of the model in requests (default recllm)")
+    types = ["bfloat16", "float16", "float32"]
+    serve.add_argument("--dtype", default="bfloat16", choices=types, help="of the base model (default bfloat16)")
+    serve.add_argument("--template", metavar="FILE", help="of next_item; default: where the adapter's recipe says")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="0: any free one (default 8000)")
+    serve.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that requests carry")
+    serve.add_argument("--api-key-file", metavar="FILE", help="file with that key")
+    numbers = {
+        "--max-history": (1000, "N", "items of a request's history"),
+        "--max-body": (256 << 10, "BYTES", "of a request"),
+        "--max-concurrency": (64, "N", "requests in work at once, others get a 503"),
+        "--cache-mib": (256, "N", "memory for the gates of users"),
+        "--max-model-len": (None, "N", "tokens of a prompt with its answer; default: the model's, at most 4096"),
+    }
+    for flag, (default, unit, what) in numbers.items():
+        what += "" if default is None else f" (default {default})"
+        serve.add_argument(flag, type=int, default=default, metavar=unit, help=what)
+    serve.add_argument(
+        "--drain", type=float, default=25, metavar="S", help="seconds to answer in at a stop (default 25)"
+    )
+    serve.add_argument("--vllm-log", metavar="FILE", help="of vLLM's output, - is standard error; default: a new file")
+    serve.add_argument(
+        "--vllm-arg", action="append", default=[], metavar="ARG", help="--vllm-arg=--ARG=VALUE, repeated"
+    )
+    serve.set_defaults(verb=_serve)
 
 
 def _load(parsed: argparse.Namespace):
@@ -133,6 +168,43 @@ def _export(parsed: argparse.Namespace) -> None:
     if parsed.prototypes is not None and parsed.prototypes < 1:
         raise UserError(f"--prototypes {parsed.prototypes}: at least 1 is needed")
     stages.export(_load(parsed), Path(parsed.output), parsed.user, parsed.prototypes, max(parsed.examples, 0))
+
+
+def _serve(parsed: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    try:
+        from recllm.serve.command import Options, read_key, serve
+        from recllm.serve.front_door import Limits
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in (
+            "fastapi",
+            "httpx",
+            "prometheus_client",
+            "starlette",
+            "uvicorn",
+        ):
+            raise
+        raise UserError(f'recllm serve needs {error.name}: run `pip install "recllm[serve]"`') from None
+
+    serve(
+        Options(
+            adapter=Path(parsed.adapter),
+            model=parsed.model,
+            name=parsed.name,
+            dtype=parsed.dtype,
+            template=parsed.template,
+            host=parsed.host,
+            port=parsed.port,
+            api_key=read_key(parsed.api_key_env, parsed.api_key_file),
+            limits=Limits(parsed.max_body, parsed.max_history, parsed.max_concurrency),
+            cache_mib=parsed.cache_mib,
+            max_model_len=parsed.max_model_len,
+            drain_s=parsed.drain,
+            vllm_log=parsed.vllm_log,
+            vllm_args=parsed.vllm_arg,
+        )
+    )
 
 
 def _compare(parsed: argparse.Namespace) -> None:

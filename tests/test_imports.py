@@ -13,9 +13,11 @@ PACKAGE = ROOT / "recllm"
 # A room may import from rooms of a lower rank only; the same rank means: never from one another.
 RANK = {
     "errors": 0, "files": 1, "schema": 1, "assets": 1, "recipe": 2,
-    "data": 3, "graph": 3, "convert": 4, "model": 5, "train": 6, "infer": 6, "evaluate": 7, "stages": 8, "cli": 9,
+    "data": 3, "graph": 3, "convert": 4, "model": 5, "train": 6, "infer": 6, "evaluate": 7, "serve": 7, "stages": 8,
+    "cli": 9,
 }  # fmt: skip
-HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "vllm", "deepspeed", "bitsandbytes", "trl", "ray"}
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "vllm", "deepspeed", "bitsandbytes", "trl", "ray",
+         "fastapi", "httpx", "uvicorn", "prometheus_client"}  # fmt: skip
 
 
 def _room(path: Path) -> str:

@@ -162,7 +162,7 @@ class VllmModel:
             raise UserError(f"{PER_LAYER}={os.environ[PER_LAYER]}, these adapters need {layers}: unset it")
         platform, llm_class = _import_vllm()
         arguments = settings(section, adapters, longest, platform.is_cpu())
-        self.runner_v2 = _uses_runner_v2(arguments, platform)
+        self.runner_v2 = uses_runner_v2(arguments, platform)
         if self.runner_v2:
             arguments["enable_trace_replay"] = True
         else:
@@ -233,7 +233,7 @@ def _import_vllm() -> tuple[Any, Any]:
     return current_platform, LLM
 
 
-def _uses_runner_v2(arguments: dict[str, Any], platform: Any) -> bool:
+def uses_runner_v2(arguments: dict[str, Any], platform: Any) -> bool:
     if platform.is_cpu():
         from vllm.triton_utils import HAS_TRITON
 
