@@ -62,7 +62,7 @@ def flags_of(parsed: argparse.Namespace) -> list[str]:
     """vLLM's command line."""
     from vllm.platforms import current_platform
 
-    from recllm.infer.vllm_engine import uses_runner_v2, settings
+    from recllm.infer.vllm_engine import settings, uses_runner_v2
     from recllm.infer.vllm_plugin import register
     from recllm.recipe import ModelSection
 
