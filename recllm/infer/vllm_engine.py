@@ -234,6 +234,7 @@ def _import_vllm() -> tuple[Any, Any]:
 
 
 def uses_runner_v2(arguments: dict[str, Any], platform: Any) -> bool:
+    """Whether vLLM takes model runner V2 for these arguments of vllm.LLM; on a CPU it needs Triton for CPUs."""
     if platform.is_cpu():
         from vllm.triton_utils import HAS_TRITON
 
