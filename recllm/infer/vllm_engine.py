@@ -12,7 +12,7 @@ started, and not before.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ CPU_MEMORY = 0.25  # of the free memory, for keys and values at most
 CPU_REQUESTS, CPU_STEP_TOKENS = 128, 2048  # in a step
 BEAM_PROMPTS = 64  # whose beams are driven at once
 PART_ANSWERS = 512
+WORKER_EXTENSION = "recllm.infer.vllm_plugin.worker.GateReport"
 
 
 class Loaded(NamedTuple):
@@ -141,6 +142,17 @@ def _cache_bytes(place: str, dtype: str, longest: int) -> int:
     return int(min(max(wanted, 256 << 20), CPU_MEMORY * psutil.virtual_memory().available))
 
 
+def check_reports(reports: Sequence[Mapping[str, Any]], used: bool = False) -> None:
+    """What workers say of their gates (vllm_plugin/worker.py).
+
+    Raises:
+        RuntimeError: one does not gate, or where `used` has not.
+    """
+    for said in reports:
+        if not said["kernels"].startswith("Gated") or (used and not said["gated_steps"]):
+            raise RuntimeError(f"a vLLM worker applies no gates ({said}): its answers would be the plain LoRA's")
+
+
 class VllmModel:
     """A running vLLM: the base model, its tokenizer, and adapters that are loaded when they are first asked.
 
@@ -168,7 +180,7 @@ class VllmModel:
         else:
             arguments["logits_processors"] = ["recllm.infer.vllm_requests:ForcedTokens"]
         if adapters:
-            arguments["worker_extension_cls"] = "recllm.infer.vllm_plugin.worker.GateReport"
+            arguments["worker_extension_cls"] = WORKER_EXTENSION
         self.llm = llm_class(**arguments)
         if any(shape_of(folder) for folder in adapters):
             self.check_gates()
@@ -194,9 +206,7 @@ class VllmModel:
         Raises:
             RuntimeError: they do not: answers to gated requests are those of the plain LoRA.
         """
-        for said in self.llm.collective_rpc("recllm_gates"):
-            if not said["kernels"].startswith("Gated") or (used and not said["gated_steps"]):
-                raise RuntimeError(f"a vLLM worker applies no gates ({said}): its answers would be the plain LoRA's")
+        check_reports(self.llm.collective_rpc("recllm_gates"), used)
 
     def close(self) -> None:
         """Stop vLLM's processes."""

@@ -29,7 +29,9 @@ from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.infer.beams import Beam
 from recllm.infer.item_trie import ItemTrie, catalogue_trie
+from recllm.infer.vllm_engine import check_reports
 from recllm.infer.vllm_plugin import hooks
+from recllm.infer.vllm_plugin.gates import has_gate
 from recllm.infer.vllm_requests import BeamDriver, forced, read_forced
 from recllm.model.base_model import load_tokenizer
 from recllm.serve.front_door import CLIENT_GONE, RANK, while_connected
@@ -54,6 +56,8 @@ class RankPlugin:
         served = json.loads(os.environ.get(SERVED, "null"))
         if served is None or engine_client is None:
             return
+        if has_gate(served["adapter"]):  # or its answers would be the plain LoRA's, without a word
+            check_reports(await engine_client.collective_rpc("recllm_gates"))
         lora = state.openai_serving_models.lora_requests[served["name"]]
         trie = None
         if served["end"] is not None:

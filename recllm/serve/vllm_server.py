@@ -62,7 +62,7 @@ def flags_of(parsed: argparse.Namespace) -> list[str]:
     """vLLM's command line."""
     from vllm.platforms import current_platform
 
-    from recllm.infer.vllm_engine import settings, uses_runner_v2
+    from recllm.infer.vllm_engine import WORKER_EXTENSION, settings, uses_runner_v2
     from recllm.infer.vllm_plugin import register
     from recllm.recipe import ModelSection
 
@@ -73,6 +73,7 @@ def flags_of(parsed: argparse.Namespace) -> list[str]:
         arguments["enable_trace_replay"] = True
     else:
         arguments["logits_processors"] = ["recllm.infer.vllm_requests:ForcedTokens"]
+    arguments["worker_extension_cls"] = WORKER_EXTENSION
     server = {
         "host": parsed.host,
         "port": parsed.port,
