@@ -345,7 +345,7 @@ class Relayed(Response):
         except httpx.HTTPError as error:
             raise _no_answer(error) from None
         try:
-            await send({"type": "http.response.start", "status": answer.status_code, "headers": self._passed_back(answer)})
+            await send({"type": "http.response.start", "status": answer.status_code, "headers": self._relayed(answer)})
             async for part in answer.aiter_raw():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
@@ -354,7 +354,7 @@ class Relayed(Response):
         finally:
             await answer.aclose()
 
-    def _passed_back(self, answer: httpx.Response) -> list[tuple[bytes, bytes]]:
+    def _relayed(self, answer: httpx.Response) -> list[tuple[bytes, bytes]]:
         kept = [(name.lower(), value) for name, value in answer.headers.raw if name.lower().decode() not in HOP_BY_HOP]
         return kept + [(name.encode(), value.encode("latin-1")) for name, value in self.added.items()]
 
