@@ -254,7 +254,7 @@ def test_prompts_of_one_token(
 ) -> None:
     """A prompt that is all root of its trie: nothing of it is read in the first forward."""
     model = soft()
-    module = "recllm.infer.transformers_engine.prompt_ids"
+    module = "recllm.infer.tokens.prompt_ids"
     monkeypatch.setattr(module, lambda tokenizer, prompt: ids[prompt[0]["content"]])
     ids = {"hello": [5], "be brief": [9, 8, 7]}
     rows = [0, *others]
