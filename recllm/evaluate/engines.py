@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from recllm.errors import UserError
 from recllm.recipe import Recipe
 
 
@@ -96,15 +95,11 @@ class VllmEngines:
 
     def __init__(self, recipe: Recipe, folders: list[Path]) -> None:
         from recllm.infer.tokens import Tokens
-        from recllm.infer.vllm_engine import gate_layers, lora_settings
+        from recllm.infer.vllm_engine import check_precision, gate_layers, lora_settings
         from recllm.model.adapter import check_base_config
         from recllm.model.base_model import load_base_config, load_tokenizer
 
-        if recipe.model.quantization is not None:
-            raise UserError(
-                f"evaluate.engine=vllm with model.quantization={recipe.model.quantization}: take evaluate.engine="
-                "transformers for a quantised base model"
-            )
+        check_precision(recipe.model)
         config = load_base_config(recipe.model.name_or_path)
         for folder in folders:
             check_base_config(config, folder)

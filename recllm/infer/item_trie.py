@@ -231,26 +231,16 @@ def catalogue_trie(tokenizer: Any, texts: Sequence[str], end: str) -> ItemTrie:
     Raises:
         UserError: no item; an empty text; a text that another one begins with, which takes a newline inside one.
     """
+    from recllm.model.chat import answers_ids  # needs torch, which a trie does not
+
     if empty := [item for item, text in enumerate(texts) if not text]:
         raise UserError(f"item {empty[0]} has an empty title, every item needs one: set prompt.item and convert again")
     flat, offsets = array("i"), array("q", [0])
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        for ids in _answers_ids(tokenizer, [text + end for text in texts[start : start + _TEXTS_AT_ONCE]]):
+        for ids in answers_ids(tokenizer, [text + end for text in texts[start : start + _TEXTS_AT_ONCE]]):
             flat.extend(ids)
             offsets.append(len(flat))
     return ItemTrie.build(np.frombuffer(flat, np.int32) if flat else [], np.frombuffer(offsets, np.int64), texts)
-
-
-def _answers_ids(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
-    """`chat.answer_ids` of each, with all lines in one call of the tokenizer."""
-    from recllm.model.chat import _encode_lines, _lines, _terminator  # needs torch, which a trie does not
-
-    lines = [_lines(answer) for answer in answers]
-    encoded = iter(_encode_lines(tokenizer, list(chain.from_iterable(lines))))
-    return [
-        [token for _ in own for token in next(encoded)] + _terminator(tokenizer, answer)
-        for answer, own in zip(answers, lines)
-    ]
 
 
 # ---- building ----

@@ -127,6 +127,14 @@ class Tokens:
         return Generation(text, finished)
 
 
+def per_token(scores: np.ndarray, candidates: Sequence[Sequence[Ids]]) -> np.ndarray:
+    """Scores of answers (N, C) divided by the number of their tokens; NaN stays where a list is shorter."""
+    lengths = np.ones_like(scores)
+    for row, answers in zip(lengths, candidates):
+        row[: len(answers)] = [len(answer) for answer in answers]
+    return scores / lengths
+
+
 def listed_by_default(prompts: Sequence[Prompt]) -> list[bool]:
     """Whether each answer continues a list: that of a prompt that ends in an assistant message."""
     return [prompt[-1]["role"] == "assistant" for prompt in prompts]

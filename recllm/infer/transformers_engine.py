@@ -34,7 +34,7 @@ from recllm.data.dataset import pad_left
 from recllm.errors import UserError
 from recllm.infer.beams import Beam, Ranking, search
 from recllm.infer.item_trie import ItemTrie
-from recllm.infer.tokens import Generation, Prompt, Tokens, listed_by_default
+from recllm.infer.tokens import Generation, Prompt, Tokens, listed_by_default, per_token
 from recllm.model.adapter import accepts_history
 
 _LOGITS_BYTES = 512 << 20  # a batch's logits in fp32 stay below, whatever the vocabulary; four times that on a GPU
@@ -115,10 +115,7 @@ class TransformersEngine:
                 for i, row in zip(batch, values, strict=True):
                     scores[i, : len(row)] = row
                 bar.update(len(batch))
-        if length_normalised:
-            for i, texts in enumerate(candidates):
-                scores[i, : len(texts)] /= [len(answer) for answer in texts]
-        return scores
+        return per_token(scores, candidates) if length_normalised else scores
 
     def num_tokens(self, answers: Sequence[Sequence[str]]) -> np.ndarray:
         """Tokens of each answer with its terminator, (N, C); 0 in the columns that a shorter list lacks."""

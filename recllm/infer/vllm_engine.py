@@ -24,7 +24,7 @@ from tqdm import tqdm
 from recllm.errors import UserError
 from recllm.infer.beams import Beam, Ranking
 from recllm.infer.item_trie import ItemTrie
-from recllm.infer.tokens import Generation, Prompt, Tokens, listed_by_default
+from recllm.infer.tokens import Generation, Prompt, Tokens, listed_by_default, per_token
 from recllm.infer.vllm_plugin import CPU_RUNS, PER_LAYER
 from recllm.infer.vllm_plugin.gates import shape_of
 from recllm.model.base_model import load_tokenizer, model_folder
@@ -60,10 +60,7 @@ def settings(section: ModelSection, adapters: Sequence[Path], longest: int, on_c
     Raises:
         UserError: a quantised base model; a soft token; an adapter that vLLM does not serve.
     """
-    if section.quantization is not None:
-        raise UserError(
-            f"evaluate.engine=vllm with model.quantization={section.quantization}: take evaluate.engine=transformers"
-        )
+    check_precision(section)
     place = model_folder(section.name_or_path)
     found: dict[str, Any] = {
         "model": place,
@@ -84,6 +81,18 @@ def settings(section: ModelSection, adapters: Sequence[Path], longest: int, on_c
             "kv_cache_memory_bytes": _cache_bytes(place, section.dtype, longest),
         }
     return found
+
+
+def check_precision(section: ModelSection) -> None:
+    """Refuse a quantised base model.
+
+    Raises:
+        UserError: model.quantization is set.
+    """
+    if section.quantization is not None:
+        raise UserError(
+            f"evaluate.engine=vllm with model.quantization={section.quantization}: take evaluate.engine=transformers"
+        )
 
 
 def lora_settings(adapters: Sequence[Path]) -> dict[str, Any]:
@@ -298,10 +307,7 @@ class VllmEngine:
                 for (i, c), output in zip(pairs, outputs, strict=True):
                     scores[i, c] = asked.read_forced(output, candidates[i][c])
                 bar.update(len(batch))
-        if length_normalised:
-            for i, texts in enumerate(candidates):
-                scores[i, : len(texts)] /= [len(answer) for answer in texts]
-        return scores
+        return per_token(scores, candidates) if length_normalised else scores
 
     def num_tokens(self, answers: Sequence[Sequence[str]]) -> np.ndarray:
         """Tokens of each answer with its terminator, (N, C); 0 in the columns that a shorter list lacks."""

@@ -85,6 +85,15 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return line_ids(tokenizer, text) + _terminator(tokenizer, text)
 
 
+def answers_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """`answer_ids` of each text, with all lines in one call of the tokenizer; errors as there."""
+    lines = [_lines(text) for text in texts]
+    ids = iter(_encode_lines(tokenizer, [line for own in lines for line in own]))
+    return [
+        [token for _ in own for token in next(ids)] + _terminator(tokenizer, text) for text, own in zip(texts, lines)
+    ]
+
+
 def _terminator(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """What follows an answer: nothing where a newline ends it, otherwise [eos]."""
     if text.endswith("\n"):

@@ -100,7 +100,9 @@ def _refusal(why: str) -> str:
 def _difference(module: str, name: str, wanted: tuple[str, ...]) -> str | None:
     """What is wrong with a symbol; None where it is as expected."""
     try:
-        found: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))  # type: ignore[arg-type]
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         return f"{module}.{name} is missing ({error})"
     parameters = tuple(inspect.signature(found).parameters)

@@ -107,7 +107,7 @@ class Gated:
 
     def expand_gated(self, layer: int, *arguments: Any, **options: Any) -> None:
         """`add_expand` with the factors of a layer."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kernel's own, see the classes below
 
     def add_expand(self, *arguments: Any, **options: Any) -> None:
         """With the factors of all layers, or without any where each layer has its own and this module is in none."""
