@@ -5,8 +5,9 @@ is one of them (ties are pessimistic), and a title stands in a ranking once. Ite
 the protocol says so; the target always is.
 
 Every title is scored for `evaluate.exhaustive`: exact, at the price of the catalogue's tokens a user. A beam search
-(`evaluate.beam_width`) returns the titles that it found: a target that is not among them has no rank, which is a miss.
-With both the ranks are exact, and `recall` says which share of the exhaustive best the beam found.
+(`evaluate.beam_width`) returns the best titles that it found: a target that is not among them has no rank, which is a
+miss. `exact` is the share of examples whose best titles are known to be those of the exhaustive ranking: at 1, metrics
+up to k are exact. With both every rank is exact, and `recall` says which share of the exhaustive best the beam found.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class FullRanks(NamedTuple):
     """Of one system and task."""
 
     ranks: Integers  # (N,) of the target among all items; NO_RANK where a beam did not find it
-    beam: dict[str, Any] | None  # {width, k, recall}: recall of the exhaustive best k, None where not measured
+    beam: dict[str, Any] | None  # {width, k, exact, recall}: of the exhaustive best k, None where not measured
 
 
 class Catalogue:
@@ -67,7 +68,8 @@ class Catalogue:
             return FullRanks(found, None)
         rankings = self._beams(engine, task, label, given)
         k = max(self.recipe.protocol.ranking.k)
-        beam = {"width": section.beam_width, "k": k, "recall": None}
+        exact = float(np.mean([ranking.is_exact for ranking in rankings.values()]))
+        beam = {"width": section.beam_width, "k": k, "exact": exact, "recall": None}
         if section.exhaustive:
             shares = [len(np.intersect1d(best[row], rankings[row].titles)) / len(best[row]) for row in best]
             return FullRanks(found, beam | {"recall": float(np.mean(shares))})

@@ -24,7 +24,8 @@ better for nats, brier and calibration_error only.
                       has_gate, task, description, num_examples, num_users,
                       metrics {"hit_rate@1": ESTIMATE, … "ndcg@k", "mrr@k", "mrr", "valid_ratio", "nats"},
                       full_catalogue: null | {the same without nats},
-                      beam: null | {width, k, recall: null | share of the exhaustive best k that the beam found}
+                      beam: null | {width, k, exact: share of examples whose best k are known to be right,
+                      recall: null | share of the exhaustive best k that the beam found}
                       generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit}}]
                     nats, of language models only: negative log-likelihood of the right answer, terminator included.
                     Closed tasks (like): accuracy, balanced_accuracy, "f1 LABEL", auc, brier, calibration_error, …

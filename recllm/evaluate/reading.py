@@ -375,8 +375,10 @@ def _list(words: Sequence[str], last: str = "and") -> str:
 def beam_note(systems: Sequence[Mapping[str, Any]]) -> str:
     """How language models' ranks in the whole catalogue came about where a beam search had a part in it; "" elsewhere.
 
-    >>> beam_note([{"name": "lora", "beam": {"width": 20, "k": 10, "recall": None}}])
-    'language models by beams of 20: a target that a beam does not find is a miss'
+    >>> beam_note([{"name": "lora", "beam": {"width": 20, "k": 10, "exact": 0.5, "recall": None}}])
+    'language models by beams of 20: a target that a beam does not find is a miss; known to be exact: lora 50%'
+    >>> beam_note([{"name": "lora", "beam": {"width": 999, "k": 10, "exact": 1.0, "recall": None}}])
+    'language models by beams of 999, the best 10 known to be exact: a target that is not among them is a miss'
     """
     found = {system["name"]: system["beam"] for system in systems if system.get("beam")}
     if not found:
@@ -385,4 +387,9 @@ def beam_note(systems: Sequence[Mapping[str, Any]]) -> str:
     recalls = [f"{name} {beam['recall']:.2f}" for name, beam in found.items() if beam["recall"] is not None]
     if recalls:
         return f"language models by every title; of its best {k} a beam of {width} finds: {', '.join(recalls)}"
-    return f"language models by beams of {width}: a target that a beam does not find is a miss"
+    if all(beam["exact"] == 1 for beam in found.values()):
+        known = f"the best {k} known to be exact: a target that is not among them is a miss"
+        return f"language models by beams of {width}, {known}"
+    shares = ", ".join(f"{name} {beam['exact']:.0%}" for name, beam in found.items())
+    missed = "a target that a beam does not find is a miss"
+    return f"language models by beams of {width}: {missed}; known to be exact: {shares}"

@@ -57,7 +57,7 @@ class Prediction(NamedTuple):
 
     scores: npt.NDArray[np.float64]  # (N, C), a NaN row is invalid
     full_rank: npt.NDArray[np.int64] | None = None  # (N,) in the whole catalogue; 0 where a beam did not find it
-    beam: dict[str, Any] | None = None  # {width, k, recall} of the beam search, catalogue.py
+    beam: dict[str, Any] | None = None  # {width, k, exact, recall} of the beam search, catalogue.py
     nats: npt.NDArray[np.float64] | None = None  # (N,) negative log-likelihood of the right answer
     generations: list[tuple[str, bool]] | None = None  # of the first examples: text, and whether it ended by itself
     has_probabilities: bool = True  # closed tasks: whether scores are log-probabilities

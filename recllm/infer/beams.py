@@ -16,7 +16,8 @@ few neighbours, and scores would not be the likelihoods that scoring titles by t
 
 At each depth all children of the frontier compete and the `width` best are kept; those that end a title are finished,
 the others are the next frontier. Ties go to the lower node. With a width of at least the number of titles nothing is
-cut, and the ranking is the exhaustive one.
+cut, and the ranking is the exhaustive one. It often is with less: scores only fall, so where everything that was cut
+scored below the k-th title, no title behind it can stand among the best k, and the search knows so (`is_exact`).
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ class Ranking(NamedTuple):
 
     titles: Ints  # (R,) numbers of ItemTrie
     scores: Floats  # (R,) nats, or nats a token
+    is_exact: bool  # scoring every title would have given the same
 
 
 class Beam:
@@ -77,6 +79,8 @@ class Beam:
         self._scores: Floats = np.zeros(1)  # (F,)
         self._leaves: Ints = np.empty(0, dtype=np.int32)  # of the finished titles
         self._leaf_scores: Floats = np.empty(0)
+        self._best_cut = -np.inf  # the highest score that the width left out
+        self._has_cut = False
         self._choices: Children | None = None
 
     @property
@@ -112,6 +116,9 @@ class Beam:
             )
         scores = self._scores[rows] + added
         kept = _best(scores, nodes, self.width)
+        if len(kept) < len(nodes):
+            self._has_cut = True
+            self._best_cut = max(self._best_cut, np.delete(scores, kept).max())
         is_leaf = self.trie.title[nodes[kept]] >= 0
         self._leaves = np.concatenate([self._leaves, nodes[kept[is_leaf]]])
         self._leaf_scores = np.concatenate([self._leaf_scores, scores[kept[is_leaf]]])
@@ -126,7 +133,14 @@ class Beam:
         if self.length_normalised:
             scores = scores / self.trie.lengths[titles]
         best = _best(scores, self._leaves, self.k)
-        return Ranking(titles[best], scores[best])
+        return Ranking(titles[best], scores[best], self._is_exact(scores[best]))
+
+    def _is_exact(self, best: Floats) -> bool:
+        """Whether nothing that was cut could be one of the best k; at equality it might stand before the k-th."""
+        if not self._has_cut:
+            return True
+        # a mean over tokens may rise behind what was cut
+        return not self.length_normalised and len(best) == self.k and bool(self._best_cut < best[-1])
 
     def _can_win(self, scores: Floats) -> npt.NDArray[np.bool_]:
         """Which unfinished nodes may still lead to one of the best k: those above the k-th finished title.

@@ -158,7 +158,7 @@ class Ranker:
         while requests := await asyncio.to_thread(driver.requests):
             outputs = await self._ask(requests)
             await asyncio.to_thread(driver.take, outputs)
-        titles, scores = beam.ranking()
+        titles, scores, _ = beam.ranking()
         excluded = set(wanted.excluded)
         return [_shown(trie, int(title), excluded) for title in titles], scores.tolist()
 

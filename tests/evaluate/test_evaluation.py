@@ -587,7 +587,9 @@ def test_a_beam_ranks_the_whole_catalogue_as_far_as_it_reaches(made, tmp_path, w
     k = max(made.recipe.protocol.ranking.k)
     for name in ("ilora", "base_model"):
         assert entry(documents["exhaustive"], name)["beam"] is None
-        assert entry(documents["beam"], name)["beam"] == {"width": width, "k": k, "recall": None}
+        beam = entry(documents["beam"], name)["beam"]
+        assert beam == {"width": width, "k": k, "exact": beam["exact"], "recall": None}
+        assert beam["exact"] == 1 if width == 1000 else 0 <= beam["exact"] < 1
         recall = entry(documents["both"], name)["beam"]["recall"]
         assert recall == 1 if width == 1000 else 0 < recall < 1
         said = (tmp_path / "both" / "report.md").read_text()

@@ -105,7 +105,8 @@ def test_metrics_are_the_same(reports):
             assert ours[table].keys() == theirs[table].keys()
             for metric, value in theirs[table].items():
                 assert ours[table][metric]["value"] == pytest.approx(value["value"], abs=TOLERANCE), (name, metric)
-        assert ours["beam"] == theirs["beam"] == {"width": 5, "k": 10, "recall": None}
+        assert ours["beam"] == theirs["beam"]
+        assert ours["beam"]["width"] == 5
 
 
 def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -82,10 +82,33 @@ def test_full_width_equals_brute_force(case, mean):
 def test_any_width_equals_beams_that_never_stop_early(case, mean, width, k):
     trie, table, excluded = case
     assume(open_titles(trie, excluded))
-    titles, scores = run(trie, table, width, k, trie.excluding(excluded), mean)
+    titles, scores, _ = run(trie, table, width, k, trie.excluding(excluded), mean)
     assert list(zip(titles.tolist(), scores.tolist())) == plain_beams(trie, table, width, excluded, mean)[:k]
     assert 1 <= len(titles) == len(set(titles.tolist())) <= k
     assert set(titles.tolist()) <= set(open_titles(trie, excluded))
+
+
+@given(cases(), FLAGS, st.integers(1, 8), st.integers(1, 6))
+def test_what_is_called_exact_is_the_exhaustive_ranking(case, mean, width, k):
+    trie, table, excluded = case
+    assume(open_titles(trie, excluded))
+    ranking = run(trie, table, width, k, trie.excluding(excluded), mean)
+    titles, scores = exhaustive(trie, table, excluded, mean)
+    if ranking.is_exact:
+        assert ranking.titles.tolist() == titles[:k]
+        assert ranking.scores.tolist() == scores[:k]
+    else:
+        assert width < trie.num_titles
+
+
+def test_a_narrow_search_knows_whether_what_it_cut_could_have_won():
+    trie = ItemTrie.build([[1, END], [2, END], [3, END]])
+    for cut, is_exact in ((-4.5, True), (-4.0, False), (-3.5, False)):  # an equal one might stand before it
+        beam = Beam(trie, width=2, k=1)
+        beam.advance([-1.0, -2.0, cut])
+        beam.advance([-3.0, -3.0])
+        assert beam.ranking().titles.tolist() == [0]
+        assert beam.ranking().is_exact is is_exact
 
 
 @given(cases())
