@@ -70,6 +70,69 @@ class DataSection(Section):
     users: UsersSource | None = None
 
 
+class NamesSource(Section):
+    """A table that names entities or relations: `columns` maps id and name to the file's."""
+
+    path: str
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole"] = "auto"
+    columns: dict[str, str | int | None] = {}
+    header: bool = True
+    separator: str = ","
+
+
+class TriplesSource(Section):
+    """Where triples are read; `columns` maps head, relation, tail and, optionally, timestamp to the file's."""
+
+    path: str | list[str]  # several files are read as one
+    # rdf: Turtle, TriG, N-Triples and N-Quads
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "rdf"] = "auto"
+    columns: dict[str, str | int | None] = {}
+    header: bool = True
+    separator: str = ","
+    timestamp_unit: Literal["s", "ms", "us", "iso8601"] = "s"
+    entities: NamesSource | None = None  # readable names of what heads and tails write as ids
+    relations: NamesSource | None = None
+
+
+class LinksSource(Section):
+    """Which entity an item is; `id_map` translates its item ids into those of the interactions."""
+
+    path: str
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole"] = "auto"
+    columns: dict[str, str | int | None] = {}  # item_id and entity_id
+    header: bool = True
+    separator: str = ","
+    id_map: IdMap | None = None
+
+
+class RetrievalSection(Section):
+    """Which triples a prompt may show. two_stage: first what matters to this user, then what hangs on that.
+
+    parallel does both stages at once, from the user's items; khop and pagerank know one stage; random is the baseline
+    that they all should beat: triples around the user's items, drawn by seed.
+    """
+
+    method: Literal["khop", "random", "pagerank", "two_stage", "parallel"] = "two_stage"
+    hops: int = Field(2, ge=1, le=4)
+    fan_out: int = Field(20, ge=1)  # edges of one relation that are followed from an entity, the newest
+    allow: list[str] = []  # relations by id or name; empty: all
+    deny: list[str] = []
+    hub_penalty: float = Field(0.5, ge=0)  # an entity passes on its weight / degree ** hub_penalty
+    max_items: int = Field(50, ge=1)  # newest items of the history that retrieval starts from
+    entities: int = Field(20, ge=1)  # that the first stage hands to the second
+    max_triples: int = Field(100, ge=1)  # the best, of which the budget takes as many as fit
+
+
+class GraphSection(Section):
+    """A knowledge graph whose triples prompts show, each older than its example's cut-off."""
+
+    triples: TriplesSource
+    links: LinksSource
+    retrieval: RetrievalSection = RetrievalSection()
+    budget: int = Field(256, ge=1)  # tokens of the subgraph in a prompt, by the base model's tokenizer
+    format: Literal["grouped", "lines", "turtle", "json_ld"] = "grouped"
+
+
 class FilterSection(Section):
     """What is dropped before sequences are built."""
 
@@ -284,6 +347,7 @@ class Recipe(Section):
     seed: int = 0
     output_dir: str = "runs/{name}"
     data: DataSection
+    graph: GraphSection | None = None
     filter: FilterSection = FilterSection()
     protocol: Protocol
     history: HistorySection = HistorySection()

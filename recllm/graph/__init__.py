@@ -1,0 +1,1 @@
+"""The knowledge graph: read, stored, asked, and written as text."""
