@@ -76,7 +76,11 @@ def next_tokens(tokens: npt.NDArray[np.integer], gate: Gate, everything: bool = 
 def read_next(output: Any, tokens: npt.NDArray[np.integer], width: int) -> npt.NDArray[np.float64] | None:
     """Log-probabilities of `tokens`, (C,): those that were not returned are −inf.
 
-    None where the answer does not hold the best `width` of them for certain, so that everything has to be asked.
+    None where the answer does not hold the best `width` + 1 of them for certain, so that everything has to be asked:
+    with one more than a beam keeps, what it cuts is known to be at least as likely as what was not returned.
+
+    Raises:
+        RuntimeError: the engine returned other tokens than were asked for.
     """
     found = output.outputs[0].logprobs
     start, end = found.start_indices[0], found.end_indices[0]
@@ -84,7 +88,10 @@ def read_next(output: Any, tokens: npt.NDArray[np.integer], width: int) -> npt.N
     order = np.argsort(ids, kind="stable")
     places = np.minimum(np.searchsorted(ids, tokens, sorter=order), len(ids) - 1)
     known = ids[order[places]] == tokens
-    if known.sum() < min(width, len(tokens)):
+    by_name = len(tokens) <= MAX_LOGPROB_TOKEN_IDS
+    if not known.all() if by_name else len(np.unique(ids)) <= MAX_LOGPROB_TOKEN_IDS:
+        raise RuntimeError(f"vLLM returned {len(ids)} log-probabilities that are not those asked for: they are void")
+    if known.sum() < min(width + 1, len(tokens)):
         return None
     return np.where(known, values[order[places]], -np.inf)
 

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,25 +268,24 @@ def overhead(serving: Serving, users: list[User], arguments: argparse.Namespace)
 
 async def load(target: Target, requests: list[Request], clients: int, seconds: float) -> dict[str, Any]:
     """So many clients that ask again as soon as they are answered."""
-    times, errors = list[float](), 0
+    times, errors = list[float](), Counter[str]()
     started = time.perf_counter()
     until = started + seconds
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
-        nonlocal errors
         while time.perf_counter() < until:
             path, body = requests[number % len(requests)]
             number += clients
             asked = time.perf_counter()
             try:
                 answer = await client.post(path, json=body)
-                good = answer.status_code == 200
-            except httpx.HTTPError:
-                good = False
-            if good:
+                problem = None if answer.status_code == 200 else f"{answer.status_code}: {answer.text[:300]}"
+            except httpx.HTTPError as error:
+                problem = repr(error)
+            if problem is None:
                 times.append(1e3 * (time.perf_counter() - asked))
             else:
-                errors += 1
+                errors[problem] += 1
 
     async with target.many_clients() as client:
         tasks = [asyncio.create_task(ask(client, number)) for number in range(clients)]
@@ -294,7 +294,9 @@ async def load(target: Target, requests: list[Request], clients: int, seconds: f
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     taken = time.perf_counter() - started
-    found: dict[str, Any] = {"requests": len(times), "errors": errors, "unfinished": len(pending)}
+    found: dict[str, Any] = {"requests": len(times), "errors": errors.total(), "unfinished": len(pending)}
+    if errors:
+        found["what"] = dict(errors)
     if times:
         p50, p99 = np.percentile(times, [50, 99])
         found |= {"p50_ms": round(p50, 1), "p99_ms": round(p99, 1), "per_s": round(len(times) / taken, 2)}

@@ -46,6 +46,11 @@ HOOKED: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm.v1.worker.gpu.lora_utils", "LoraState.make_lora_inputs"): (
         "self", "req_ids", "idx_mapping", "num_scheduled_tokens",
     ),
+    ("vllm.v1.sample.sampler", "Sampler.forward"): ("self", "logits", "sampling_metadata"),
+    ("vllm.v1.sample.sampler", "Sampler.gather_specific_token_logprobs"): (
+        "self", "logprobs", "logprob_token_ids", "sampled",
+    ),
+    ("vllm.v1.sample.sampler", "Sampler.gather_logprobs"): ("logprobs", "num_logprobs", "token_ids"),
 }  # fmt: skip
 HOOKED_ON_GPU: dict[tuple[str, str], tuple[str, ...]] = {  # model runner V2: its module imports with Triton only
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests"): ("self", "scheduler_output"),
@@ -120,6 +125,7 @@ def install(layers: int, cpu_runs: bool) -> None:
     _hook_cache_keys()
     _hook_kernels(layers, cpu_runs)
     _hook_runner()
+    _hook_sampler()
     if has_triton():
         _hook_runner_v2()
 
@@ -372,6 +378,52 @@ def _hook_runner() -> None:
         return hooked
 
     _wrap(LoRAModelRunnerMixin, "set_active_loras", set_active_loras)
+
+
+def _hook_sampler() -> None:
+    """Model runner V1: where one request of a step asks for tokens by name, vLLM gives the others no likeliest tokens.
+
+    Their answers would hold the sampled token alone. Ranking asks for tokens by name, so each gets what it asked for.
+    Model runner V2 keeps them apart itself.
+    """
+    from vllm.v1.sample.sampler import Sampler
+
+    def forward(old: Callable[..., Any]) -> Callable[..., Any]:
+        def hooked(self: Any, logits: Any, sampling_metadata: Any, *rest: Any, **options: Any) -> Any:
+            self.recllm_num_logprobs = sampling_metadata.max_num_logprobs
+            return old(self, logits, sampling_metadata, *rest, **options)
+
+        return hooked
+
+    def gather_specific_token_logprobs(old: Callable[..., Any]) -> Callable[..., Any]:
+        def hooked(self: Any, logprobs: Any, logprob_token_ids: Any, sampled: Any) -> Any:
+            named, most = old(self, logprobs, logprob_token_ids, sampled), self.recllm_num_logprobs
+            if named is None or most is None or len(logprob_token_ids) == len(logprobs):
+                return named
+            return by_row(named, self.gather_logprobs(logprobs, most, token_ids=sampled), list(logprob_token_ids))
+
+        return hooked
+
+    _wrap(Sampler, "forward", forward)
+    _wrap(Sampler, "gather_specific_token_logprobs", gather_specific_token_logprobs)
+
+
+def by_row(named: Any, likeliest: Any, rows: list[int]) -> Any:
+    """LogprobsTensors of one step: `named` in those rows, `likeliest` in the others, as wide as the wider."""
+    import torch
+
+    ids, values = named.logprob_token_ids, named.logprobs
+    width = max(ids.shape[1], likeliest.logprobs.shape[1])
+
+    def widened(table: Any, fill: float) -> Any:
+        return torch.nn.functional.pad(table, (0, width - table.shape[1]), value=fill)
+
+    is_named = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+    is_named[rows] = True
+    return named._replace(
+        logprob_token_ids=torch.where(is_named, widened(ids, 0), widened(likeliest.logprob_token_ids, 0)),
+        logprobs=torch.where(is_named, widened(values, -torch.inf), widened(likeliest.logprobs, -torch.inf)),
+    )
 
 
 def _hook_runner_v2() -> None:

@@ -265,6 +265,31 @@ def concurrent(engine: Engine) -> dict[str, Any]:
     return _apart(alone, together)
 
 
+LOGPROBS = ({"logprobs": 5}, {"logprob_token_ids": [3, 7, 200]}, {"logprobs": 0}, {"logprob_token_ids": [*range(100)]},
+            {"logprobs": -1}, {"logprobs": None})  # fmt: skip
+
+
+def logprobs_apart(engine: Engine) -> dict[str, Any]:
+    """Requests that ask for tokens by name beside others that ask for the likeliest: (tokens, largest difference)."""
+    rng = np.random.default_rng(9)
+    prompts = [{"prompt_token_ids": tokens(rng, 40)} for _ in LOGPROBS]
+    params = [parameters(None, max_tokens=3, **({"logprobs": None} | asked)) for asked in LOGPROBS]
+    engine.fresh()
+    alone = [engine.llm.generate([one], [own], use_tqdm=False)[0] for one, own in zip(prompts, params, strict=True)]
+    engine.fresh()
+    together = engine.llm.generate(prompts, params, use_tqdm=False)
+    engine.fresh()
+    found = []
+    for one, other in zip(alone, together, strict=True):
+        mine, theirs = one.outputs[0].logprobs or [], other.outputs[0].logprobs or []
+        same = [a.keys() == b.keys() for a, b in zip(mine, theirs, strict=True)]
+        apart = [
+            abs(a[token].logprob - b[token].logprob) for a, b in zip(mine, theirs) for token in a.keys() & b.keys()
+        ]
+        found.append({"tokens": [len(step) for step in theirs], "same": all(same), "apart": max(apart, default=0.0)})
+    return {"requests": found}
+
+
 def preempted(engine: Engine) -> dict[str, Any]:
     """16 requests that outgrow the cache: some are thrown out and come back."""
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -491,7 +516,7 @@ PROCESSES: dict[str, tuple[dict[str, Any], list[Callable[[Engine], dict[str, Any
     ),
     "shared": (
         {},
-        [plain_answers, mixed, every_position, locks, concurrent, preempted, malformed, needs_layers],
+        [plain_answers, mixed, every_position, locks, concurrent, logprobs_apart, preempted, malformed, needs_layers],
     ),
     "layered": ({"logprobs_mode": "raw_logprobs"}, [mixed_layers, beams]),
     "sharded": (SHARDED, [sharded]),

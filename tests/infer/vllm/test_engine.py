@@ -96,6 +96,20 @@ def test_64_requests_at_once_give_what_they_give_one_by_one(shared):
     assert case["apart"] < APART
 
 
+def test_each_request_of_a_step_gets_the_log_probabilities_that_it_asked_for(shared):
+    """vLLM's own sampler gives those that asked for the likeliest tokens none where others name theirs."""
+    likeliest, named, sampled, many, everything, nothing = shared["logprobs_apart"]["requests"]
+    for case in (likeliest, named, sampled, many, everything, nothing):
+        assert case["same"]
+        assert case["apart"] < APART
+    assert all(5 <= count <= 6 for count in likeliest["tokens"])  # and the sampled one
+    assert all(3 <= count <= 4 for count in named["tokens"])
+    assert sampled["tokens"] == [1, 1, 1]
+    assert all(100 <= count <= 101 for count in many["tokens"])
+    assert everything["tokens"] == [259] * 3
+    assert nothing["tokens"] == []
+
+
 def test_requests_that_are_thrown_out_come_back_with_their_gates(shared):
     case = shared["preempted"]
     assert case["thrown_out"] > 0
