@@ -136,16 +136,17 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _convert(parsed: argparse.Namespace) -> None:
+    from recllm import stages
+
     recipe = _load(parsed)
     if parsed.preview is None:
-        from recllm import stages
-
         stages.run_stage(recipe, "convert", force=True, workers=parsed.workers)
         return
     from recllm.convert.preview import preview
     from recllm.model.chat import token_counter
 
-    print(preview(recipe, parsed.preview, token_counter(recipe.model.name_or_path)))
+    counter = token_counter(recipe.model.name_or_path)
+    print(preview(recipe, parsed.preview, counter, stages.graph_tokenizer(recipe)))
 
 
 def _train(parsed: argparse.Namespace) -> None:

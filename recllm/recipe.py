@@ -121,6 +121,7 @@ class RetrievalSection(Section):
     max_items: int = Field(50, ge=1)  # newest items of the history that retrieval starts from
     entities: int = Field(20, ge=1)  # that the first stage hands to the second
     max_triples: int = Field(100, ge=1)  # the best, of which the budget takes as many as fit
+    path_length: int = Field(2, ge=1, le=3)  # triples between the history and what a path leads to, at most
 
 
 class GraphSection(Section):
@@ -165,13 +166,16 @@ class PromptSection(Section):
 class TaskSection(Section):
     """One kind of example."""
 
-    task: Literal["next_item", "next_item_among", "like"]
+    task: Literal[
+        "next_item", "next_item_among", "like", "item_to_attribute", "attribute_to_item", "explain"
+    ]  # the last three need a graph
     template: str  # a shipped name or a path, e.g. next_item/films
     dense_window: int = Field(0, ge=0)  # n > 0: training examples are windows of n titles with the loss on each
     # random: the loss begins at a random title of the window; those before it are shown and read by the gate, as the
     # list of a held-out example is
     dense_start: Literal["first", "random"] = "first"
     max_train_targets: int | None = Field(None, ge=1)  # training targets per user (or windows), chosen by seed
+    relations: list[str] = []  # item_to_attribute, attribute_to_item: by id or name; empty: those of graph.retrieval
 
 
 class EncoderSection(Section):

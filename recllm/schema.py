@@ -54,7 +54,7 @@ SEQUENCES = pa.schema(
 
 MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
 
-DATASET_FORMAT = 2  # counted up when the columns below change: what was converted before is converted again
+DATASET_FORMAT = 3  # counted up when the columns below change: what was converted before is converted again
 
 # One row an example. `prompt` may end in an assistant message: the completion then continues it.
 EXAMPLES = pa.schema(
@@ -69,7 +69,8 @@ EXAMPLES = pa.schema(
         pa.field("completion", MESSAGES, nullable=False),
         pa.field("target", pa.int32(), nullable=False),  # item_index; of a dense window its last item
         pa.field("candidates", pa.list_(pa.int32())),  # item_index, target included, seeded order; null in training
-        pa.field("label", pa.string()),  # the right answer of a closed task, otherwise null
+        pa.field("label", pa.string()),  # the right answer of a closed task, a question or an explanation, else null
+        pa.field("choices", pa.list_(pa.string())),  # of a question about an item: the label and wrong answers
     ]
 )
 

@@ -41,7 +41,16 @@ def convert(recipe: Recipe, workers: int | None = None) -> None:
     """Interactions → dataset/."""
     from recllm.convert.pipeline import convert as convert_dataset
 
-    convert_dataset(recipe, output_of(recipe, "convert"), workers)
+    convert_dataset(recipe, output_of(recipe, "convert"), workers, graph_tokenizer(recipe))
+
+
+def graph_tokenizer(recipe: Recipe) -> str | None:
+    """The tokenizer that counts the budget of the recipe's graph; None without a graph: nothing heavy is loaded."""
+    if recipe.graph is None:
+        return None
+    from recllm.model.base_model import tokenizer_json
+
+    return tokenizer_json(recipe.model.name_or_path)
 
 
 def encoder(recipe: Recipe) -> None:
@@ -235,10 +244,15 @@ def fingerprint(recipe: Recipe, name: str) -> str:
     read: dict[str, Any] = {"recllm": __version__, "stage": name, "seed": recipe.seed}
     sections: tuple[str, ...]
     if name == "convert":
-        sections = ("data", "filter", "history", "prompt", "tasks")
+        sections = ("data", "graph", "filter", "history", "prompt", "tasks")
         read["format"] = schema.DATASET_FORMAT
         read |= {"split": document["protocol"]["split"], "candidates": document["protocol"]["candidates"]}
         paths = source_paths(recipe.data, recipe.protocol.split)
+        if recipe.graph is not None:
+            from recllm.graph.build import source_paths as graph_paths
+
+            paths = [*paths, *graph_paths(recipe.graph)]
+            read["tokenizer"] = _model_files(recipe.model.name_or_path) or recipe.model.name_or_path
         read["files"] = {path: files.sha256_of(offline.resolve(path)) for path in paths}
         read["special_tokens"] = tokenizer_special_tokens(recipe.model.name_or_path)  # neutralised in titles
         read["templates"] = [files.sha256_of(assets.find("prompts", task.template)) for task in recipe.tasks]

@@ -48,6 +48,44 @@ def test_overrides_reach_into_lists_and_protocols() -> None:
     assert (recipe.tasks[0].dense_window, recipe.protocol.candidates.count, recipe.train["max_steps"]) == (5, 7, 3)
 
 
+GRAPH = "graph={triples: {path: kg.csv}, links: {path: links.csv}}"
+
+
+def test_the_graph_section_has_defaults_and_takes_overrides() -> None:
+    assert load_recipe(NAME).graph is None
+    graph = load_recipe(NAME, [GRAPH, "graph.retrieval.hops=1", "graph.triples.entities={path: names.csv}"]).graph
+    assert graph is not None
+    assert (graph.retrieval.method, graph.retrieval.hops, graph.budget, graph.format) == (
+        "two_stage",
+        1,
+        256,
+        "grouped",
+    )
+    assert graph.triples.entities is not None
+    assert graph.links.id_map is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("graph.triples.pth=x", 'graph.triples.pth: unknown key "pth", did you mean "path"?'),
+        ("graph.links.id_map.surce=x", 'did you mean "source"?'),
+        ("graph.triples.entities={file: x}", 'unknown key "file"'),
+        ("graph.triples.format=owl", "'rdf'"),
+        ("graph.retrieval.hops=5", "less than or equal to 4"),
+        ("graph.retrieval.fan_out=0", "greater than or equal to 1"),
+        ("graph.retrieval.method=random_walk", "'khop'"),
+        ("graph.retrieval.hub_penalty=-1", "greater than or equal to 0"),
+        ("graph.budget=0", "greater than or equal to 1"),
+        ("graph.format=xml", "'json_ld'"),
+    ],
+)
+def test_a_bad_graph_section_is_an_error_with_a_next_step(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(NAME, [GRAPH, override])
+    assert message in str(error.value)
+
+
 def test_an_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean"):
         load_recipe("movielens/next_item_ilra")

@@ -7,6 +7,8 @@ Everything is columnar but the Jinja call itself.
 """
 
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,15 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recllm import schema
+from recllm.convert.knowledge import Knowledge, Moments
 from recllm.convert.targets import PHRASING_SALT, START_SALT, Ints, Sequences, Targets, find_targets
-from recllm.convert.templates import Template, render_rows
+from recllm.convert.templates import GRAPH_TASKS, Template, render_rows
 from recllm.data.candidates import CandidateSampler, Taken
 from recllm.data.randomness import mix
 
 OUTPUT = schema.EXAMPLES.append(pa.field("split", pa.string(), nullable=False))
+GRAPH_SALT = 4  # beside those of targets.py
 PIECE = 8192  # examples whose text is in memory at once: about 10 MiB
 
-NO_USER = {"user": ""}  # the variable where the recipe has no prompt.user
+NONE = {"user": "", "graph": ""}  # the variables where the recipe has no prompt.user, and no graph
 
 Slot = tuple[str, pa.StringArray, npt.NDArray[np.bool_]]  # role, contents (N,), which examples have it (N,)
 
@@ -39,6 +43,12 @@ class Task:
     dense_window: int = 0
     max_train_targets: int | None = None
     dense_start: str = "first"
+    relations: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def uses(self) -> set[str]:
+        """The variables of its template."""
+        return self.template.uses(self.dense_window > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Converter:
     prompt_max_items: int
     seed: int
     before_list: bool = False  # history.gate
+    knowledge: Knowledge | None = None
 
 
 def convert_batch(batch: pa.RecordBatch, converter: Converter) -> pa.RecordBatch:
@@ -66,14 +77,25 @@ def _nothing() -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in OUTPUT], schema=OUTPUT)
 
 
-def iterate_examples(batch: pa.RecordBatch, converter: Converter) -> Iterator[tuple[str, str, pa.RecordBatch]]:
-    """(split, task name, at most PIECE of their examples) over splits, tasks and users, in this order."""
+def iterate_examples(
+    batch: pa.RecordBatch, converter: Converter, tally: Counter[str] | None = None
+) -> Iterator[tuple[str, str, pa.RecordBatch]]:
+    """(split, task name, at most PIECE of their examples) over splits, tasks and users, in this order.
+
+    `tally` is told what of the graph they show: counts by "split/task name/what".
+    """
     sequences = Sequences.of(batch)
     taken = converter.sampler.taken(sequences.offsets, sequences.items)
+    tally = Counter() if tally is None else tally
     for split in schema.SPLITS:
         for task in converter.tasks:
             for part in targets_of(sequences, task, split, converter.seed).pieces(PIECE):
-                yield split, task.name, _examples(_Piece.of(sequences, taken, part, task, split, converter))
+                piece = _Piece.of(sequences, taken, part, task, split, converter)
+                told = Counter[str]()
+                piece = _answerable(piece, told)
+                if len(piece):
+                    yield split, task.name, _examples(piece, told)
+                tally.update({f"{split}/{task.name}/{what}": count for what, count in told.items()})
 
 
 def targets_of(sequences: Sequences, task: Task, split: str, seed: int) -> Targets:
@@ -90,6 +112,8 @@ def targets_of(sequences: Sequences, task: Task, split: str, seed: int) -> Targe
 
 def draws_candidates(task: Task, split: str) -> bool:
     """Whether the examples of a task and split have candidates."""
+    if task.task in ("item_to_attribute", "explain"):
+        return False
     return split != "train" or task.task == "next_item_among"
 
 
@@ -104,6 +128,7 @@ class _Piece:
     task: Task
     split: str
     converter: Converter
+    asked: "_Asked | None" = None  # of the tasks that the graph asks
 
     @classmethod
     def of(
@@ -131,17 +156,69 @@ class _Piece:
         """Item texts at flat positions."""
         return self.converter.texts.take(pa.array(self.sequences.items[flat]))
 
+    def moments(self) -> Moments:
+        """What the graph may know of: everything that the users had before, and nothing newer."""
+        end = self.begin + self.targets.start
+        most = 0 if self.converter.knowledge is None else self.converter.knowledge.section.retrieval.max_items
+        offsets, flat = _ranges(np.maximum(self.begin, end - most), end)
+        return Moments(offsets, self.sequences.items[flat], self.sequences.timestamps[end], self.draw(GRAPH_SALT))
+
     def draw(self, salt: int) -> npt.NDArray[np.uint64]:
         """(N,) random keys of the examples, one set a salt."""
         user_key = self.sequences.user_key[self.targets.row]
         return mix(self.converter.seed, salt, user_key, self.targets.start)
 
 
-def _examples(piece: _Piece) -> pa.RecordBatch:
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What the graph asks in each of N examples."""
+
+    variables: dict[str, list[Any]]  # of the template
+    answers: pa.StringArray | None  # None: the target's text
+    choices: pa.ListArray | None  # None: the answers are not among given ones
+
+
+def _answerable(piece: _Piece, told: Counter[str]) -> _Piece:
+    """Without the examples about which the graph has nothing to ask; they are counted as left out."""
+    if piece.task.task not in GRAPH_TASKS:
+        return piece
+    knowledge, moments = piece.converter.knowledge, piece.moments()
+    assert knowledge is not None  # the pipeline refuses these tasks without a graph
+    items = piece.sequences.items[piece.begin + piece.targets.start]
+    relations, found = piece.task.relations, list[Any]()
+    if piece.task.task == "item_to_attribute":
+        found = knowledge.questions(items, moments, relations, piece.converter.sampler.section.count)
+    elif piece.task.task == "attribute_to_item":
+        found = knowledge.descriptions(items, moments, relations)
+    else:
+        found = knowledge.explained(moments, items)
+    kept = np.array([one is not None for one in found], dtype=bool)
+    told["left_out"] += int((~kept).sum())
+    asked = _asked(piece.task.task, [one for one in found if one is not None])
+    return dataclasses.replace(piece, targets=piece.targets.take(kept), listed=piece.listed[kept], asked=asked)
+
+
+def _asked(task: str, found: list[Any]) -> _Asked:
+    if task == "attribute_to_item":
+        return _Asked({"attributes": found}, None, None)
+    if task == "explain":
+        return _Asked({}, pa.array(found, pa.string()), None)
+    variables = {
+        "relation": [question.relation for question in found],
+        "choices": ["\n".join(question.choices) for question in found],
+    }
+    choices = pa.array([question.choices for question in found], pa.list_(pa.string()))
+    return _Asked(variables, pa.array([question.answer for question in found], pa.string()), choices)
+
+
+def _examples(piece: _Piece, told: Counter[str]) -> pa.RecordBatch:
     sequences, targets, task = piece.sequences, piece.targets, piece.task
     first, last = piece.begin + targets.start, piece.begin + targets.stop - 1
     target = sequences.items[last]
     label = _labels(sequences, last) if task.task == "like" else None
+    choices = None
+    if piece.asked is not None:
+        label, choices = piece.asked.answers, piece.asked.choices
     candidates = _candidates(piece, target) if draws_candidates(task, piece.split) else None
     columns = {
         "example_id": _ids(piece),
@@ -150,11 +227,12 @@ def _examples(piece: _Piece) -> pa.RecordBatch:
         "history_end": pa.array(targets.start.astype(np.int32)),
         "gate_end": pa.array(_gate_ends(piece).astype(np.int32)),
         "timestamp": pa.array(sequences.timestamps[first]),  # of a window its beginning: the gate's cut-off
-        "prompt": _prompt(piece, candidates),
+        "prompt": _prompt(piece, candidates, told),
         "completion": _completion(piece, label),
         "target": pa.array(target),
         "candidates": pa.nulls(len(piece), pa.list_(pa.int32())) if candidates is None else _lists(candidates),
         "label": pa.nulls(len(piece), pa.string()) if label is None else label,
+        "choices": pa.nulls(len(piece), pa.list_(pa.string())) if choices is None else choices,
         "split": _repeat(piece.split, len(piece)),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in OUTPUT.names], schema=OUTPUT)
@@ -207,7 +285,7 @@ def _joined(texts: pa.StringArray, offsets: Ints) -> pa.StringArray:
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), texts), "\n")
 
 
-def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListArray:
+def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None, told: Counter[str]) -> pa.ListArray:
     """Chat messages: (system,) user, and for what continues a dense list the unfinished answer."""
     phrasings, dense = piece.task.template.phrasings, piece.task.dense_window > 0
     choice = (piece.draw(PHRASING_SALT) % np.uint64(len(phrasings))).astype(np.int64)
@@ -215,6 +293,7 @@ def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListA
     variables = {} if dense else _variables(piece, candidates, *shown)
     if piece.sequences.user is not None:
         variables["user"] = piece.sequences.user.take(pa.array(piece.targets.row)).to_pylist()
+    variables |= _from_graph(piece, candidates, told)
     users = _render([(p.window if dense else p.user) or "" for p in phrasings], choice, variables)
     slots: list[Slot] = [("user", users, np.ones(len(piece), bool))]
     if any(p.system is not None for p in phrasings):
@@ -226,10 +305,38 @@ def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None) -> pa.ListA
     return _messages(slots)
 
 
+def _from_graph(piece: _Piece, candidates: npt.NDArray[np.int32] | None, told: Counter[str]) -> dict[str, list[Any]]:
+    """The variables that the graph fills, of those that the template uses; and what was shown, for the manifest."""
+    knowledge, uses, variables = piece.converter.knowledge, piece.task.uses, dict[str, list[Any]]()
+    if "candidate_paths" in uses and candidates is not None:
+        if knowledge is None:
+            variables["candidate_paths"] = _candidate_lines(piece, candidates)
+        else:
+            variables["candidate_paths"] = knowledge.led_to(piece.moments(), candidates)
+    if knowledge is None or "graph" not in uses:
+        return variables
+    shown = knowledge.shown(piece.moments())
+    told.update(
+        with_graph=int((shown.triples > 0).sum()),
+        without_graph=int((shown.triples == 0).sum()),
+        triples=int(shown.triples.sum()),
+        tokens=int(shown.tokens.sum()),
+        timed_triples=shown.timed,
+        not_older_than_cutoff=shown.not_older,
+    )
+    return variables | {"graph": shown.texts}
+
+
+def _candidate_lines(piece: _Piece, candidates: npt.NDArray[np.int32]) -> list[Any]:
+    rows, count = candidates.shape
+    listed = piece.converter.texts.take(pa.array(candidates.ravel()))
+    return list(_joined(listed, np.arange(rows + 1) * count).to_pylist())
+
+
 def _render(sources: list[str], choice: Ints, variables: dict[str, list[Any]]) -> pa.StringArray:
     if not variables:  # constant texts are rendered once
-        return pa.array(render_rows(sources, range(len(sources)), {}, NO_USER), pa.string()).take(pa.array(choice))
-    return pa.array(render_rows(sources, choice.tolist(), variables, NO_USER), pa.string())
+        return pa.array(render_rows(sources, range(len(sources)), {}, NONE), pa.string()).take(pa.array(choice))
+    return pa.array(render_rows(sources, choice.tolist(), variables, NONE), pa.string())
 
 
 def _variables(
@@ -244,12 +351,13 @@ def _variables(
     if piece.task.task == "like":
         answered = _answered(texts, _labels(piece.sequences, flat), piece.task.template.answers)
         variables["answered_history"] = _joined(answered, offsets).to_pylist()
+    if piece.task.task in ("like", "item_to_attribute", "explain"):
         variables["target"] = piece.texts(piece.begin + piece.targets.start).to_pylist()
     if piece.task.task == "next_item_among" and candidates is not None:
-        rows, count = candidates.shape
-        listed = piece.converter.texts.take(pa.array(candidates.ravel()))
-        variables["candidates"] = _joined(listed, np.arange(rows + 1) * count).to_pylist()
-        variables["num_candidates"] = [count] * rows
+        variables["candidates"] = _candidate_lines(piece, candidates)
+        variables["num_candidates"] = [candidates.shape[1]] * len(candidates)
+    if piece.asked is not None:
+        variables |= piece.asked.variables
     return variables
 
 
@@ -265,7 +373,7 @@ def _words(labels: pa.StringArray, answers: dict[str, str]) -> pa.StringArray:
 def _completion(piece: _Piece, label: pa.StringArray | None) -> pa.ListArray:
     """One assistant message. Titles of a dense list end in a newline each, an ordinary answer has none."""
     if label is not None:
-        text = _words(label, piece.task.template.answers)
+        text = label if piece.asked is not None else _words(label, piece.task.template.answers)
     else:
         offsets, flat = _ranges(piece.begin + piece.targets.start, piece.begin + piece.targets.stop)
         text = _joined(piece.texts(flat), offsets)

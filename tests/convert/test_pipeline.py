@@ -65,12 +65,13 @@ def test_manifest_says_where_everything_came_from(make_recipe, tmp_path):
     manifest = convert(recipe, tmp_path / "dataset", workers=1)
     assert set(manifest) == {
         *("recllm_version", "recipe", "templates", "inputs", "items_sha256", "counts", "split", "audit", "seeds"),
-        *("history_max_items", "prompt_max_items", "history_gate", "format"),
+        *("history_max_items", "prompt_max_items", "history_gate", "format", "graph"),
     }
     assert manifest["format"] == schema.DATASET_FORMAT
     document = recipe.model_dump(mode="json")
     protocol = {name: document["protocol"][name] for name in ("name", "split", "candidates")}
-    read = {name: document[name] for name in ("seed", "data", "filter", "history", "prompt", "tasks")}
+    read = {name: document[name] for name in ("seed", "data", "graph", "filter", "history", "prompt", "tasks")}
+    assert manifest["graph"] is None
     assert manifest["recipe"] == {**read, "protocol": protocol}
     assert [entry["id"] for entry in manifest["templates"]][-1] == "like/items@1"
     assert manifest["templates"][-1]["answers"] == {"like": "Yes", "dislike": "No"}
@@ -132,7 +133,7 @@ def test_row_groups_are_bounded(many_users, make_converter, tmp_path, monkeypatc
         (tmp_path / split).mkdir()
     counts = pipeline.write_shard(0, many_users, str(tmp_path), make_converter())
     metadata = pq.read_metadata(tmp_path / "train" / "part-00000.parquet")
-    assert metadata.num_rows == counts["train/next_item"]
+    assert metadata.num_rows == counts.examples["train/next_item"]
     assert max(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)) == 50
 
 
@@ -214,7 +215,7 @@ class TestBadInputStopsBeforeAnyDataIsRead:
     def test_undefined_variable(self, make_recipe, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text("id: mine@1\ntask: next_item\nphrasings: [{user: '{{ histroy }}'}]\n")
-        with pytest.raises(UserError, match=r'mine.yaml.*"histroy".*Known: history, num_history'):
+        with pytest.raises(UserError, match=r'mine.yaml.*"histroy".*Known: graph, history, num_history'):
             convert(make_recipe(tasks=[{"task": "next_item", "template": str(path)}]), tmp_path / "dataset")
 
     def test_a_text_about_users_without_users(self, make_recipe, tmp_path):

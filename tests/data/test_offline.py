@@ -1,4 +1,5 @@
 import os
+import sqlite3
 import subprocess
 import zipfile
 from pathlib import Path
@@ -130,3 +131,59 @@ def test_the_fetched_default_is_the_pinned_one(movielens):
     assert (movielens / "ml-100k.inter").read_text().splitlines()[
         0
     ] == "user_id:token\titem_id:token\trating:float\ttimestamp:float"
+
+
+@pytest.fixture
+def film_graph(fake, tmp_path, monkeypatch):
+    """Both wheels that the film graph is derived from, with one film each; pin(name, members) replaces one."""
+    columns = "ID, Title, Year, Genre, Director, Writer, `Cast`, Language, Country"
+    with sqlite3.connect(tmp_path / "movies.db") as connection:
+        connection.execute(f"CREATE TABLE omdb ({columns})")
+        connection.execute("INSERT INTO omdb VALUES (1, 'Heat', 1995, 'Crime', 'Michael Mann', '', '', '', '')")
+    connection.close()
+    header = b"item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+    item = header + b"7\tHeat\t1995\tCrime\n"
+    fake.members = {"pkg/data/movies.db": (tmp_path / "movies.db").read_bytes(), "pkg/data/ml-100k.item": item}
+
+    def pin():
+        fake.pin()
+        for name in ("movielens-100k", "wikidata-films"):
+            monkeypatch.setitem(offline.WHEELS, name, offline.WHEELS["some"])
+
+    pin()
+    fake.pin_both = pin
+    return fake
+
+
+def test_the_film_graph_is_derived_once_from_both_wheels(film_graph, tmp_path):
+    path = offline.resolve("offline://movielens-100k-graph/links.csv")
+    assert path.read_text() == "item_id,entity_id\n7,film/1\n"
+    before = path.stat().st_mtime_ns
+    assert offline.resolve("offline://movielens-100k-graph/links.csv") == path
+    assert path.stat().st_mtime_ns == before
+    assert film_graph.calls == 2
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.name.startswith(".")]
+
+
+def test_another_wheel_or_derivation_is_another_film_graph(film_graph, monkeypatch):
+    first = offline.resolve("offline://movielens-100k-graph")
+    monkeypatch.setattr(offline.films, "VERSION", offline.films.VERSION + 1)
+    second = offline.resolve("offline://movielens-100k-graph")
+    film_graph.members["pkg/data/ml-100k.item"] += b"8\tHeat\t1995\tCrime\n"
+    film_graph.pin_both()
+    third = offline.resolve("offline://movielens-100k-graph")
+    assert len({first, second, third}) == 3
+    assert (third / "links.csv").read_text().endswith("8,film/1\n")
+
+
+def test_a_derivation_that_dies_leaves_nothing(film_graph, tmp_path):
+    film_graph.members["pkg/data/movies.db"] = b"no database" * 100
+    film_graph.pin_both()
+    with pytest.raises(sqlite3.DatabaseError):
+        offline.resolve("offline://movielens-100k-graph")
+    assert not [entry for entry in (tmp_path / "cache").iterdir() if "graph" in entry.name]
+
+
+def test_an_unknown_file_of_the_film_graph_names_the_known_ones(film_graph):
+    with pytest.raises(UserError, match=r'no "links.tsv" there, files: entities.parquet, links.csv, triples.parquet'):
+        offline.resolve("offline://movielens-100k-graph/links.tsv")

@@ -332,14 +332,14 @@ def test_no_more_than_a_bucket_and_a_batch_are_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(sequences, "_BATCH", 500)
     monkeypatch.setattr(spool, "CHUNK", 700)
     sizes = {"batch": [], "chunk": [], "bucket": []}
-    batches, chunks, read = sequences.readers.batches, spool.Spool.chunks, spool.Spool.read
+    batches, chunks, read = sequences.tables.batches, spool.Spool.chunks, spool.Spool.read
 
     def seen(name, pieces):
         for piece in pieces:
             sizes[name].append(len(piece))
             yield piece
 
-    monkeypatch.setattr(sequences.readers, "batches", lambda *given: seen("batch", batches(*given)))
+    monkeypatch.setattr(sequences.tables, "batches", lambda *given: seen("batch", batches(*given)))
     monkeypatch.setattr(spool.Spool, "chunks", lambda self: seen("chunk", chunks(self)))
     monkeypatch.setattr(spool.Spool, "read", lambda self, bucket: next(seen("bucket", [read(self, bucket)])))
     data = DataSection(

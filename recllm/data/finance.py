@@ -1,0 +1,312 @@
+"""The task of FLARKO: from a bank's data to examples, completions for KTO, and choices for fitted utilities.
+
+A `FarTrans` enters. Leave, as tables: examples (a customer, a cut-off, what was bought and what rose in the window
+behind it), good and bad completions, and choices among candidates. "Which assets for the next six months?"
+
+Cut-offs are midnights, the beginning of a day in UTC. What is shown for a cut-off is of days before it. Labels look
+into the window [cut-off, cut-off + 180 days), and nothing else does.
+
+Source: Spadea & Seneviratne 2025 (RAG-FLARKO, arXiv 2511.11583), after github.com/brains-group/FLARKO: windows of 180
+days, and profit where the last price within the window is above the last one before it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from recllm import files
+from recllm.data.far_trans import BUY, FarTrans
+from recllm.data.finance_triples import CATEGORIES, market_triples, stamp
+from recllm.data.prices import DAY_S, date_of, price_features, rose
+from recllm.data.randomness import mix, text_keys
+from recllm.errors import UserError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
+
+WINDOW_DAYS = 180
+MOST_ASSETS = 20  # of a good or bad completion
+_NUMBER, _TEXT, _LIST = pl.Int64(), pl.String(), pl.List(pl.Int64)
+_WINDOWS: dict[str, pl.DataType] = {"cutoff": _NUMBER, "window_end": _NUMBER, "offered": _LIST, "profit": _LIST}
+_COMPLETIONS: dict[str, pl.DataType] = {
+    "example_id": _TEXT,
+    "customer_id": _TEXT,
+    "cutoff": _NUMBER,
+    "label": pl.Boolean(),
+    "assets": _LIST,
+    "completion": _TEXT,
+}
+
+
+# ---- examples ----
+
+
+def schedule(
+    first: int, valid: int, test: int, last: int, every_days: int = 28, window_days: int = WINDOW_DAYS
+) -> dict[str, list[int]]:
+    """Cut-off days: of training from `first`, of validation from `valid`, of test from `test`, with data until `last`.
+
+    Counted back from the latest that a split allows: no window reaches the next split's first cut-off, or passes the
+    last day of data.
+
+    >>> schedule(0, 100, 200, 299, every_days=50, window_days=60)
+    {'train': [40], 'valid': [140], 'test': [240]}
+    """
+    ends = {"train": (first, valid), "valid": (valid, test), "test": (test, last + 1)}
+    found = {}
+    for split, (begin, end) in ends.items():
+        newest = end - window_days
+        found[split] = list(range(newest, begin - 1, -every_days))[::-1]
+        if not found[split]:
+            raise UserError(
+                f"{split}: no window of {window_days} days fits between {date_of(begin)} and {date_of(end)}: "
+                "shorten it or move the dates apart"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples, and what the windows behind their cut-offs held; assets are numbers of the `FarTrans`."""
+
+    examples: pl.DataFrame  # example_id, customer_id, cutoff, window_end (s), history_end, preference, both (lists)
+    windows: pl.DataFrame  # cutoff, window_end (s), offered, profit (lists); a row a cut-off
+    num_assets: int
+
+    def labels(self) -> dict[str, Booleans]:
+        """preference, profit, both and offered as matrices (N, A), for `evaluate.finance.recommendation`."""
+        row = dict(zip(self.windows["cutoff"].to_list(), range(self.windows.height)))
+        window = np.array([row[cutoff] for cutoff in self.examples["cutoff"].to_list()], dtype=np.int64)
+        own = {name: _matrix(self.examples[name], self.num_assets) for name in ("preference", "both")}
+        return own | {name: _matrix(self.windows[name], self.num_assets)[window] for name in ("profit", "offered")}
+
+
+def _matrix(lists: pl.Series, width: int) -> Booleans:
+    table = np.zeros((len(lists), width), dtype=bool)
+    lengths = lists.list.len().to_numpy()
+    table[np.repeat(np.arange(len(lists)), lengths), lists.explode(empty_as_null=False).to_numpy()] = True
+    return table
+
+
+def build_task(
+    data: FarTrans,
+    cutoffs: Sequence[int],
+    window_days: int = WINDOW_DAYS,
+    keep: Literal["both", "preference", "all"] = "both",
+    min_history: int = 1,
+) -> Task:
+    """Examples of every cut-off (a day) and every customer with `min_history` transactions before it.
+
+    preference: bought in the window. profit: the price rose (`rose`), of all assets. both: bought and rose. offered:
+    has a price before the cut-off. history_end: the customer's first `history_end` transactions precede the cut-off.
+
+    keep "both" is FLARKO's choice: only customers who then buy something that rises, so that every label can be hit. It
+    chooses by the future; "all" does not.
+
+    Raises:
+        UserError: a window that passes the last day of data, or no example at all.
+    """
+    parts, windows = [], []
+    for cutoff in cutoffs:
+        end = cutoff + window_days
+        if end > data.last_day + 1:
+            raise UserError(
+                f"the window of {date_of(cutoff)} ends on {date_of(end - 1)}, the data on {date_of(data.last_day)}: "
+                "take earlier cut-offs or a shorter window"
+            )
+        up = np.flatnonzero(rose(data.prices, cutoff, end))
+        priced = np.flatnonzero(~np.isnan(data.prices.before(cutoff)))
+        stamps = {"cutoff": cutoff * DAY_S, "window_end": end * DAY_S}
+        windows.append({**stamps, "offered": priced.tolist(), "profit": up.tolist()})
+        part = _examples_of(data.transactions, cutoff, end, up, keep, min_history)
+        parts.append(part.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in stamps.items()))
+    if not parts or not sum(part.height for part in parts):
+        raise UserError(f'{len(cutoffs)} cut-offs give no example: take later ones, or keep "preference" or "all"')
+    examples = pl.concat(parts).select(
+        "example_id", "customer_id", "cutoff", "window_end", "history_end", "preference", "both"
+    )
+    return Task(examples, pl.DataFrame(windows, schema=_WINDOWS), len(data.isins))
+
+
+def _examples_of(
+    transactions: pl.DataFrame, cutoff: int, end: int, up: Ints, keep: str, min_history: int
+) -> pl.DataFrame:
+    day = pl.col("day")
+    past = transactions.filter(day < cutoff).group_by("customer_id").agg(pl.len().cast(pl.Int64).alias("history_end"))
+    bought = transactions.filter((day >= cutoff) & (day < end) & (pl.col("side") == BUY))
+    gains = pl.col("asset").is_in(up.tolist())
+    lists = bought.group_by("customer_id").agg(
+        pl.col("asset").unique().sort().alias("preference"),
+        pl.col("asset").filter(gains).unique().sort().alias("both"),
+    )
+    found = past.filter(pl.col("history_end") >= min_history).join(lists, on="customer_id", how="left")
+    found = found.with_columns(pl.col("preference", "both").fill_null([]))
+    if keep != "all":
+        found = found.filter(pl.col(keep).list.len() > 0)
+    name = pl.format("{}/{}", "customer_id", pl.lit(date_of(cutoff)))
+    return found.sort("customer_id").with_columns(name.alias("example_id"))
+
+
+def ledger(data: FarTrans, task: Task, most: int = 20) -> Iterator[list[str]]:
+    """Of each example the customer's newest `most` transactions before the cut-off, oldest first, a line each."""
+    begins = data.transactions.with_row_index("row").group_by("customer_id").agg(pl.col("row").min())
+    begin = dict(begins.iter_rows())
+    for customer, end in task.examples.select("customer_id", "history_end").iter_rows():
+        rows = data.transactions.slice(begin[customer] + max(0, end - most), min(end, most))
+        yield [
+            f"{date_of(row['day'])} {row['side']} {data.titles[row['asset']]}" + _amount(row["units"], row["value"])
+            for row in rows.iter_rows(named=True)
+        ]
+
+
+def _amount(units: float | None, value: float | None) -> str:
+    said = [f"{units:g} units"] if units is not None else []
+    said += [f"{value:,.2f} EUR"] if value is not None else []
+    return f": {', '.join(said)}" if said else ""
+
+
+# ---- good and bad completions ----
+
+
+def completions(
+    data: FarTrans, task: Task, seed: int, most: int = MOST_ASSETS, same_length: bool = True, ids: bool = True
+) -> pl.DataFrame:
+    """A good and a bad completion of each example, for KTO: example_id, customer_id, cutoff, label, assets, completion.
+
+    Good lists assets that were bought and rose; bad lists offered assets that are not among them, as in FLARKO, which
+    draws from all assets. At most `most` each, drawn and ordered by a hash of (seed, customer, cut-off, asset). A bad
+    list is as long as the good one, or its length alone would tell them apart; `same_length` False fills it up to
+    `most`, as FLARKO does. An example without a good asset has neither. completion is the JSON list that
+    `evaluate.finance.read_answers` reads, of ISINs, or of titles where `ids` is False.
+    """
+    texts = data.isins if ids else data.titles
+    offered = dict(zip(task.windows["cutoff"].to_list(), task.windows["offered"].to_list()))
+    rows = []
+    keys = text_keys(task.examples["customer_id"].to_list())
+    for key, example in zip(keys, task.examples.iter_rows(named=True)):
+        good = _drawn(example["both"], seed, key, example["cutoff"], most)
+        if not good:
+            continue
+        others = sorted(set(offered[example["cutoff"]]) - set(example["both"]))
+        bad = _drawn(others, seed, key, example["cutoff"], len(good) if same_length else most)
+        for label, assets in ((True, good), (False, bad)):
+            completion = json.dumps([texts[asset] for asset in assets], ensure_ascii=False)
+            rows.append((example["example_id"], example["customer_id"], example["cutoff"], label, assets, completion))
+    return pl.DataFrame(rows, schema=_COMPLETIONS, orient="row")
+
+
+def _drawn(assets: Sequence[int], seed: int, key: np.uint64, cutoff: int, most: int) -> list[int]:
+    numbers = np.asarray(assets, dtype=np.int64)
+    order = np.argsort(mix(seed, np.array([key]), np.array([cutoff]), numbers), kind="stable")
+    return [int(asset) for asset in numbers[order[:most]]]
+
+
+# ---- choices among candidates, for fitted utilities ----
+
+
+class Choices(NamedTuple):
+    """N purchases as choices among C candidates, for `evaluate.finance.fit_taste` and its views."""
+
+    customer_ids: list[str]
+    cutoffs: Ints  # (N,) seconds: midnight before the purchase
+    candidates: Ints  # (N, C) asset numbers
+    chosen: Ints  # (N,) column of the purchase
+    mean: Floats  # (N, C) features of the prices of the window before the cut-off
+    variance: Floats
+    drawdown: Floats
+
+
+def draw_choices(data: FarTrans, num_candidates: int = 10, window_days: int = 70, seed: int = 0) -> Choices:
+    """Every purchase of an asset with prices before it, among others that had prices too; by day, then customer.
+
+    The others are drawn uniformly by a hash of (seed, customer, day, purchase, asset), and so is the candidates' order.
+    Purchases on days with fewer assets to choose from are left out.
+    """
+    buys = data.transactions.filter(pl.col("side") == BUY).unique(["customer_id", "day", "asset"])
+    buys = buys.sort("day", "customer_id", "asset")
+    days, assets = buys["day"].to_numpy(), buys["asset"].to_numpy()
+    keys = text_keys(buys["customer_id"].to_list())
+    found = [
+        _choices_on(data, int(day), days, assets, keys, num_candidates, window_days, seed) for day in np.unique(days)
+    ]
+    parts = [part for part in found if len(part[0])]
+    rows = np.concatenate([part[0] for part in parts] or [np.zeros(0, np.int64)])
+    candidates = np.concatenate([part[1] for part in parts] or [np.zeros((0, num_candidates), np.int64)])
+    features = np.concatenate([part[2] for part in parts] or [np.zeros((3, 0, num_candidates))], axis=1)
+    chosen = (candidates == assets[rows][:, None]).argmax(axis=1)
+    return Choices(buys["customer_id"].gather(rows).to_list(), days[rows] * DAY_S, candidates, chosen, *features)
+
+
+def _choices_on(
+    data: FarTrans,
+    day: int,
+    days: Ints,
+    assets: Ints,
+    keys: npt.NDArray[np.uint64],
+    num_candidates: int,
+    window_days: int,
+    seed: int,
+) -> tuple[Ints, Ints, Floats]:
+    """Of one day's purchases: their rows (n,), candidates (n, C), features (3, n, C)."""
+    found = price_features(data.prices, day - window_days, day)
+    able = np.flatnonzero(~np.isnan(found.mean))
+    rows = np.arange(*np.searchsorted(days, [day, day + 1]))
+    rows = rows[np.isin(assets[rows], able)] if len(able) >= num_candidates else rows[:0]
+    own, key = assets[rows][:, None], keys[rows][:, None]
+    lots = np.where(able == own, np.uint64(0), mix(seed, key, np.array([[day]]), own, able[None]))  # own comes first
+    picked = able[np.argsort(lots, axis=1, kind="stable")[:, :num_candidates]]  # (n, C)
+    order = np.argsort(mix(seed + 1, key, np.array([[day]]), own, picked), axis=1, kind="stable")
+    candidates = np.take_along_axis(picked, order, axis=1)
+    features = [values[candidates] for values in (found.mean, found.variance, found.drawdown)]
+    return rows, candidates, np.stack(features)
+
+
+# ---- files ----
+
+
+def write_finance(
+    path: Path, data: FarTrans, splits: dict[str, Sequence[int]], seed: int, keep: Literal["both", "preference", "all"]
+) -> Path:
+    """Write what convert, the graph room and preference training read; the folder is complete or absent.
+
+    Returns:
+        The folder `path`: interactions.parquet (user_id, item_id, timestamp, action), items.parquet (item_id, title,
+        category, sector), triples.parquet, entities.parquet, links.parquet (item_id, entity_id), and for each split
+        {split}_examples.parquet, {split}_windows.parquet and {split}_completions.parquet (`Task`, `completions`).
+    """
+    market = market_triples(data)
+    with files.replacing_folder(Path(path)) as folder:
+        _interactions(data).write_parquet(folder / "interactions.parquet")
+        _items(data).write_parquet(folder / "items.parquet")
+        market.triples.write_parquet(folder / "triples.parquet")
+        market.names.write_parquet(folder / "entities.parquet")
+        pl.DataFrame({"item_id": data.isins, "entity_id": data.isins}).write_parquet(folder / "links.parquet")
+        for split, cutoffs in splits.items():
+            task = build_task(data, cutoffs, keep=keep)
+            task.examples.write_parquet(folder / f"{split}_examples.parquet")
+            task.windows.write_parquet(folder / f"{split}_windows.parquet")
+            completions(data, task, seed).write_parquet(folder / f"{split}_completions.parquet")
+    return Path(path)
+
+
+def _interactions(data: FarTrans) -> pl.DataFrame:
+    return data.transactions.select(
+        pl.col("customer_id").alias("user_id"),
+        pl.Series("item_id", data.isins)[data.transactions["asset"]],
+        stamp(),
+        pl.col("side").alias("action"),
+    )
+
+
+def _items(data: FarTrans) -> pl.DataFrame:
+    oldest = data.asset_versions.unique("asset", keep="first", maintain_order=True)
+    items = pl.DataFrame({"asset": np.arange(len(data.isins)), "item_id": data.isins, "title": data.titles})
+    joined = items.join(oldest.select("asset", "category", "sector"), on="asset", how="left", maintain_order="left")
+    return joined.drop("asset").with_columns(pl.col("category").replace(CATEGORIES)).fill_null("")

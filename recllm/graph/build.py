@@ -1,0 +1,355 @@
+"""Builds the folder of a graph by streaming: memory holds a bucket of edges and one row an entity, never the triples.
+
+The recipe's graph section and the ids of the items enter; a folder with the arrays of `store.Graph`, the names of
+entities and relations and the entity of each item leaves, and what the manifest says of them.
+
+Text goes to a scratch Parquet file once, while the different ids are collected; then it comes back as numbers, which
+are dealt to buckets on disk: by (head, tail) to drop duplicates and count degrees, by source to sort the edges. An
+entity's edges are sorted in one piece, so memory grows with the largest entity.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow.parquet as pq
+
+from recllm import files
+from recllm.data import offline, tables
+from recllm.errors import UserError
+from recllm.graph import readers
+from recllm.graph.readers import BATCH, ENTITY_ID, HEAD, ID, NAME, RELATION, TAIL
+from recllm.graph.store import ALWAYS, Ids, Ints, write_meta
+from recllm.recipe import GraphSection, NamesSource, TriplesSource
+from recllm.schema import ITEM_ID, TIMESTAMP
+
+ENTITIES, RELATIONS, LINKS = "entities.parquet", "relations.parquet", "item_entities.npy"
+RELATION_ID = "relation_id"
+BUCKET = 1 << 20  # rows of a bucket, unless one entity has more edges
+_MAX_BUCKETS = 256  # that many files are open at once
+_LAST_ID = 2**31 - 1
+_ROW = np.dtype([(HEAD, "<i4"), (RELATION, "<i4"), (TAIL, "<i4"), (TIMESTAMP, "<i8")])
+
+Rows = npt.NDArray[np.void]  # of _ROW
+
+
+def build_graph(section: GraphSection, item_ids: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Write the graph of a recipe into `folder`; returns inputs, counts and time range for the manifest.
+
+    Entities and relations are numbered in the order of their ids (whole numbers by value, then text): neither the order
+    of the triples nor that of the machine's threads shows in the files.
+
+    Args:
+        section: triples, names and links.
+        item_ids: of the dataset, in item_index order.
+        folder: is made where it does not exist; what is left half-written after an error is the caller's to remove.
+
+    Raises:
+        UserError: bad input (see readers), no triples, no item linked, more entities or relations than int32 numbers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
+        spooled = _spool(section.triples, Path(scratch))
+        sizes = _sort(spooled, folder, Path(scratch))
+        _write_names(spooled, section.triples, folder)
+    links = _link(section, item_ids, spooled.entities, folder)
+    return {
+        "inputs": {path: files.sha256_of(offline.resolve(path)) for path in source_paths(section)},
+        "counts": sizes | {"blank_literals": spooled.blank_literals} | links,
+        "time_range": spooled.time_range,
+    }
+
+
+def source_paths(section: GraphSection) -> list[str]:
+    """Every input file of a graph, as the recipe writes it, each once."""
+    paths = readers.paths_of(section.triples)
+    paths += [names.path for names in (section.triples.entities, section.triples.relations) if names]
+    paths.append(section.links.path)
+    if section.links.id_map:
+        paths.append(section.links.id_map.path)
+    return list(dict.fromkeys(paths))
+
+
+@dataclass(frozen=True)
+class _Spooled:
+    """All triples as text on disk, and what the ids in them are."""
+
+    path: Path
+    rows: int
+    entities: pl.Series  # text, in the order of their numbers
+    relations: pl.Series
+    labels: pl.DataFrame  # readers.LABELS
+    time_range: list[int] | None  # the first and last time, where there is one
+    blank_literals: int
+
+
+class _Ids:
+    """Different texts, collected from batches; memory holds about twice what is different."""
+
+    def __init__(self) -> None:
+        self.known = pl.Series(ID, [], dtype=pl.String)
+        self.waiting: list[pl.Series] = []
+        self.num_waiting = 0
+
+    def add(self, texts: pl.Series) -> None:
+        self.waiting.append(texts.unique().rename(ID))
+        self.num_waiting += len(self.waiting[-1])
+        if self.num_waiting > max(2 * BATCH, len(self.known)):
+            self._merge()
+
+    def _merge(self) -> None:
+        self.known = pl.concat([self.known, *self.waiting]).unique()
+        self.waiting, self.num_waiting = [], 0
+
+    def in_order(self, what: str) -> pl.Series:
+        self._merge()
+        if len(self.known) > _LAST_ID // 2:  # relations and their inverses share one int32
+            raise UserError(
+                f"{len(self.known)} {what}, at most {_LAST_ID // 2} are numbered: take a part of the triples"
+            )
+        return tables.natural_sort(self.known.to_frame(), ID)[ID]
+
+
+def _spool(source: TriplesSource, scratch: Path) -> _Spooled:
+    entities, relations, path = _Ids(), _Ids(), scratch / "triples.parquet"
+    labels = [pl.DataFrame(schema=readers.LABELS)]
+    seen: list[int] = []  # the first and last time of each batch
+    rows = blank = 0
+    with pq.ParquetWriter(path, pl.DataFrame(schema=readers.TRIPLES).to_arrow().schema, compression="lz4") as writer:
+        for batch in readers.read_triples(source):
+            blank += batch.blank_literals
+            if batch.labels is not None:
+                labels.append(batch.labels)
+            if batch.triples.is_empty():
+                continue
+            writer.write_table(batch.triples.to_arrow().cast(writer.schema), row_group_size=BATCH)
+            rows += batch.triples.height
+            entities.add(batch.triples[HEAD])
+            entities.add(batch.triples[TAIL])
+            relations.add(batch.triples[RELATION])
+            times = batch.triples[TIMESTAMP].filter(batch.triples[TIMESTAMP] != ALWAYS)
+            if len(times):
+                seen += [int(times.to_numpy().min()), int(times.to_numpy().max())]
+    if not rows:
+        raise UserError(f"{', '.join(readers.paths_of(source))}: no triples there: check graph.triples.path and header")
+    span = [min(seen), max(seen)] if seen else None
+    found = entities.in_order("entities"), relations.in_order("relations")
+    return _Spooled(path, rows, *found, pl.concat(labels), span, blank)
+
+
+class _Buckets:
+    """Rows dealt to files by number, each read back once."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        folder.mkdir()
+        self.paths = [folder / f"{number:03d}" for number in range(count)]
+        self.files = [path.open("wb") for path in self.paths]
+
+    def deal(self, numbers: npt.NDArray[np.integer], rows: Rows) -> None:
+        """Rows to the buckets with these numbers."""
+        order = np.argsort(numbers.astype(np.uint16), kind="stable")
+        ends = np.cumsum(np.bincount(numbers, minlength=len(self.files)))
+        rows = rows[order]
+        for file, begin, end in zip(self.files, np.append(0, ends), ends):
+            file.write(rows[begin:end].tobytes())
+
+    def take(self) -> Iterator[Rows]:
+        """The rows of each bucket; its file goes, so that the disk holds no bucket twice."""
+        for file, path in zip(self.files, self.paths):
+            file.close()
+            yield np.fromfile(path, dtype=_ROW)
+            path.unlink()
+
+
+def _numbered(spooled: _Spooled) -> Iterator[Rows]:
+    """The triples as numbers, batch by batch."""
+    kinds = {HEAD: pl.Enum(spooled.entities), RELATION: pl.Enum(spooled.relations), TAIL: pl.Enum(spooled.entities)}
+    numbers = [pl.col(name).cast(kind).to_physical() for name, kind in kinds.items()]
+    # One lazy query: every cast of its own would hash all entities again
+    frame = pl.scan_parquet(spooled.path).select(*numbers, TIMESTAMP)
+    for batch in tables.batches(frame, [str(spooled.path)], BATCH):
+        rows = np.empty(batch.height, dtype=_ROW)
+        for name in batch.columns:
+            rows[name] = batch[name].to_numpy()
+        yield rows
+
+
+def _sort(spooled: _Spooled, folder: Path, scratch: Path) -> dict[str, int]:
+    """Duplicates out, edges counted, edges sorted: writes the arrays of the graph; returns counts."""
+    num_entities, num_relations = len(spooled.entities), len(spooled.relations)
+    pairs = _Buckets(scratch / "pairs", _num_buckets(spooled.rows))
+    for rows in _numbered(spooled):
+        pairs.deal(_pair_hash(rows) % len(pairs.files), rows)
+    spooled.path.unlink()
+    degrees = np.zeros(num_entities, dtype=np.int64)
+    num_triples = loops = 0
+    with (scratch / "different").open("wb") as file:
+        for rows in pairs.take():
+            rows = _different(rows)
+            file.write(rows.tobytes())
+            for end in (HEAD, TAIL):
+                degrees += np.bincount(rows[end], minlength=num_entities)
+            num_triples += len(rows)
+            loops += int((rows[HEAD] == rows[TAIL]).sum())
+    has_times = spooled.time_range is not None
+    _write_edges(_dealt_edges(scratch, degrees, num_relations), degrees, has_times, folder)
+    write_meta(folder, num_entities, num_relations, num_triples, has_times=has_times)
+    return {
+        "triples": num_triples,
+        "duplicate_triples": spooled.rows - num_triples,
+        "self_loops": loops,
+        "entities": num_entities,
+        "relations": num_relations,
+    }
+
+
+def _num_buckets(rows: int) -> int:
+    return min(max(1, -(-rows // BUCKET)), _MAX_BUCKETS)
+
+
+def _pair_hash(rows: Rows) -> npt.NDArray[np.uint64]:
+    """Hash of (head, tail), so that a hub's triples spread over all buckets: Fibonacci hashing of the two numbers."""
+    pair = (rows[HEAD].astype(np.uint64) << np.uint64(32)) | rows[TAIL].astype(np.uint64)
+    hashed: npt.NDArray[np.uint64] = (pair * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)
+    return hashed
+
+
+def _different(rows: Rows) -> Rows:
+    """Each row once, in any order."""
+    frame = pl.DataFrame({name: rows[name] for name in _ROW.names or ()}).unique()
+    found = np.empty(frame.height, dtype=_ROW)
+    for name in frame.columns:
+        found[name] = frame[name].to_numpy()
+    return found
+
+
+def _dealt_edges(scratch: Path, degrees: Ints, num_relations: int) -> _Buckets:
+    """Every triple as an edge and an inverse edge, dealt to buckets of neighbouring sources."""
+    total = int(degrees.sum())
+    count = _num_buckets(total)
+    bucket_of = ((np.cumsum(degrees) - degrees) * count // max(total, 1)).astype(np.uint16)  # (E,) by its first edge
+    edges = _Buckets(scratch / "edges", count)
+    path = scratch / "different"
+    for begin in range(0, total // 2, BATCH):
+        rows = np.fromfile(path, dtype=_ROW, count=BATCH, offset=begin * _ROW.itemsize)
+        inverse = rows.copy()
+        inverse[HEAD], inverse[TAIL] = rows[TAIL], rows[HEAD]
+        inverse[RELATION] += num_relations
+        both = np.concatenate([rows, inverse])
+        edges.deal(bucket_of[both[HEAD]], both)
+    path.unlink()
+    return edges
+
+
+class _Array:
+    """A .npy file of one dimension that grows; its header is written again at the end, when the length is known."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.file, self.dtype, self.length = path.open("wb"), np.dtype(dtype), 0
+        self._header()
+
+    def _header(self) -> None:
+        self.file.seek(0)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)  # leaves room for the digits of any length
+
+    def append(self, values: npt.NDArray[np.integer]) -> None:
+        self.file.write(values.astype(self.dtype).tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        self._header()
+        self.file.close()
+
+
+def _write_edges(edges: _Buckets, degrees: Ints, has_times: bool, folder: Path) -> None:
+    """Sort each bucket by itself; they follow one another as their sources do."""
+    preference = np.empty(len(degrees), dtype=np.int32)  # (E,) place among all entities by falling degree
+    preference[np.argsort(-degrees, kind="stable")] = np.arange(len(degrees))
+    runs = np.zeros(len(degrees), dtype=np.int64)  # (E,) runs of each entity
+    relations, begins = _Array(folder / "run_relations.npy", "<i4"), _Array(folder / "run_begins.npy", "<i8")
+    targets, times = _Array(folder / "targets.npy", "<i4"), _Array(folder / "times.npy", "<i8")
+    for rows in edges.take():
+        rows = rows[_order(rows, preference)]
+        new = np.ones(len(rows), dtype=bool)
+        new[1:] = (np.diff(rows[HEAD]) != 0) | (np.diff(rows[RELATION]) != 0)
+        runs += np.bincount(rows[HEAD][new], minlength=len(degrees))
+        begins.append(targets.length + np.flatnonzero(new))
+        relations.append(rows[RELATION][new])
+        targets.append(rows[TAIL])
+        times.append(rows[TIMESTAMP] if has_times else rows[TIMESTAMP][:0])
+    begins.append(np.array([targets.length]))
+    for array in (relations, begins, targets, times):
+        array.close()
+    if not has_times:
+        (folder / "times.npy").unlink()
+    np.save(folder / "run_offsets.npy", np.append(0, np.cumsum(runs)))
+
+
+def _order(rows: Rows, preference: npt.NDArray[np.int32]) -> Ids:
+    """The order of store.Graph: source, relation, time, falling degree of the target, target."""
+    keys = {name: rows[name] for name in (HEAD, RELATION, TIMESTAMP)} | {TAIL: preference[rows[TAIL]]}
+    order: Ids = pl.DataFrame(keys).select(pl.arg_sort_by(*keys)).to_series().to_numpy()
+    return order
+
+
+def _write_names(spooled: _Spooled, source: TriplesSource, folder: Path) -> None:
+    _named(spooled.entities, spooled.labels, source.entities, "graph.triples.entities").rename(
+        {ID: ENTITY_ID}
+    ).write_parquet(folder / ENTITIES)
+    _named(spooled.relations, spooled.labels, source.relations, "graph.triples.relations").rename(
+        {ID: RELATION_ID}
+    ).write_parquet(folder / RELATIONS)
+
+
+def _named(ids: pl.Series, labels: pl.DataFrame, source: NamesSource | None, section: str) -> pl.DataFrame:
+    """Frame with id and name: the recipe's table, then rdfs:label, then what can be read from the id."""
+    frame = pl.DataFrame({ID: ids, "__read": readers.readable(ids)})
+    best = labels.sort(ID, "rank", NAME).unique(ID, keep="first", maintain_order=True)
+    cleaned = pl.col(NAME).str.replace_all(tables.CONTROL, " ").str.strip_chars().alias("__label")
+    frame = frame.join(best.select(ID, cleaned), on=ID, how="left", maintain_order="left")
+    given = pl.DataFrame(schema={ID: pl.String, NAME: pl.String})
+    if source is not None:
+        given = readers.read_names(source, section)
+        if not frame.join(given, on=ID, how="semi").height:
+            raise UserError(
+                f"{source.path}: names none of the {len(ids)} ids in the triples (there: {_some(given[ID])}; in the "
+                f"triples: {_some(ids)}): check {section}.columns.id"
+            )
+    frame = frame.join(given.filter(pl.col(NAME) != ""), on=ID, how="left", maintain_order="left")
+    return frame.select(ID, pl.coalesce(NAME, "__label", "__read", ID).alias(NAME))
+
+
+def _some(ids: pl.Series) -> str:
+    return ", ".join(f'"{text}"' for text in ids.head(3).to_list()) or "none"
+
+
+def _link(section: GraphSection, item_ids: Sequence[str], entities: pl.Series, folder: Path) -> dict[str, int]:
+    """Write the entity of each item; of an item with several links into the graph, the first counts."""
+    links = readers.read_links(section.links)
+    items = pl.DataFrame({ITEM_ID: pl.Series(item_ids, dtype=pl.String)}).with_row_index("item")
+    known = links.join(items, on=ITEM_ID, how="inner", maintain_order="left")
+    numbers = pl.DataFrame({ENTITY_ID: entities}).with_row_index("entity")
+    linked = known.join(numbers, on=ENTITY_ID, how="inner", maintain_order="left")
+    if linked.is_empty():
+        raise UserError(
+            f"{section.links.path}: links no item to an entity of the graph. Its item ids: {_some(links[ITEM_ID])}, in "
+            f"the interactions: {_some(items[ITEM_ID])}; its entity ids: {_some(links[ENTITY_ID])}, in the triples: "
+            f"{_some(entities)}. Check graph.links.columns and graph.links.id_map"
+        )
+    first = linked.unique("item", keep="first", maintain_order=True)
+    item_entities = np.full(len(item_ids), -1, dtype=np.int32)
+    item_entities[first["item"].to_numpy()] = first["entity"].to_numpy()
+    np.save(folder / LINKS, item_entities)
+    return {
+        "linked_items": first.height,
+        "items_without_link": len(item_ids) - first.height,
+        "links_of_unknown_items": links.height - known.height,
+        "links_to_unknown_entities": known.height - linked.height,
+        "items_linked_twice": linked.unique(["item", "entity"]).height - first.height,
+    }

@@ -1,0 +1,136 @@
+"""Retrieval in two stages: what matters to this user, then what is around that.
+
+Stage one, behaviour, reads the user's items and their neighbourhood and chooses entities: what several of the user's
+items share and few others have. Stage two, context, reads the graph around the chosen entities alone. `two_stage` runs
+one behind the other, `parallel` lets the second start from the user's items instead and merges both by rank.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from recllm.graph.segments import best_places, is_in, ranges, stable_order, starts
+from recllm.graph.store import Graph
+from recllm.graph.subgraphs import Seeds, Subgraphs
+from recllm.graph.walk import (
+    Doubles,
+    Found,
+    Frontier,
+    Rules,
+    Steps,
+    best,
+    follow,
+    gathered,
+    grouped,
+    joined,
+    keys_of,
+    merged,
+    spread,
+    walk,
+)
+
+FUSION_RANK = 60  # k of reciprocal rank fusion
+
+
+def two_stage(graph: Graph, seeds: Seeds, rules: Rules) -> tuple[Subgraphs, Seeds]:
+    """The subgraphs, and the entities that stage one chose for them with their weights, best first."""
+    chosen = behaviour(graph, seeds, rules)
+    found = context(graph, seeds, chosen, rules)
+    return best(graph, found, seeds.num_prompts, rules.max_triples), chosen
+
+
+def behaviour(graph: Graph, seeds: Seeds, rules: Rules) -> Seeds:
+    """Stage one: the `rules.entities` entities next to the user's items that say most of the user, items apart.
+
+    With m the summed weight of the seeds that a triple ties to an entity, and d the entity's degree before the cut-off,
+    its weight is m² / d ** hub_penalty, scaled to a sum of 1 a prompt. At a penalty of 1 that is the squared cosine
+    between the user's items and all that the entity is tied to, but for a factor that all entities of a prompt share.
+    """
+    frontier = gathered(graph, seeds.prompts, seeds.entities, seeds.weights)
+    steps = follow(graph, frontier, seeds.cutoffs, rules)
+    shared = _shared(graph, steps)
+    known = is_in(keys_of(graph, shared.prompts, shared.entities), keys_of(graph, frontier.prompts, frontier.entities))
+    shared = Frontier(shared.prompts[~known], shared.entities[~known], shared.weights[~known])
+    degrees = follow(graph, shared, seeds.cutoffs, replace(rules, fan_out=0)).degrees
+    weights = shared.weights**2 / np.maximum(degrees, 1) ** rules.hub_penalty
+    return _best_entities(seeds, shared, weights, rules.entities)
+
+
+def context(graph: Graph, seeds: Seeds, chosen: Seeds, rules: Rules) -> Found:
+    """Stage two: the triples that tie the chosen entities to the user's items, and those around them.
+
+    A chosen entity's weight flows back over the triples that tie it to the seeds, in equal parts, and on over
+    those within `rules.hops` − 1 of it, as in `walk.py`: nothing is further than `rules.hops` from a seed, and without
+    a chosen entity there is nothing.
+    """
+    ties = _ties(graph, seeds, chosen, rules)
+    frontier = gathered(graph, chosen.prompts, chosen.entities, chosen.weights)
+    around = spread(graph, frontier, seeds.cutoffs, rules, rules.hops - 1, first=2)
+    return merged(graph, joined([ties, *around]), rules.max_triples)
+
+
+def parallel(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:
+    """Both stages at once: the triples that tie the user's items to stage one's entities, and k-hop from the items.
+
+    Merged by reciprocal rank fusion (Cormack, Clarke & Büttcher 2009): a triple's score is the sum of 1 / (60 + rank)
+    over the lists that hold it, ranks from 1; its hop is the lower one, which is the same in both.
+    """
+    ties = merged(graph, _ties(graph, seeds, behaviour(graph, seeds, rules), rules))
+    around = walk(graph, seeds, rules, rules.max_triples)
+    lists = [best(graph, found, seeds.num_prompts, rules.max_triples) for found in (ties, around)]
+    return fused(graph, lists, rules.max_triples)
+
+
+def fused(graph: Graph, lists: list[Subgraphs], max_triples: int) -> Subgraphs:
+    """The lists of each prompt as one, by reciprocal rank fusion; ties as they stand, the first list first."""
+    prompts = np.concatenate([part.prompts for part in lists])
+    ranks = np.concatenate([ranges(np.ones(part.num_prompts, dtype=np.int64), np.diff(part.offsets)) for part in lists])
+    names = ("heads", "relations", "tails", "times", "hops")
+    columns = {name: np.concatenate([getattr(part, name) for part in lists]) for name in names}
+    order, new = grouped(graph, prompts, *(columns[name].astype(np.int64) for name in names[:-1]))
+    sums = np.bincount(np.cumsum(new) - 1, 1 / (FUSION_RANK + ranks[order]), minlength=int(new.sum()))
+    once = np.argsort(order[new])  # back in the order of the lists
+    places, scores = order[new][once], sums[once].astype(np.float32)
+    offsets, kept = best_places(prompts[places], scores, lists[0].num_prompts, max_triples)
+    return Subgraphs(offsets, scores=scores[kept], **{name: column[places[kept]] for name, column in columns.items()})
+
+
+def _ties(graph: Graph, seeds: Seeds, chosen: Seeds, rules: Rules) -> Steps:
+    """The edges from seeds to chosen entities; over each flows its part of the chosen entity's weight."""
+    frontier = gathered(graph, seeds.prompts, seeds.entities, seeds.weights)
+    steps = follow(graph, frontier, seeds.cutoffs, rules)
+    sources = steps.sources()
+    keys = keys_of(graph, steps.prompts[sources], steps.targets)
+    chosen_keys = keys_of(graph, chosen.prompts, chosen.entities)
+    order = np.argsort(chosen_keys)
+    edges = np.flatnonzero(is_in(keys, chosen_keys[order]))
+    which = order[np.searchsorted(chosen_keys[order], keys[edges])]
+    degrees = follow(graph, _frontier(chosen), seeds.cutoffs, replace(rules, fan_out=0)).degrees
+    flows = (
+        chosen.weights
+        / np.maximum(degrees, 1) ** rules.hub_penalty
+        / np.maximum(np.bincount(which, minlength=len(order)), 1)
+    )
+    return steps.only(edges, flows[which])
+
+
+def _frontier(seeds: Seeds) -> Frontier:
+    return Frontier(seeds.prompts, seeds.entities.astype(np.int64), seeds.weights.astype(np.float64))
+
+
+def _shared(graph: Graph, steps: Steps) -> Frontier:
+    """What the edges reach, with the summed weight of the different entities that each is reached from."""
+    sources = steps.sources()
+    keys = sources * graph.num_entities + steps.targets
+    keys = keys[stable_order(keys)]
+    sources, targets = np.divmod(keys[starts(keys)], max(graph.num_entities, 1))
+    return gathered(graph, steps.prompts[sources], targets, steps.weights[sources])
+
+
+def _best_entities(seeds: Seeds, reached: Frontier, weights: Doubles, count: int) -> Seeds:
+    """The entities of highest weight of each prompt, best first, ties by lower number; weights of a sum of 1."""
+    offsets, kept = best_places(reached.prompts, weights.astype(np.float32), seeds.num_prompts, count)
+    prompts, weights = reached.prompts[kept], weights[kept]
+    sums = np.bincount(prompts, weights, minlength=seeds.num_prompts)
+    shares = (weights / sums[prompts]).astype(np.float32)
+    return Seeds(offsets, reached.entities[kept].astype(np.int32), shares, seeds.cutoffs)

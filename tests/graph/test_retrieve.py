@@ -1,0 +1,231 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recllm.errors import UserError
+from recllm.graph.retrieve import DAMPING, TOLERANCE, khop, pagerank, random_triples, retrieve, rules_of
+from recllm.graph.store import ALWAYS, Graph
+from recllm.graph.subgraphs import Seeds, Subgraphs
+from recllm.graph.walk import Rules, follow, gathered, walk
+from recllm.recipe import RetrievalSection
+
+from .plain_graph import as_dict, assert_equal, assert_same, plain_spread, summed, worlds
+
+METHODS = ("khop", "random", "pagerank", "two_stage", "parallel")
+NAMES = ["directed by", "stars", "has genre"]
+
+
+def keys(count):
+    return np.arange(count, dtype=np.uint64)
+
+
+def sections(world, method, **changes):
+    allowed = world.rules.allowed
+    deny = [] if allowed is None else [name for name, kept in zip(NAMES, allowed) if not kept]
+    rules = {name: getattr(world.rules, name) for name in ("hops", "fan_out", "hub_penalty", "max_triples", "entities")}
+    return RetrievalSection(method=method, deny=deny, **rules | changes)
+
+
+@settings(deadline=None)
+@given(worlds())
+def test_khop_equals_plain_python(world):
+    found = khop(world.graph, world.batch, world.rules)
+    assert found.num_prompts == len(world.seeds)
+    for prompt, (seeds, cutoff) in enumerate(zip(world.seeds, world.cutoffs)):
+        expected = plain_spread(world, summed(seeds), cutoff, world.rules.hops)
+        assert_same(as_dict(found, prompt), expected)
+
+
+@settings(deadline=None)
+@given(worlds(), st.integers(1, 5))
+def test_the_best_of_many_are_the_first_of_all(world, count):
+    every = khop(world.graph, world.batch, world.rules)
+    some = khop(world.graph, world.batch, replace(world.rules, max_triples=count))
+    for prompt in range(every.num_prompts):
+        assert some.triples(prompt) == every.triples(prompt)[:count]
+        scores = every.scores[every.prompts == prompt]
+        assert (np.diff(scores) <= 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(worlds(), st.sampled_from(METHODS))
+def test_nothing_is_of_the_future_and_all_hangs_on_the_seeds(world, method):
+    if world.rules.allowed is not None and not world.rules.allowed.any():
+        return
+    found = retrieve(world.graph, world.batch, sections(world, method), NAMES, keys(len(world.seeds)))
+    for prompt, (seeds, cutoff) in enumerate(zip(world.seeds, world.cutoffs)):
+        triples = found.triples(prompt)
+        assert set(triples) <= set(world.triples)
+        assert all(time < cutoff for *_, time in triples)
+        assert world.rules.allowed is None or all(world.rules.allowed[relation] for _, relation, *_ in triples)
+        near = {entity for entity, _ in seeds}
+        for _ in range(world.rules.hops):
+            near |= {end for head, _, tail, _ in triples if {head, tail} & near for end in (head, tail)}
+        assert all({head, tail} <= near for head, _, tail, _ in triples)
+
+
+@settings(deadline=None, max_examples=60)
+@given(worlds(), st.sampled_from(METHODS), st.integers(1, 4))
+def test_a_batch_gives_what_its_prompts_give_alone(world, method, count):
+    if world.rules.allowed is not None and not world.rules.allowed.any():
+        return
+    section, every = sections(world, method, max_triples=count), keys(len(world.seeds))
+    together = retrieve(world.graph, world.batch, section, NAMES, every)
+    alone = [
+        retrieve(world.graph, world.one(prompt).batch, section, NAMES, every[prompt : prompt + 1])
+        for prompt in range(len(world.seeds))
+    ]
+    assert_equal(together, Subgraphs.concatenated(alone))
+
+
+@settings(deadline=None)
+@given(worlds())
+def test_what_comes_later_changes_nothing(world):
+    """A triple at or after every cut-off, even of a hub, leaves scores as they were."""
+    last = max(world.cutoffs)
+    later = [(0, 0, entity, last) for entity in range(8)] + [(entity, 1, 0, last + 1) for entity in range(8)]
+    # a graph orders the edges of one time by degrees over all times: apart from such ties nothing may change
+    wide = replace(world.rules, fan_out=10**6)
+    with_future = replace_triples(world, world.triples + later)
+    for prompt in range(len(world.seeds)):
+        before = as_dict(khop(world.graph, world.batch, wide), prompt)
+        after = as_dict(khop(with_future.graph, world.batch, wide), prompt)
+        assert_same(after, before)
+
+
+def replace_triples(world, triples):
+    return replace(world, triples=triples)
+
+
+def test_scores_by_hand():
+    """Two seeds share entity 2, of degree 3; a cut-off leaves out what is newer, and degrees do not count it."""
+    graph = Graph.of([0, 1, 2, 2], [0, 0, 0, 0], [2, 2, 3, 4], [1, 1, 1, 9], num_entities=5, num_relations=1)
+    found = khop(graph, Seeds.of([[0, 1], [0, 1]], [9, 10]), Rules(hub_penalty=1.0))
+    assert found.triples(0) == [(0, 0, 2, 1), (1, 0, 2, 1), (2, 0, 3, 1)]
+    back = (1 + 1) / 3 / 3  # what reached entity 2, by its degree, in equal parts over 3 edges
+    assert found.scores[found.prompts == 0].tolist() == pytest.approx([1 + back, 1 + back, back])
+    back = (1 + 1) / 4 / 4
+    assert found.scores[found.prompts == 1].tolist() == pytest.approx([1 + back, 1 + back, back, back])
+    assert found.hops.tolist() == [1, 1, 2, 1, 1, 2, 2]
+
+
+def test_cycles_and_self_loops_end_and_stand_once():
+    graph = Graph.of([0, 1, 2, 0, 0], [0, 0, 0, 0, 0], [1, 2, 0, 0, 0], num_entities=3, num_relations=1)
+    found = khop(graph, Seeds.of([[0]], [0]), Rules(hops=4))
+    assert sorted(found.triples(0)) == [(0, 0, 0, ALWAYS), (0, 0, 1, ALWAYS), (1, 0, 2, ALWAYS), (2, 0, 0, ALWAYS)]
+
+
+def test_an_entity_with_a_million_edges_costs_fan_out():
+    count = 1_000_000
+    heads, tails = np.zeros(count, dtype=np.int64), np.arange(1, count + 1)
+    graph = Graph.of(heads, heads, tails, tails, num_entities=count + 1, num_relations=1)
+    seeds = Seeds.of([[0]], [500_000])
+    frontier = gathered(graph, seeds.prompts, seeds.entities, seeds.weights)
+    steps = follow(graph, frontier, seeds.cutoffs, Rules())
+    assert steps.targets.tolist() == list(range(499_999, 499_979, -1))  # the newest 20 before the cut-off
+    assert steps.degrees.tolist() == [499_999]
+    found = walk(graph, seeds, Rules())
+    assert len(found.steps.edge_runs) == 20 + 20  # from the hub, and back from each
+
+
+@settings(deadline=None)
+@given(worlds(hops=2))
+def test_random_is_a_permutation_of_what_khop_reaches(world):
+    every = khop(world.graph, world.batch, world.rules)
+    drawn = random_triples(world.graph, world.batch, world.rules, keys(len(world.seeds)))
+    for prompt in range(len(world.seeds)):
+        assert set(drawn.triples(prompt)) == set(every.triples(prompt))
+
+
+def test_random_is_uniform_and_hangs_on_the_key_alone():
+    """A star of 10: each triple is among the best 2 of 5000 draws about 1000 times, and a hub penalty has no part."""
+    graph = Graph.of(np.zeros(10), np.zeros(10), np.arange(1, 11), num_entities=11, num_relations=1)
+    seeds = Seeds.of([[0]] * 5000, [0] * 5000)
+    found = random_triples(graph, seeds, Rules(max_triples=2), keys(5000))
+    counts = np.bincount(found.tails, minlength=11)[1:]
+    assert counts.sum() == 10_000
+    assert np.abs(counts - 1000).max() < 5 * (5000 * 0.2 * 0.8) ** 0.5
+    same = random_triples(graph, seeds, Rules(max_triples=2), np.zeros(5000, dtype=np.uint64))
+    assert len({tuple(same.triples(prompt)) for prompt in range(5000)}) == 1
+
+
+@settings(deadline=None)
+@given(worlds(hops=2))
+def test_pagerank_is_the_stationary_flow(world):
+    """By solving the linear equations of each prompt instead of iterating."""
+    found = pagerank(world.graph, world.batch, world.rules)
+    for prompt, (seeds, cutoff) in enumerate(zip(world.seeds, world.cutoffs)):
+        triples = list(plain_spread(world, summed(seeds), cutoff, world.rules.hops))
+        nodes = sorted({end for head, _, tail, _ in triples for end in (head, tail)})
+        start = np.array([summed(seeds).get(node, 0.0) for node in nodes])
+        over = as_dict(found, prompt)
+        assert set(over) == set(triples)
+        if not triples:
+            continue
+        start /= start.sum()
+        moves = np.zeros((len(nodes), len(nodes)))
+        for head, _, tail, _ in triples:
+            left, right = nodes.index(head), nodes.index(tail)
+            moves[left, right] += 1
+            moves[right, left] += left != right
+        degrees = moves.sum(axis=1)
+        mass = np.linalg.solve(np.eye(len(nodes)) - DAMPING * (moves / degrees[:, None]).T, (1 - DAMPING) * start)
+        for head, relation, tail, time in triples:
+            ends = {nodes.index(head), nodes.index(tail)}
+            expected = sum(DAMPING * mass[end] / degrees[end] for end in ends)
+            assert abs(over[head, relation, tail, time][0] - expected) < 2 * TOLERANCE
+
+
+def test_allow_and_deny_go_by_name_or_id():
+    ids = ["P57", "P161", "P136"]
+    rules = rules_of(RetrievalSection(allow=["directed by", "P161"], deny=["stars"]), NAMES, ids)
+    assert rules.allowed.tolist() == [True, False, False] * 2
+    assert rules_of(RetrievalSection(), NAMES).allowed is None
+    twins = rules_of(RetrievalSection(deny=["stars"]), ["stars", "has genre", "stars"])
+    assert twins.allowed.tolist() == [False, True, False] * 2
+
+
+def test_a_relation_that_is_not_there_is_named_with_the_nearest():
+    with pytest.raises(UserError, match=r"allow: the graph has no relation 'directedby' \(nearest: 'directed by'"):
+        rules_of(RetrievalSection(allow=["directedby"]), NAMES)
+    with pytest.raises(UserError, match=r"deny: the graph has no relation 'xyz' \(it has 'directed by', 'stars'"):
+        rules_of(RetrievalSection(deny=["xyz"]), NAMES)
+    with pytest.raises(UserError, match="leave none of 3 relations"):
+        rules_of(RetrievalSection(deny=NAMES), NAMES)
+
+
+def test_seeds_that_are_no_entities_are_refused():
+    graph = Graph.of([0], [0], [1], num_entities=2, num_relations=1)
+    for wrong in (-1, 2):
+        with pytest.raises(UserError, match=f"entity {wrong} of prompt 1: the graph has 2"):
+            retrieve(graph, Seeds.of([[0], [1, wrong]], [0, 0]), RetrievalSection(), ["stars"], keys(2))
+    with pytest.raises(ValueError, match="1 keys for 2 prompts"):
+        retrieve(graph, Seeds.of([[0], [1]], [0, 0]), RetrievalSection(), ["stars"], keys(1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_prompt_no_seed_and_no_triple_give_nothing(method):
+    section = RetrievalSection(method=method)
+    graph = Graph.of([0], [0], [1], [5], num_entities=3, num_relations=1)
+    assert retrieve(graph, Seeds.of([], []), section, ["stars"], keys(0)).num_prompts == 0
+    # without a seed; a seed without a triple; a cut-off before the triple; and one behind it
+    found = retrieve(graph, Seeds.of([[], [2], [0], [0, 2]], [9, 9, 5, 6]), section, ["stars"], keys(4))
+    assert [found.triples(prompt) for prompt in range(4)] == [[], [], [], [(0, 0, 1, 5)]]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=12), st.integers(1, 8))
+def test_parts_hold_every_prompt_once(sizes, size):
+    seeds = Seeds.of([list(range(count)) for count in sizes], list(range(len(sizes))))
+    cutoffs = []
+    for prompts, part in seeds.parts(size):
+        assert part.num_prompts == prompts.stop - prompts.start >= 1
+        assert len(part.entities) <= size or part.num_prompts == 1
+        assert [part.entities[part.prompts == n].tolist() for n in range(part.num_prompts)] == [
+            list(range(count)) for count in sizes[prompts]
+        ]
+        cutoffs += part.cutoffs.tolist()
+    assert cutoffs == list(range(len(sizes)))
