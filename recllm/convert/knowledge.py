@@ -151,6 +151,16 @@ class Knowledge:
         rules_of(self.section.retrieval, self._relation_names, self._relation_ids)
         self._attributes(tuple(relations))
 
+    def checker(self) -> explain.Checker:
+        """Checks explanations by the names that examples write."""
+        names = pa.array([self._name(entity) for entity in range(self._graph.num_entities)], pa.string())
+        return explain.Checker(self._graph, names, self._shown_relations)
+
+    @property
+    def linked(self) -> Ids:
+        """(num_items,) the entity of each item, −1 without a link."""
+        return self._linked
+
     # ---- opened once a process ----
 
     @cached_property

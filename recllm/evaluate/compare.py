@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from recllm import files
 from recllm.errors import UserError
 from recllm.evaluate import metrics, statistics
+from recllm.evaluate.explanations import SUPPORTED
 from recllm.evaluate.figures import Pair, compare_pairs
+from recllm.evaluate.tasks import EXPLAIN
 from recllm.recipe import BootstrapSection
 
 COLUMNS = ["example_id", "user_index", "target", "candidates", "rank", "nats", "valid", "label", "predicted"]
@@ -89,6 +91,8 @@ def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
         return rows["nats"].to_numpy()
     if metric == "valid_ratio":
         return metrics.valid_ratio(valid)
+    if metric == "supported" and _is_explained(rows):
+        return pc.equal(rows["predicted"], SUPPORTED).to_numpy().astype(np.float64)
     if metric == "accuracy" and closed:
         right = pc.fill_null(pc.equal(rows["predicted"], rows["label"]), False)
         return right.to_numpy().astype(np.float64)
@@ -101,12 +105,16 @@ def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
         return metrics.hit_rate(rank, k) if kind == "hit_rate" else metrics.ndcg(rank, k)
     raise UserError(
         f'{name} has no metric "{metric}": hit_rate@k, ndcg@k, mrr@k, mrr, valid_ratio, for language models nats; '
-        "accuracy of closed tasks"
+        "accuracy of closed tasks, supported of explanations"
     )
 
 
 def _is_closed(rows: pa.Table) -> bool:
-    return bool(rows["rank"].null_count)  # a closed task has no ranks
+    return bool(rows["rank"].null_count) and not _is_explained(rows)  # a closed task has no ranks
+
+
+def _is_explained(rows: pa.Table) -> bool:
+    return bool(rows.num_rows) and rows["task"][0].as_py().partition(".")[0] == EXPLAIN
 
 
 def _check_same_ground(folders: list[Path], documents: list[dict[str, Any]]) -> None:
@@ -156,7 +164,8 @@ def _task_lines(task: str, runs: list[Run], document: dict[str, Any], metric: st
 def _metrics_of(runs: list[Run], document: dict[str, Any]) -> list[str]:
     cutoffs = document["protocol"]["ranking"]["k"]
     closed = _is_closed(runs[0].rows)
-    names = ["accuracy"] if closed else [f"hit_rate@{min(cutoffs)}", f"ndcg@{max(cutoffs)}"]
+    ranked = ["supported"] if _is_explained(runs[0].rows) else [f"hit_rate@{min(cutoffs)}", f"ndcg@{max(cutoffs)}"]
+    names = ["accuracy"] if closed else ranked
     return names if any(run.rows["nats"].null_count for run in runs) else [*names, "nats"]
 
 

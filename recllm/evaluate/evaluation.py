@@ -26,9 +26,11 @@ better for nats, brier and calibration_error only.
                       full_catalogue: null | {the same without nats},
                       beam: null | {width, k, exact: share of examples whose best k are known to be right,
                       recall: null | share of the exhaustive best k that the beam found}
-                      generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit}}]
+                      generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit},
+                      verdicts: null | {verdict: number of explanations}}]
                     nats, of language models only: negative log-likelihood of the right answer, terminator included.
                     Closed tasks (like): accuracy, balanced_accuracy, "f1 LABEL", auc, brier, calibration_error, …
+                    Explanations: supported, valid_ratio
     comparisons     [{task, a, b, metric, difference: a − b, low, high, p_value, p_holm, method: mcnemar |
                       paired_bootstrap, num_examples, num_users}]; Holm within one task and metric
     against_plain   [as comparisons, of nats only]: a is each other adapter and control, b each plain LoRA adapter; Holm
@@ -133,7 +135,8 @@ def evaluate(
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
     wants_model = adapters or BASE_MODEL in recipe.evaluate.baselines
     models = LanguageModels(recipe, dataset, adapters) if wants_model else None
-    if models is None and not scorers and (unscored := [task.name for task in tasks if not task.is_closed]):
+    unscored = [task.name for task in tasks if not task.is_closed and (task.choices is not None or not scorers)]
+    if models is None and unscored:
         raise UserError(f"no system scores the task {unscored[0]}: name evaluate.baselines or give an adapter")
     main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
     log = training_log(main)
@@ -455,7 +458,7 @@ def table_text(document: dict[str, Any]) -> str:
         title = f"{task}, split {document['split']}, {systems[0]['num_examples']} examples of "
         confidence = document["protocol"]["bootstrap"]["confidence"]
         lines += ["", f"{title}{systems[0]['num_users']} users, {confidence:.0%} intervals over users"]
-        if "accuracy" not in systems[0]["metrics"]:
+        if "hit_rate@1" in systems[0]["metrics"]:
             lines.append(f"candidates {document['candidates_label']}; full: rank in the whole catalogue")
             lines += [note] if (note := reading.beam_note(systems)) else []
         rows = [["system", *names]] + [[system["name"], *(_cell(system, name) for name in names)] for system in systems]
@@ -465,6 +468,8 @@ def table_text(document: dict[str, Any]) -> str:
 
 
 def _shown_metrics(document: dict[str, Any], systems: list[dict[str, Any]]) -> list[str]:
+    if "supported" in systems[0]["metrics"]:
+        return ["supported", "valid_ratio", "nats"]
     if "accuracy" in systems[0]["metrics"]:
         return ["accuracy", "balanced_accuracy", "auc", "nats"]
     cutoffs = document["protocol"]["ranking"]["k"]

@@ -16,6 +16,7 @@ import pyarrow as pa
 from recllm.data.dataset import Dataset
 from recllm.evaluate import metrics, statistics
 from recllm.evaluate.baselines import item_counts, training_interactions
+from recllm.evaluate.explanations import SUPPORTED, UNREADABLE, counted
 from recllm.evaluate.language_model import System
 from recllm.evaluate.statistics import Estimate
 from recllm.evaluate.tasks import Prediction, Task
@@ -45,9 +46,13 @@ def predicted_labels(prediction: Prediction) -> npt.NDArray[np.int64]:
 
 
 def example_metrics(task: Task, prediction: Prediction, cutoffs: Sequence[int]) -> dict[str, Floats]:
-    """Metrics that are means over examples, each (N,): ranking metrics or accuracy, valid_ratio, nats."""
+    """Metrics that are means over examples, each (N,): ranking metrics, accuracy or supported; valid_ratio, nats."""
     valid = valid_rows(prediction)
-    if task.is_closed:
+    if task.is_explained:
+        verdicts = np.array(prediction.verdicts)
+        table = {"supported": (verdicts == SUPPORTED).astype(np.float64)}
+        table["valid_ratio"] = metrics.valid_ratio(verdicts != UNREADABLE)
+    elif task.is_closed:
         table = {"accuracy": metrics.accuracy(task.right_column, predicted_labels(prediction))}
         table["valid_ratio"] = metrics.valid_ratio(valid)
     else:
@@ -80,7 +85,8 @@ def system_entries(
             "metrics": figures,
             "full_catalogue": ranked or None,
             "beam": prediction.beam,
-            "generation": generation_figures(task, prediction, titles, protocol),
+            "generation": None if task.is_explained else generation_figures(task, prediction, titles, protocol),
+            "verdicts": None if prediction.verdicts is None else counted(prediction.verdicts),
         }
         for system, prediction, figures, ranked in zip(systems, predictions, scored, full, strict=True)
     ]
@@ -223,6 +229,8 @@ def _adjusted(task: Task, tests: Sequence[dict[str, Any]], within: str) -> list[
 
 def compared_metrics(task: Task, protocol: Protocol) -> list[str]:
     """The metrics that are tested and shown by segment."""
+    if task.is_explained:
+        return ["supported", "nats"]
     if task.is_closed:
         return ["accuracy", "nats"]
     return [f"hit_rate@{min(protocol.ranking.k)}", f"ndcg@{max(protocol.ranking.k)}", "nats"]
@@ -255,7 +263,7 @@ def compare_pairs(pairs: Sequence[Pair], users: npt.NDArray, section: BootstrapS
 
 
 def _test_entry(pair: Pair, found: statistics.Difference, num_examples: int, num_users: int) -> dict[str, Any]:
-    binary = pair.metric.startswith("hit_rate@") or pair.metric == "accuracy"
+    binary = pair.metric.startswith("hit_rate@") or pair.metric in ("accuracy", "supported")
     method, p_value = "paired_bootstrap", found.p_value
     if binary and num_users == num_examples and num_users >= statistics.FEW_USERS:
         method, p_value = "mcnemar", statistics.mcnemar(pair.values_a, pair.values_b)
@@ -350,7 +358,7 @@ def _example_entry(task: Task, systems: Sequence[System], dataset: Dataset, row:
         "history": [titles[item] for item in dataset.history(user, end, shown)],
         "history_length": end,
         "target": titles[task.target[row]],
-        "label": task.labels[task.right_column[row]] if task.is_closed else None,
+        "label": right[row] if (right := task.right_texts) else None,
         "systems": {s.name: _example_system(task, s.predictions[task.name], titles, row) for s in systems},
     }
 
@@ -359,8 +367,9 @@ def _example_system(task: Task, prediction: Prediction, titles: list[str], row: 
     scores = prediction.scores[row]
     order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")[:top]
     texts = task.words if task.candidates is None else [titles[item] for item in task.candidates[row]]
+    texts = texts if task.choices is None else task.choices[row]
     few = prediction.generations or []
-    rank = None if task.is_closed else int(metrics.ranks(scores[None], task.right_column[row : row + 1])[0])
+    rank = None if not task.is_ranked else int(metrics.ranks(scores[None], task.right_column[row : row + 1])[0])
     return {
         "rank": rank,
         "full_rank": None if prediction.full_rank is None else int(prediction.full_rank[row]),
@@ -396,9 +405,11 @@ PREDICTIONS = pa.schema(
 def predictions_table(task: Task, system: System) -> pa.Table:
     """One system's rows of predictions.parquet, one an example, nothing dropped."""
     prediction, count = system.predictions[task.name], len(task.target)
-    valid, predicted = valid_rows(prediction), [None] * count
+    valid, predicted = valid_rows(prediction), list[str | None]([None] * count)
     if task.is_closed:
         predicted = [task.labels[place] if place >= 0 else None for place in predicted_labels(prediction)]
+    if prediction.verdicts is not None:
+        predicted = list(prediction.verdicts)
     texts: list[str | None] = [text for text, _ in prediction.generations or []]
     nothing = [None] * count
     columns = {
@@ -409,12 +420,12 @@ def predictions_table(task: Task, system: System) -> pa.Table:
         "target": task.target,
         "candidates": nothing if task.candidates is None else list(task.candidates),
         "scores": list(prediction.scores),
-        "rank": nothing if task.is_closed else metrics.ranks(prediction.scores, task.right_column),
+        "rank": nothing if not task.is_ranked else metrics.ranks(prediction.scores, task.right_column),
         "full_rank": nothing if prediction.full_rank is None else prediction.full_rank,
         "nats": nothing if prediction.nats is None else prediction.nats,
         "text": texts + [None] * (count - len(texts)),
         "valid": valid,
-        "label": [task.labels[place] for place in task.right_column] if task.is_closed else nothing,
+        "label": task.right_texts or nothing,
         "predicted": predicted,
     }
     return pa.table(

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recllm.convert.titles import tokenizer_special_tokens
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate.catalogue import Catalogue
+from recllm.evaluate.explanations import NEW_TOKENS, Explanations
 from recllm.evaluate.tasks import NEXT_ITEM, Prediction, Task
 from recllm.recipe import Recipe
 
@@ -91,6 +93,7 @@ class LanguageModels:
         self.gates: Gates | None = None  # of the run's own adapter
         self.notes: list[str] = []  # what was not scored, and why
         self.catalogue = Catalogue(recipe, dataset, self.engines.tokenizer)
+        self.explanations: Explanations | None = None
 
     def check(self, tasks: list[Task]) -> None:
         """Find now what would stop the scoring later: prompts beyond the context, adapters with damaged weights.
@@ -98,14 +101,17 @@ class LanguageModels:
         Raises:
             UserError: names the prompt or the file.
         """
-        tokens, limit = self.engines.tokens, self.recipe.protocol.decoding.max_new_tokens
+        tokens = self.engines.tokens
+        if any(task.is_explained for task in tasks):
+            special = tokenizer_special_tokens(self.recipe.model.name_or_path)
+            self.explanations = Explanations(self.dataset, self.recipe.graph, special)
         for task in tasks:
             answers = task.answer_texts(self.dataset.titles)
             if self.catalogue.is_asked(task):
                 longest = max(self.dataset.titles, key=lambda title: tokens.num_tokens([[title]])[0, 0])
                 answers = [[*row, f"{longest}{end}"] for row, end in zip(answers, task.ends)]
             tokens.pairs(task.prompts, answers)
-            tokens.for_generation(task.prompts[: _generated(task)], limit)
+            tokens.for_generation(task.prompts[: _generated(task)], self._limit(task))
         self.engines.check([adapter.folder for adapter in self.adapters])
 
     def systems(self, tasks: list[Task]) -> Iterator[System]:
@@ -132,7 +138,7 @@ class LanguageModels:
             if self.catalogue.is_asked(task):
                 ends = [max(end, self.catalogue.trie(task.ends[0]).depth + 1) for end in ends]
             few = _generated(task)
-            limit = self.recipe.protocol.decoding.max_new_tokens
+            limit = self._limit(task)
             lengths += [
                 len(row) + max(end, limit if place < few else 0) for place, (row, end) in enumerate(zip(rows, ends))
             ]
@@ -194,17 +200,24 @@ class LanguageModels:
         prediction = Prediction(scores, nats=nats)
         if full is not None:
             prediction = prediction._replace(full_rank=full.ranks, beam=full.beam)
-        if not generate or task.kind != NEXT_ITEM:
+        if not task.is_explained and (not generate or task.kind != NEXT_ITEM):
             return prediction
-        few = slice(0, MAX_GENERATIONS)
+        few = slice(0, _generated(task))
         generated = engine.generate(
             task.prompts[few],
-            max_new_tokens=decoding.max_new_tokens,
+            max_new_tokens=self._limit(task),
             listed=[end == "\n" for end in task.ends[few]],
             progress=f"{label}, generating",
             **{argument: rows[few] for argument, rows in given.items()},
         )
-        return prediction._replace(generations=[(text.text, text.finished) for text in generated])
+        prediction = prediction._replace(generations=[(text.text, text.finished) for text in generated])
+        if self.explanations is None or not task.is_explained or prediction.generations is None:
+            return prediction
+        return prediction._replace(verdicts=self.explanations.verdicts(task, prediction.generations))
+
+    def _limit(self, task: Task) -> int:
+        """Tokens of a free answer."""
+        return NEW_TOKENS if task.is_explained else self.recipe.protocol.decoding.max_new_tokens
 
     def _represent(self, adapter: Adapter, tasks: list[Task]) -> dict[str, npt.NDArray[np.float32]]:
         """(N, D) by task: what the adapter's encoder says of the history that each example's gate reads.
@@ -227,7 +240,9 @@ class LanguageModels:
 
 
 def _generated(task: Task) -> int:
-    """How many of a task's examples are also answered freely."""
+    """How many of a task's examples are also answered freely: some titles, and every explanation."""
+    if task.is_explained:
+        return len(task.prompts)
     return MAX_GENERATIONS if task.kind == NEXT_ITEM else 0
 
 

@@ -38,7 +38,7 @@ def known(system: Metrics, metric: str) -> bool:
 
 def heading(metric: str, task: str) -> str:
     """A metric as the heading of a column or a plot, with an arrow where lower is better."""
-    unit = "nats an answer" if reading.is_closed(task) else "nats a title"
+    unit = "nats a title" if task.startswith("next_item") or task.startswith("attribute_to_item") else "nats an answer"
     return (unit if metric == "nats" else metric) + (" ↓" if metric in LOWER_IS_BETTER else "")
 
 
@@ -67,7 +67,7 @@ def of_ranks(
     task: str, predictions: pa.Table | None, num_candidates: int, styles: Mapping[str, plots.Style]
 ) -> list[Picture]:
     """Share of targets within the first k candidates, for every k."""
-    if predictions is None or reading.is_closed(task):
+    if predictions is None or reading.is_closed(task) or reading.is_explained(task):
         return []
     mine = predictions.filter(pc.equal(predictions["task"], task))
     series = {}

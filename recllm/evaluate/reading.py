@@ -76,8 +76,19 @@ def is_closed(task: str) -> bool:
     return task.partition(".")[0] == "like"
 
 
+def is_explained(task: str) -> bool:
+    """Whether a task's answers are checked against the graph, by its name.
+
+    >>> is_explained("explain.2"), is_explained("like")
+    (True, False)
+    """
+    return task.partition(".")[0] == "explain"
+
+
 def ranking_metric(metrics: Metrics, task: str) -> str:
-    """The metric that leads a task's pictures and sentences: ndcg at the largest k, accuracy for a closed task."""
+    """The metric that leads a task's pictures and sentences: ndcg at the largest k; accuracy, or supported."""
+    if is_explained(task):
+        return "supported"
     if is_closed(task):
         return "accuracy"
     return f"ndcg@{max(metrics['protocol']['ranking']['k'])}"

@@ -236,6 +236,11 @@ def _tables(
     if reading.is_closed(task):
         columns = sorted({metric for values in scored.values() for metric in values}, key=_natural)
         return [_system_table("Closed answers", "every example", systems, scored, columns, tests, confidence, styles)]
+    if reading.is_explained(task):
+        columns = ["supported", "valid_ratio", "nats"]
+        note = "supported: the answer is a path of the graph from the history to the item; anything else is wrong"
+        label = "every example"
+        return [_system_table("Explanations", label, systems, scored, columns, tests, confidence, styles, note)]
     count = metrics["protocol"]["candidates"]["count"]
     ks = sorted(metrics["protocol"]["ranking"]["k"])
     columns = [f"hit_rate@{k}" for k in ks] + [f"ndcg@{ks[-1]}", "mrr"]

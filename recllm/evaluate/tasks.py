@@ -16,29 +16,49 @@ from recllm.data.dataset import Dataset
 from recllm.data.randomness import mix
 from recllm.errors import UserError
 from recllm.evaluate.baselines import Examples
+from recllm.graph.explain import Verdict
 
-NEXT_ITEM, LIKE = "next_item", "like"  # kinds of task; next_item_among is ranked as next_item is
+NEXT_ITEM, LIKE = "next_item", "like"  # kinds of task; next_item_among and attribute_to_item are ranked as next_item is
+QUESTION, EXPLAIN = "item_to_attribute", "explain"
 
 
 class Task(NamedTuple):
     """The evaluated examples of one task of the recipe: N examples with C candidates or answers."""
 
     name: str  # how its example ids begin: "next_item", "next_item.2"
-    kind: str  # next_item, next_item_among or like
+    kind: str  # of TaskSection.task
     examples: Examples
     prompts: list[list[dict[str, str]]]
     target: npt.NDArray[np.int64]  # (N,) item_index
-    candidates: npt.NDArray[np.int64] | None  # (N, C) item_index; None for closed tasks
+    candidates: npt.NDArray[np.int64] | None  # (N, C) item_index; None where answers are no items
     right_column: npt.NDArray[np.int64]  # (N,) where the target stands in candidates, or the label in `labels`
     ends: list[str]  # (N,) what ends an answer: "\n" where it continues a list, otherwise "" (eos)
     labels: list[str]  # of closed tasks
     words: list[str]  # the words that answer each label
     available: int  # examples of this task in the split, of which the N were chosen
+    choices: list[list[str]] | None = None  # (N, C) of questions; of explanations the right one alone
 
     @property
     def is_closed(self) -> bool:
         """Answered by one of a few labels."""
         return self.kind == LIKE
+
+    @property
+    def is_explained(self) -> bool:
+        """Answered by a path that is checked against the graph."""
+        return self.kind == EXPLAIN
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the right answer has a rank among others."""
+        return not self.is_closed and not self.is_explained
+
+    @property
+    def right_texts(self) -> list[str] | None:
+        """(N,) the right answers of what is asked in words: closed tasks, questions, explanations."""
+        if self.choices is not None:
+            return [row[right] for row, right in zip(self.choices, self.right_column)]
+        return [self.labels[right] for right in self.right_column] if self.is_closed else None
 
     @property
     def users(self) -> npt.NDArray[np.int32]:
@@ -47,6 +67,8 @@ class Task(NamedTuple):
 
     def answer_texts(self, titles: Sequence[str]) -> list[list[str]]:
         """The answers that a language model scores, (N, C), each with what ends it."""
+        if self.choices is not None:
+            return [[f"{text}{end}" for text in row] for row, end in zip(self.choices, self.ends)]
         if self.candidates is None:
             return [list(self.words) for _ in self.prompts]
         return [[titles[i] + end for i in row] for row, end in zip(self.candidates.tolist(), self.ends)]
@@ -61,6 +83,7 @@ class Prediction(NamedTuple):
     nats: npt.NDArray[np.float64] | None = None  # (N,) negative log-likelihood of the right answer
     generations: list[tuple[str, bool]] | None = None  # of the first examples: text, and whether it ended by itself
     has_probabilities: bool = True  # closed tasks: whether scores are log-probabilities
+    verdicts: list[Verdict] | None = None  # (N,) of explanations
 
 
 def load_tasks(dataset: Dataset, split: str, max_examples: int | None, seed: int) -> list[Task]:
@@ -101,15 +124,39 @@ def _task(name: str, table: pa.Table, dataset: Dataset, available: int) -> Task:
     kind = table["task"][0].as_py()
     examples, target = Examples.of(table), table["target"].to_numpy().astype(np.int64)
     labels, words = ([], []) if kind != LIKE else _answers(dataset, name)
-    candidates = None if kind == LIKE else candidate_matrix(table)
-    if candidates is None:
+    candidates = None if kind in (LIKE, QUESTION, EXPLAIN) else candidate_matrix(table)
+    choices = _choices(table, kind)
+    if choices is not None:
+        pairs = zip(table["label"].to_pylist(), choices)
+        right = np.array([row.index(label) for label, row in pairs], dtype=np.int64)
+    elif candidates is None:
         right = np.array([_label_index(label, labels, name) for label in table["label"].to_pylist()], dtype=np.int64)
     else:
         right = (candidates == target[:, None]).argmax(axis=1)
     completions = [messages[-1]["content"] for messages in table["completion"].to_pylist()]
     ends = ["\n" if text.endswith("\n") else "" for text in completions]
     prompts = table["prompt"].to_pylist()
-    return Task(name, kind, examples, prompts, target, candidates, right, ends, labels, words, available)
+    return Task(name, kind, examples, prompts, target, candidates, right, ends, labels, words, available, choices)
+
+
+def _choices(table: pa.Table, kind: str) -> list[list[str]] | None:
+    """The answers of questions (N, C), and of explanations the right one of each; None of other tasks.
+
+    Raises:
+        UserError: a question whose right answer is not among its choices once.
+    """
+    if kind == EXPLAIN:
+        return [[label] for label in table["label"].to_pylist()]
+    if kind != QUESTION:
+        return None
+    found: list[list[str]] = table["choices"].to_pylist()
+    for example_id, label, row in zip(table["example_id"].to_pylist(), table["label"].to_pylist(), found):
+        if row.count(label) != 1 or len(row) != len(found[0]):
+            raise UserError(
+                f"example {example_id} has {len(row)} choices, its answer {label!r} among them {row.count(label)} "
+                f"times: {len(found[0])} choices with the answer once are expected, convert again"
+            )
+    return found
 
 
 def candidate_matrix(table: pa.Table) -> npt.NDArray[np.int64]:

@@ -110,8 +110,8 @@ class NextItemPrompts:
             )
         if recipe.get("graph") and "graph" in loaded.uses(dense):
             raise UserError(
-                f"{dataset.folder}: this adapter was trained on prompts that show a knowledge graph, which `recllm serve` "
-                "does not hold: serve the folder with vLLM by hand, and write the prompts as `recllm convert` does"
+                f"{dataset.folder}: this adapter was trained on prompts that show a knowledge graph, which `recllm "
+                "serve` does not hold: serve the folder with vLLM by hand, with prompts as `recllm convert` writes them"
             )
         shown = int(dataset.manifest["prompt_max_items"])
         return cls(loaded, dense, shown, int(recipe.get("seed", 0)), dataset.titles, special_tokens)

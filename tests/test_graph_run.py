@@ -1,0 +1,301 @@
+"""The whole line with a knowledge graph on a tiny model: what it says, in prompts, questions and explanations."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recllm import stages
+from recllm.cli import main
+from recllm.convert.pipeline import convert
+from recllm.errors import UserError
+from recllm.graph import explain
+from recllm.recipe import load_recipe
+
+COLOURS, MAKERS, ITEMS = ("red", "green", "blue", "grey"), 8, 40
+UNLINKED = {"i39", "i38"}
+PRICED_AT = 1100  # of the triples with a time: users act from 1000 to about 1180
+TASKS = [
+    {"task": "next_item", "template": "next_item/films_graph", "dense_window": 4},
+    {"task": "next_item_among", "template": "next_item_among/films_paths", "max_train_targets": 1},
+    {"task": "item_to_attribute", "template": "item_to_attribute/items", "max_train_targets": 1},
+    {"task": "attribute_to_item", "template": "attribute_to_item/items", "max_train_targets": 1},
+    {"task": "explain", "template": "explain/films", "max_train_targets": 1},
+]
+
+
+def write_graph(folder: Path) -> dict:
+    """Every film has a maker and a colour, and from PRICED_AT + its number on a price; returns the graph section."""
+    rows = [["head", "relation", "tail", "timestamp"]]
+    for item in range(ITEMS):
+        rows.append([f"e{item}", "made by", f"maker {item % MAKERS}", ""])
+        rows.append([f"e{item}", "has colour", COLOURS[item % len(COLOURS)], ""])
+        rows.append([f"e{item}", "costs", f"{item} crowns", str(PRICED_AT + item)])
+    for name, table in (
+        ("triples", rows),
+        ("links", [["item_id", "entity_id"], *([f"i{i}", f"e{i}"] for i in range(ITEMS) if f"i{i}" not in UNLINKED)]),
+    ):
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(table)
+    return {
+        "triples": {"path": str(folder / "triples.csv")},
+        "links": {"path": str(folder / "links.csv")},
+        "retrieval": {"method": "khop", "max_triples": 30},
+        "budget": 400,  # of the tiny tokenizer: a token a byte
+    }
+
+
+@pytest.fixture
+def graph_recipe(tiny_recipe: Path) -> Path:
+    document = yaml.safe_load(tiny_recipe.read_text())
+    document |= {"graph": write_graph(tiny_recipe.parent), "tasks": TASKS}
+    document["protocol"] = {
+        "name": "small",
+        "split": {"method": "temporal", "valid_fraction": 0.2, "test_fraction": 0.2},
+        "candidates": {"count": 6},
+    }
+    document["model"]["name_or_path"] = str(_longer(Path(document["model"]["name_or_path"]), tiny_recipe.parent))
+    tiny_recipe.write_text(yaml.safe_dump(document))
+    return tiny_recipe
+
+
+def _longer(model: Path, folder: Path) -> Path:
+    """The tiny model for longer prompts: a prompt with a subgraph has a token for each of its bytes."""
+    longer = folder / "model"
+    longer.mkdir()
+    for file in model.iterdir():
+        text = file.read_bytes()
+        if file.name == "config.json":
+            text = json.dumps(json.loads(text) | {"max_position_embeddings": 4096}).encode()
+        (longer / file.name).write_bytes(text)
+    return longer
+
+
+def converted(recipe: Path, output: Path, *overrides: str, workers: int = 1) -> tuple[dict, list[dict]]:
+    """The manifest, and every example."""
+    loaded = load_recipe(recipe, list(overrides))
+    manifest = convert(loaded, output, workers, stages.graph_tokenizer(loaded))
+    rows = [
+        row | {"split": part.parent.name} for part in sorted(output.glob("*/part-*.parquet")) for row in _rows(part)
+    ]
+    return manifest, rows
+
+
+def _rows(part: Path) -> list[dict]:
+    return pq.read_table(part).to_pylist()
+
+
+def of_task(rows: list[dict], task: str) -> list[dict]:
+    return [row for row in rows if row["task"] == task]
+
+
+def asked(row: dict) -> str:
+    return "\n".join(message["content"] for message in row["prompt"])
+
+
+def answer(row: dict) -> str:
+    return row["completion"][-1]["content"]
+
+
+def number(title: str) -> int:
+    return int(title.removeprefix("Film "))
+
+
+def test_run_goes_from_triples_to_the_report(graph_recipe, capsys):
+    assert main(["run", str(graph_recipe)]) == 0
+    run = load_recipe(graph_recipe).output
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    assert metrics["tasks"] == [task["task"] for task in TASKS]
+    by_task = {task: [s for s in metrics["systems"] if s["task"] == task] for task in metrics["tasks"]}
+    for task in ("next_item", "next_item_among", "attribute_to_item"):
+        assert {"ilora", "ilora_uniform", "base_model", "popularity", "sasrec"} <= {s["name"] for s in by_task[task]}
+    for task in ("item_to_attribute", "explain"):  # answers are no items: only language models have them
+        assert {s["kind"] for s in by_task[task]} == {"adapter", "control", "base_model"}
+    for system in by_task["item_to_attribute"]:
+        assert 0 <= system["metrics"]["hit_rate@1"]["value"] <= 1
+    for system in by_task["explain"]:
+        assert sum(system["verdicts"].values()) == system["num_examples"]
+        assert set(system["verdicts"]) <= set(explain.VERDICTS)
+        share = system["verdicts"].get("supported", 0) / system["num_examples"]
+        assert system["metrics"]["supported"]["value"] == pytest.approx(share)
+    assert "Explanations" in (run / "report" / "report.md").read_text()
+    assert main(["run", str(graph_recipe)]) == 0
+    assert capsys.readouterr().out.count("up to date") == len(stages.STAGES)
+
+    triples = graph_recipe.parent / "triples.csv"
+    triples.write_text(triples.read_text() + "e1,made by,maker 7,\n")
+    assert main(["run", str(graph_recipe)]) == 0
+    assert capsys.readouterr().out.count("up to date") == 0
+
+
+def test_no_prompt_knows_what_is_newer_than_its_cut_off(graph_recipe, tmp_path):
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset")
+    told = 0
+    for row in rows:
+        for crowns in map(int, re.findall(r"(\d+) crowns", asked(row) + answer(row))):
+            told += 1
+            assert PRICED_AT + crowns < row["timestamp"]
+    assert told > 20  # some prices are old enough
+    shown = manifest["graph"]["shown"]
+    assert all(entry.get("not_older_than_cutoff", 0) == 0 for entry in shown.values())
+    assert sum(entry.get("timed_triples", 0) for entry in shown.values()) > 0
+    assert manifest["graph"]["time_range"] == [PRICED_AT, PRICED_AT + ITEMS - 1]
+
+
+def test_a_subgraph_hangs_on_the_history_and_keeps_to_its_budget(graph_recipe, tmp_path, tiny_tokenizer):
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset", "graph.budget=90")
+    shown, tokens = 0, 0
+    for row in of_task(rows, "explain"):
+        found = re.search(r"(?:known of them|may help|lexicon of films):\n(.*?)\n\n", asked(row), re.DOTALL)
+        if found is None:
+            continue
+        shown, count = shown + 1, len(tiny_tokenizer(found[1])["input_ids"])
+        tokens += count
+        assert 0 < count <= 90
+        assert "Film " in found[1]  # an entity is called what its item is called
+        assert not re.search(r"\be\d+\b", found[1])
+    entries = [entry for place, entry in manifest["graph"]["shown"].items() if place.endswith("/explain")]
+    assert shown == sum(entry["with_graph"] for entry in entries) > 0
+    assert tokens == sum(entry["tokens"] for entry in entries)
+
+
+def test_a_budget_too_small_for_a_triple_leaves_prompts_without_a_graph(graph_recipe, tmp_path):
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset", "graph.budget=5")
+    entries = [entry for entry in manifest["graph"]["shown"].values() if "with_graph" in entry]
+    assert sum(entry["with_graph"] for entry in entries) == 0 < sum(entry["without_graph"] for entry in entries)
+    assert not any("made by" in asked(row) for row in of_task(rows, "next_item"))
+
+
+def test_questions_are_about_what_the_graph_says_and_about_nothing_else(graph_recipe, tmp_path):
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset", "tasks.2.relations=[made by, has colour]")
+    items = pq.read_table(tmp_path / "dataset" / "items.parquet").to_pylist()
+    for row in of_task(rows, "item_to_attribute"):
+        item = number(items[row["target"]]["title"])
+        right = f"maker {item % MAKERS}" if row["label"].startswith("maker") else COLOURS[item % len(COLOURS)]
+        assert row["label"] == right == answer(row)
+        assert row["choices"].count(right) == 1
+        assert len(set(row["choices"])) == len(row["choices"]) == 6
+        assert items[row["target"]]["item_id"] not in UNLINKED
+    kinds = {row["label"].split()[0] for row in of_task(rows, "item_to_attribute")}
+    assert kinds == {"maker"}  # four colours are too few for six choices
+    left_out = {
+        place: entry["left_out"] for place, entry in manifest["graph"]["shown"].items() if entry.get("left_out")
+    }
+    assert any(place.endswith("/item_to_attribute") for place in left_out)
+
+
+def test_a_description_fits_its_item(graph_recipe, tmp_path):
+    _, rows = converted(graph_recipe, tmp_path / "dataset")
+    for row in of_task(rows, "attribute_to_item"):
+        item = number(answer(row))
+        said = dict(re.findall(r"(made by|has colour|costs): (.+)", asked(row)))
+        assert said
+        expected = {"made by": f"maker {item % MAKERS}", "has colour": COLOURS[item % 4], "costs": f"{item} crowns"}
+        assert said == {relation: expected[relation] for relation in said}
+        assert answer(row) not in asked(row)
+
+
+def test_explanations_are_paths_from_the_history_to_the_item(graph_recipe, tmp_path):
+    _, rows = converted(graph_recipe, tmp_path / "dataset")
+    explained = of_task(rows, "explain")
+    assert explained
+    for row in explained:
+        names, relations, forward = explain.read(answer(row))
+        assert len(relations) == 2
+        assert forward == [True, False]
+        first, through, last = names
+        listed = re.search(r"(?:oldest first|order of watching|newest last):\n(.*?)\n\n", asked(row), re.DOTALL)[1]
+        assert first != last
+        assert last in asked(row)
+        where = {"made by": number(first) % MAKERS, "has colour": number(first) % 4}[relations[0]]
+        assert relations[0] == relations[1]
+        assert through == (f"maker {where}" if relations[0] == "made by" else COLOURS[where])
+        assert number(last) % (MAKERS if relations[0] == "made by" else 4) == where
+        if len(listed.splitlines()) < 4:  # the prompt shows all that there was
+            assert first in listed.splitlines()
+
+
+def test_candidates_stand_with_the_paths_that_lead_to_them(graph_recipe, tmp_path):
+    _, rows = converted(graph_recipe, tmp_path / "dataset")
+    items = pq.read_table(tmp_path / "dataset" / "items.parquet").to_pylist()
+    with_path = 0
+    for row in of_task(rows, "next_item_among"):
+        titles = [items[item]["title"] for item in row["candidates"]]
+        lines = [line for line in asked(row).splitlines() if line.split(": ")[0] in titles and line not in titles]
+        for line in lines:
+            candidate, _, path = line.partition(": ")
+            if (parsed := explain.read(path)) is not None:
+                with_path += 1
+                assert parsed[0][-1] == candidate
+    assert with_path > 0
+
+
+def test_the_dataset_is_the_same_from_any_number_of_workers(graph_recipe, tmp_path):
+    one = converted(graph_recipe, tmp_path / "one", "graph.retrieval.method=random")
+    two = converted(graph_recipe, tmp_path / "two", "graph.retrieval.method=random", workers=2)
+    assert one == two
+
+
+@pytest.mark.parametrize("method", ["random", "khop", "pagerank", "two_stage", "parallel"])
+def test_every_method_writes_its_own_prompts(graph_recipe, tmp_path, method):
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset", f"graph.retrieval.method={method}")
+    assert manifest["recipe"]["graph"]["retrieval"]["method"] == method
+    entry = manifest["graph"]["shown"]["test/next_item"]
+    assert entry["with_graph"] > 0
+    assert entry["triples"] > entry["with_graph"]
+    assert len({asked(row) for row in of_task(rows, "next_item")}) > 10
+
+
+def test_gates_and_sequences_do_not_hang_on_the_graph(graph_recipe, tmp_path):
+    _, with_graph = converted(graph_recipe, tmp_path / "with")
+    _, without = converted(graph_recipe, tmp_path / "without", "graph=null", f"tasks=[{json.dumps(TASKS[0])}]")
+    same = ("example_id", "gate_end", "history_end", "timestamp", "target", "candidates", "completion")
+    for row, other in zip(of_task(with_graph, "next_item"), without, strict=True):
+        assert {name: row[name] for name in same} == {name: other[name] for name in same}
+        assert len(asked(row)) >= len(asked(other))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["graph=null"], "next_item_among|item_to_attribute asks what a knowledge graph says"),
+        (["graph.retrieval.allow=[made bi]"], "made bi"),
+        (["tasks.2.relations=[colour of]"], "colour of"),
+        (["tasks.0.relations=[made by]"], "next_item has relations"),
+        (["graph.links.path={folder}/nothing.csv"], "nothing.csv"),
+        ([f"tasks=[{json.dumps(TASKS[0] | {'template': 'next_item/films'})}]"], "no template of its tasks uses"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(graph_recipe, tmp_path, overrides, message):
+    named = [override.replace("{folder}", str(tmp_path)) for override in overrides]
+    with pytest.raises(UserError, match=message):
+        converted(graph_recipe, tmp_path / "dataset", *named)
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_graph_that_says_nothing_of_a_task_is_an_error(graph_recipe, tmp_path):
+    with pytest.raises(UserError, match=r"item_to_attribute: of [1-9]"):
+        converted(graph_recipe, tmp_path / "dataset", "tasks.2.relations=[has colour]")
+
+
+def test_serving_refuses_an_adapter_whose_prompts_show_a_graph(graph_recipe, tmp_path):
+    from recllm.data.dataset import Dataset
+    from recllm.serve.catalogue import NextItemPrompts
+
+    converted(graph_recipe, tmp_path / "dataset")
+    with pytest.raises(UserError, match="knowledge graph, which `recllm serve` does not hold"):
+        NextItemPrompts.of(Dataset.open(tmp_path / "dataset"))
+
+
+def test_items_without_a_link_are_counted(graph_recipe, tmp_path):
+    manifest, _ = converted(graph_recipe, tmp_path / "dataset")
+    counts = manifest["graph"]["counts"]
+    assert counts["linked_items"] == ITEMS - len(UNLINKED)
+    assert counts["items_without_link"] == len(UNLINKED)
+    linked = np.load(tmp_path / "dataset" / "graph" / "item_entities.npy")
+    assert (linked == -1).sum() == len(UNLINKED)
