@@ -5,6 +5,7 @@
     python scripts/reproduce/movielens.py --data ml-1m=shared/data/ml-1m-dbpedia         MovieLens-1M
     python scripts/reproduce/movielens.py --estimate                           seconds a step here, minutes a cell
     python scripts/reproduce/movielens.py --evaluate                           then 20 candidates, with the baselines
+    python scripts/reproduce/movielens.py --evaluate --beam 400                then the whole catalogue, by beams
     python scripts/reproduce/movielens.py --device cuda --batch-size 64 --max-windows 4000 --jobs 6     on a GPU
     python scripts/reproduce/movielens.py --report                             eval/reference/movielens_gate.md
 
@@ -237,6 +238,7 @@ def prepare(arguments: argparse.Namespace, data: str, window: int, seed: int) ->
     dataset_folder = shared / f"window{window}" / f"dataset-{schema.DATASET_FORMAT}"  # of all seeds
     folder = shared / f"window{window}" / f"seed{seed}-{settings_hash(training_settings(arguments))}"
     kind = f"{arguments.max_examples}-users{'-exhaustive' * arguments.exhaustive}"
+    kind += "" if arguments.beam is None else f"-beam{arguments.beam}"
     report_folder = folder / f"report{schema.DATASET_FORMAT}-{kind}"
     recipe = make_recipe(arguments, data, window, folder, shared)
     if not dataset_folder.is_dir():
@@ -480,6 +482,9 @@ def evaluate_arms(run: Run) -> None:
         "exhaustive": run.arguments.exhaustive,
         "batch_size": run.arguments.batch_size,
     }
+    if run.arguments.beam is not None:  # dear, so for the arms alone; controls and base model are in the other report
+        baselines = [name for name in run.recipe.evaluate.baselines if name != "base_model"]
+        asked |= {"beam_width": run.arguments.beam, "controls": [], "baselines": baselines}
     section = run.recipe.evaluate.model_copy(update=asked)
     recipe = run.recipe.model_copy(update={"evaluate": section})
     with contextlib.redirect_stdout(sys.stderr):
@@ -616,6 +621,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate", action="store_true", help="20 candidates and the baselines, by recllm evaluate")
     parser.add_argument("--max-examples", type=int, default=200, help="users that --evaluate scores")
     parser.add_argument("--exhaustive", action="store_true", help="--evaluate ranks the whole catalogue by every title")
+    parser.add_argument(
+        "--beam", type=int, help="--evaluate ranks the whole catalogue by beams of this width, the arms alone"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="windows and seeds at once, a process each (15 GB each)")
     parser.add_argument("--keep", action="store_true", help="keep the adapters after --evaluate")
     parser.add_argument("--estimate", action="store_true", help="time a few steps and stop")
