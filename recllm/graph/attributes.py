@@ -15,7 +15,7 @@ from recllm.graph.store import Graph, Ids, Ints
 
 Flags = npt.NDArray[np.bool_]
 
-RELATION_SALT, TAIL_SALT, WRONG_SALT = 11, 12, 13  # keep the choices of one question independent
+RELATION_SALT, TAIL_SALT, WRONG_SALT, ORDER_SALT = 11, 12, 13, 14  # keep the choices of one question independent
 TRIES = 4  # draws for each wrong answer, before the whole relation is looked at
 
 
@@ -52,7 +52,7 @@ class Attributes:
             if len(tails) and wrong is not None:
                 tail = int(_first(tails, TAIL_SALT, key))
                 choices = np.array([tail, *wrong])
-                shuffled = choices[np.argsort(mix(TAIL_SALT, np.uint64(key), choices), kind="stable")]
+                shuffled = choices[np.argsort(mix(ORDER_SALT, np.uint64(key), choices), kind="stable")]
                 return Question(relation, tail, shuffled.tolist())
         return None
 
