@@ -124,6 +124,9 @@ class RetrievalSection(Section):
     path_length: int = Field(2, ge=1, le=3)  # triples between the history and what a path leads to, at most
 
 
+GraphFormat = Literal["grouped", "lines", "turtle", "json_ld"]
+
+
 class GraphSection(Section):
     """A knowledge graph whose triples prompts show, each older than its example's cut-off."""
 
@@ -131,7 +134,7 @@ class GraphSection(Section):
     links: LinksSource
     retrieval: RetrievalSection = RetrievalSection()
     budget: int = Field(256, ge=1)  # tokens of the subgraph in a prompt, by the base model's tokenizer
-    format: Literal["grouped", "lines", "turtle", "json_ld"] = "grouped"
+    format: GraphFormat = "grouped"  # a template may have its own
 
 
 class FilterSection(Section):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recllm import stages
+from recllm import assets, stages
 from recllm.cli import main
 from recllm.convert.pipeline import convert
 from recllm.errors import UserError
@@ -249,6 +249,19 @@ def test_every_method_writes_its_own_prompts(graph_recipe, tmp_path, method):
     assert entry["with_graph"] > 0
     assert entry["triples"] > entry["with_graph"]
     assert len({asked(row) for row in of_task(rows, "next_item")}) > 10
+
+
+@pytest.mark.parametrize("by", ["recipe", "template"])
+def test_recipe_or_template_decide_how_a_subgraph_is_written(graph_recipe, tmp_path, by):
+    task, overrides = TASKS[4], ["graph.format=lines"]
+    if by == "template":
+        text = assets.find("prompts", "explain/films").read_text()
+        (tmp_path / "mine.yaml").write_text(f"graph_format: lines\n{text}")
+        task, overrides = task | {"template": str(tmp_path / "mine.yaml")}, []
+    _, rows = converted(graph_recipe, tmp_path / "dataset", f"tasks=[{json.dumps(task)}]", *overrides)
+    shown = [line for row in rows for line in asked(row).splitlines() if "made by" in line]
+    assert shown
+    assert all(re.fullmatch(r"\(Film \d+, made by, maker \d\)", line) for line in shown)
 
 
 def test_gates_and_sequences_do_not_hang_on_the_graph(graph_recipe, tmp_path):

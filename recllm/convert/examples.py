@@ -315,7 +315,7 @@ def _from_graph(piece: _Piece, candidates: npt.NDArray[np.int32] | None, told: C
             variables["candidate_paths"] = knowledge.led_to(piece.moments(), candidates)
     if knowledge is None or "graph" not in uses:
         return variables
-    shown = knowledge.shown(piece.moments())
+    shown = knowledge.shown(piece.moments(), piece.task.template.graph_format)
     told.update(
         with_graph=int((shown.triples > 0).sum()),
         without_graph=int((shown.triples == 0).sum()),

@@ -29,7 +29,7 @@ from recllm.graph.retrieve import retrieve, rules_of
 from recllm.graph.store import ALWAYS, Graph, Ids
 from recllm.graph.subgraphs import Seeds
 from recllm.graph.verbalise import Verbaliser
-from recllm.recipe import GraphSection
+from recllm.recipe import GraphFormat, GraphSection
 
 Ints = npt.NDArray[np.int64]
 
@@ -77,13 +77,13 @@ class Knowledge:
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def shown(self, moments: Moments) -> Shown:
-        """The subgraph of each example, within the budget."""
+    def shown(self, moments: Moments, format: GraphFormat | None = None) -> Shown:
+        """The subgraph of each example, within the budget; `format` in place of the recipe's."""
         seeds = self._seeds(moments)
         found = retrieve(
             self._graph, seeds, self.section.retrieval, self._relation_names, moments.keys, self._relation_ids
         )
-        fitted = self._budget.fit(found)
+        fitted = self._budget(format or self.section.format).fit(found)
         times, cutoffs = found.times[fitted.is_kept], moments.cutoffs[found.prompts[fitted.is_kept]]
         timed = times != ALWAYS
         return Shown(
@@ -218,10 +218,15 @@ class Knowledge:
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer.from_str(self.tokenizer)
 
+    def _budget(self, format: GraphFormat) -> Budget:
+        if format not in self._budgets:
+            verbaliser = Verbaliser(self._names, self._relation_names, format, self._clean)
+            self._budgets[format] = Budget(verbaliser, self._tokenizer, self.section.budget)
+        return self._budgets[format]
+
     @cached_property
-    def _budget(self) -> Budget:
-        verbaliser = Verbaliser(self._names, self._relation_names, self.section.format, self._clean)
-        return Budget(verbaliser, self._tokenizer, self.section.budget)
+    def _budgets(self) -> dict[GraphFormat, Budget]:
+        return {}
 
     def _attributes(self, relations: tuple[str, ...]) -> Attributes:
         if relations not in self._known_attributes:

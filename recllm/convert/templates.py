@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recllm import assets, files
 from recllm.errors import UserError
+from recllm.recipe import GraphFormat
 
 _USER = {
     "user": "the user as prompt.user writes it; empty without",
@@ -89,6 +90,7 @@ class _Document(BaseModel):
     description: str = ""
     phrasings: list[Phrasing] = Field(min_length=1)
     answers: dict[str, str] = {}  # closed tasks: label → the words of the answer
+    graph_format: GraphFormat | None = None  # how this wording writes a subgraph; None: as the recipe's graph says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Template:
     sha256: str  # of the file's bytes
     phrasings: tuple[Phrasing, ...]
     answers: dict[str, str]
+    graph_format: GraphFormat | None = None
 
     def uses(self, dense: bool) -> set[str]:
         """The variables of the texts that examples are made of."""
@@ -133,7 +136,13 @@ def load_template(name: str | Path, task: str, dense: bool = False) -> Template:
             "ones are needed to tell the labels apart: give every label its words"
         )
     return Template(
-        str(name), document.id, task, files.sha256_of(path), tuple(document.phrasings), dict(document.answers)
+        str(name),
+        document.id,
+        task,
+        files.sha256_of(path),
+        tuple(document.phrasings),
+        dict(document.answers),
+        document.graph_format,
     )
 
 
