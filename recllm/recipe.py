@@ -3,6 +3,7 @@
 A path or shipped name and a list of "section.key=value" enter; a frozen `Recipe` leaves.
 """
 
+import datetime
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from recllm import assets
 from recllm.errors import UserError
+
+FAR_TRANS = "far-trans://"  # FOLDER/FILE: what is made of a bank's data, see recllm/data/offline.py
 
 
 class Section(BaseModel):
@@ -135,6 +138,25 @@ class GraphSection(Section):
     retrieval: RetrievalSection = RetrievalSection()
     budget: int = Field(256, ge=1)  # tokens of the subgraph in a prompt, by the base model's tokenizer
     format: GraphFormat = "grouped"  # a template may have its own
+    dates: bool = False  # show the day of triples that have a time
+
+
+class FinanceSection(Section):
+    """A bank's data of the FAR-Trans schema, on which the task `assets` asks: what to buy for the next `window_days`?
+
+    Where the recipe names none, it gives `data`, and a `graph` its triples and links: facts and prices of the assets.
+    The dates of valid and test are protocol.split's, of the method dates.
+    """
+
+    folder: str  # with the CSV files, or offline://far-trans-synthetic, a bank that is drawn on this machine
+    train_from: datetime.date | None = None  # None: the first day with a price
+    every_days: int = Field(28, ge=1)
+    window_days: int = Field(180, ge=1)
+    # Which customers are asked on a date. both: those who then buy something that rises, as FLARKO has it: the future
+    # chooses them. preference: those who buy anything. all: everybody with a history
+    keep: Literal["both", "preference", "all"] = "both"
+    min_history: int = Field(1, ge=1)  # transactions before the date
+    max_assets: int = Field(10, ge=1)  # of an answer to learn from
 
 
 class FilterSection(Section):
@@ -170,8 +192,8 @@ class TaskSection(Section):
     """One kind of example."""
 
     task: Literal[
-        "next_item", "next_item_among", "like", "item_to_attribute", "attribute_to_item", "explain"
-    ]  # the last three need a graph
+        "next_item", "next_item_among", "like", "item_to_attribute", "attribute_to_item", "explain", "assets"
+    ]  # item_to_attribute, attribute_to_item and explain need a graph, assets needs finance
     template: str  # a shipped name or a path, e.g. next_item/films
     dense_window: int = Field(0, ge=0)  # n > 0: training examples are windows of n titles with the loss on each
     # random: the loss begins at a random title of the window; those before it are shown and read by the gate, as the
@@ -292,15 +314,30 @@ class SplitSection(Section):
     leave_one_out: a user's last interaction is test, the one before valid.
     temporal: global cut-offs in time so that the newest `test_fraction` of interactions is test.
     user_holdout: all of a user is train, valid or test. session_holdout: whole sessions, by seeded choice.
+    dates: as temporal, with cut-offs that are given as dates: midnights in UTC.
     given: the targets of published rows; a user's later interactions are unused, the others are train.
     """
 
-    method: Literal["leave_one_out", "temporal", "user_holdout", "session_holdout", "given"] = "temporal"
+    method: Literal["leave_one_out", "temporal", "dates", "user_holdout", "session_holdout", "given"] = "temporal"
     valid_fraction: float = Field(0.1, gt=0, lt=1)
     test_fraction: float = Field(0.1, gt=0, lt=1)
     targets: Literal["first", "last", "all"] = "first"  # which of a user's valid or test positions are scored
     min_history: int = Field(1, ge=1)  # valid and test positions with fewer earlier interactions are no targets
     given: GivenRows | None = None  # only with method given
+    valid_from: datetime.date | None = None  # only with method dates, and needed there
+    test_from: datetime.date | None = None
+
+    @model_validator(mode="after")
+    def _dates_fit(self) -> "SplitSection":
+        dates = (self.valid_from, self.test_from)
+        if self.method != "dates" and dates != (None, None):
+            raise ValueError(f"valid_from and test_from belong to the method dates, this is {self.method}")
+        if self.method == "dates" and (None in dates or not dates[0] < dates[1]):  # type: ignore[operator]
+            raise ValueError(
+                f"the method dates needs valid_from before test_from, not {dates[0]} and {dates[1]}: set both, e.g. "
+                "valid_from: 2021-04-01"
+            )
+        return self
 
 
 class CandidatesSection(Section):
@@ -355,6 +392,7 @@ class Recipe(Section):
     output_dir: str = "runs/{name}"
     data: DataSection
     graph: GraphSection | None = None
+    finance: FinanceSection | None = None
     filter: FilterSection = FilterSection()
     protocol: Protocol
     history: HistorySection = HistorySection()
@@ -365,6 +403,14 @@ class Recipe(Section):
     adapter: AdapterSection = AdapterSection()
     train: dict[str, Any] = {}  # transformers.TrainingArguments by their own names
     evaluate: EvaluateSection = EvaluateSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bank_gives_data(cls, document: Any) -> Any:
+        finance = document.get("finance") if isinstance(document, dict) else None
+        if not isinstance(finance, dict) or "folder" not in finance:
+            return document
+        return _with_bank(document, str(finance["folder"]))
 
     @field_validator("protocol", mode="before")
     @classmethod
@@ -384,6 +430,19 @@ class Recipe(Section):
     def output(self) -> Path:
         """The folder of this run: dataset/, encoder/, adapter/ and report/ go there."""
         return Path(self.output_dir.format(name=self.name))
+
+
+def _with_bank(document: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The document with what a bank's data gives, where it says nothing else."""
+
+    def table(name: str) -> dict[str, Any]:
+        return {"path": f"{FAR_TRANS}{folder}/{name}.parquet"}
+
+    found = document | {"data": document.get("data") or {n: table(n) for n in ("interactions", "items")}}
+    if isinstance(graph := document.get("graph"), dict):
+        triples = {"triples": table("triples") | {"entities": table("entities")}, "links": table("links")}
+        found["graph"] = triples | graph
+    return found
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -59,17 +59,19 @@ DATASET_FORMAT = 3  # counted up when the columns below change: what was convert
 # One row an example. `prompt` may end in an assistant message: the completion then continues it.
 EXAMPLES = pa.schema(
     [
-        pa.field("example_id", pa.string(), nullable=False),  # "<task>/<user_id>/<position>", position = history_end
+        # "<task>/<user_id>/<position>", position = history_end; of the task assets "assets/<user_id>/<date>"
+        pa.field("example_id", pa.string(), nullable=False),
         pa.field("task", pa.string(), nullable=False),
         pa.field("user_index", pa.int32(), nullable=False),
         pa.field("history_end", pa.int32(), nullable=False),  # position of the target, of a window its first item
         pa.field("gate_end", pa.int32(), nullable=False),  # the gate reads positions [0, gate_end)
-        pa.field("timestamp", pa.int64(), nullable=False),  # of position history_end: nothing seen is newer
+        # of position history_end: nothing seen is newer; of the task assets the date's midnight: all seen is older
+        pa.field("timestamp", pa.int64(), nullable=False),
         pa.field("prompt", MESSAGES, nullable=False),
         pa.field("completion", MESSAGES, nullable=False),
-        pa.field("target", pa.int32(), nullable=False),  # item_index; of a dense window its last item
+        pa.field("target", pa.int32()),  # item_index; of a dense window its last item; null where a list is asked for
         pa.field("candidates", pa.list_(pa.int32())),  # item_index, target included, seeded order; null in training
-        pa.field("label", pa.string()),  # the right answer of a closed task, a question or an explanation, else null
+        pa.field("label", pa.string()),  # right answer of a closed task, question, explanation or list, else null
         pa.field("choices", pa.list_(pa.string())),  # of a question about an item: the label and wrong answers
     ]
 )

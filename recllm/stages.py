@@ -244,7 +244,7 @@ def fingerprint(recipe: Recipe, name: str) -> str:
     read: dict[str, Any] = {"recllm": __version__, "stage": name, "seed": recipe.seed}
     sections: tuple[str, ...]
     if name == "convert":
-        sections = ("data", "graph", "filter", "history", "prompt", "tasks")
+        sections = ("data", "graph", "finance", "filter", "history", "prompt", "tasks")
         read["format"] = schema.DATASET_FORMAT
         read |= {"split": document["protocol"]["split"], "candidates": document["protocol"]["candidates"]}
         paths = source_paths(recipe.data, recipe.protocol.split)
@@ -253,6 +253,8 @@ def fingerprint(recipe: Recipe, name: str) -> str:
 
             paths = [*paths, *graph_paths(recipe.graph)]
             read["tokenizer"] = _model_files(recipe.model.name_or_path) or recipe.model.name_or_path
+        if recipe.finance is not None:
+            paths = [*paths, recipe.finance.folder]
         read["files"] = {path: files.sha256_of(offline.resolve(path)) for path in paths}
         read["special_tokens"] = tokenizer_special_tokens(recipe.model.name_or_path)  # neutralised in titles
         read["templates"] = [files.sha256_of(assets.find("prompts", task.template)) for task in recipe.tasks]

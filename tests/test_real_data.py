@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from recllm.cli import main
@@ -55,6 +56,25 @@ def test_movielens_1m_through_a_column_mapping(shared_data: Path, tmp_path: Path
     )
     assert (manifest["counts"]["users"], manifest["counts"]["items"]) == (6040, 2983)
     assert metrics["counts"]["evaluated"]["next_item"]["examples"] == 20
+
+
+def test_movielens_1m_with_the_graph_that_comes_with_it(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").symlink_to(shared_data)  # the recipe's own paths
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "movielens_1m/next_item_kg_ilora", "tasks.0.max_train_targets=1"]) == 0
+    manifest = json.loads((tmp_path / "runs" / "ml-1m-kg" / "dataset" / "manifest.json").read_text())
+    graph = manifest["graph"]
+    assert (graph["counts"]["triples"], graph["counts"]["linked_items"]) == (193_089, 2977)
+    shown = graph["shown"]["test/next_item"]
+    assert shown["with_graph"] + shown["without_graph"] == manifest["counts"]["examples"]["test/next_item"] == 1206
+    assert shown["with_graph"] > 0.99 * 1206  # all but those whose whole history is of one second
+    assert 0.9 * 200 < shown["tokens"] / shown["with_graph"] <= 200
+    asked = json.dumps(pq.read_table(tmp_path / "runs" / "ml-1m-kg" / "dataset" / "test")["prompt"].to_pylist())
+    assert "starred by actor" in asked
+    assert "related to wikipage" not in asked  # the recipe denies it
+    assert "Monty Python's Life of Brian (1979)" in asked  # an entity is called what its item is called
 
 
 def test_the_rows_of_llara_and_ilora(shared_data: Path, tmp_path: Path, tiny_model_folder: Path) -> None:

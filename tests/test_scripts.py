@@ -135,6 +135,100 @@ def test_movielens_seeds_share_the_data_and_reports_are_made_again(
         run("reproduce/movielens.py", *ask, "sigmoid")
 
 
+@pytest.fixture
+def graph_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
+    import movielens_graph
+
+    return movielens_graph
+
+
+def test_graph_evidence_runs_resumes_and_reports(run, tmp_path, movielens, tiny_model_folder):
+    few = ["filter.min_rating=5", "filter.user_core=40", "graph.retrieval.max_items=5", "tasks.0.max_train_targets=1"]
+    small = ["--work", tmp_path / "work", "--output", tmp_path / "graph.md", "--model", tiny_model_folder]
+    small += ["--dtype", "float32", "--seeds", 0, "--steps", 1, "--max-titles", 20, "--budget", 300]
+    small += ["--encoder-epochs", 1, "--max-tokens", 4096, "--set", *few]
+    run("reproduce/movielens_graph.py", *small, "--arms", "none", "khop", "two_stage", "--retrieval")
+    path, retrieval = (tmp_path / "work" / f"{name}.jsonl" for name in ("cells", "retrieval"))
+    assert not path.exists()
+    found = {cell["arm"]: cell for cell in map(json.loads, retrieval.read_text().splitlines())}
+    assert set(found) == {"khop", "two_stage"}
+    run("reproduce/movielens_graph.py", *small, "--arms", "none", "khop", "two_stage")
+    cells = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [cell["arm"] for cell in cells] == ["none", "khop", "two_stage"]
+    none, khop, _ = cells
+    assert sum(none["drawn"]) == 20
+    assert all(none[name] == khop[name] for name in ("users", "positions", "classes", "drawn", "titles", "parameters"))
+    assert none["prompt_tokens"] < khop["prompt_tokens"]
+    assert not any(none["named"])
+    for arm, cell in found.items():  # what convert wrote, counted by itself
+        (manifest,) = tmp_path.glob(f"work/ml-100k-*/{arm}/dataset-*/manifest.json")
+        said = json.loads(manifest.read_text())["graph"]["shown"]["test/next_item"]
+        assert sum(cell["titles"]) == cell["prompts"] == said["with_graph"] + said["without_graph"]
+        for name, count in (("triples", "triples"), ("tokens", "tokens"), ("with_graph", "with_graph")):
+            assert np.dot(cell[name], cell["titles"]) == pytest.approx(said[count], rel=1e-3)
+        assert np.dot(cell["unseen_named"], cell["titles"]) > 0
+        assert np.average(cell["attribute_named"], weights=cell["titles"]) <= 1
+    before = path.read_bytes(), retrieval.read_bytes()
+    run("reproduce/movielens_graph.py", *small, "--arms", "none", "khop")
+    run("reproduce/movielens_graph.py", *small, "--report")
+    assert (path.read_bytes(), retrieval.read_bytes()) == before
+    text = (tmp_path / "graph.md").read_text()
+    assert "| two_stage |" in text.split("## What adapters gain")[0]
+    assert "| khop |" in text.split("## What adapters gain")[1]
+    run("reproduce/movielens_graph.py", *small, "--arms", "none", "--method", "ilora")
+    made = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(cell["method"], cell["arm"]) for cell in made[3:]] == [("ilora", "none")]
+    assert made[-1]["parameters"] > none["parameters"]  # the gate's
+
+
+def test_graph_evidence_counts_what_subgraphs_name(graph_script, tmp_path, monkeypatch):
+    """Three items and their makers; a prompt shows item 0 and its maker, who made item 1, too."""
+    from types import SimpleNamespace
+
+    from recllm.graph.store import Graph
+
+    graph = Graph.of([0, 1, 2], [0, 0, 0], [3, 3, 4], num_entities=5, num_relations=1)
+    knowledge = SimpleNamespace(graph=graph, linked=np.array([0, 1, 2, -1], dtype=np.int32))  # item 3: no link
+    users, positions, targets = np.array([0, 0, 0]), np.array([1, 2, 3]), np.array([1, 2, 3])
+    held = graph_script.Held(users, positions, targets, np.array(["head", "tail", "cold"]))
+    sequences = SimpleNamespace(
+        num_users=1, offsets=np.array([0, 4]), items=np.array([0, 1, 2, 3], np.int32), splits=np.array([1, 3, 3, 3])
+    )
+    dataset = SimpleNamespace(num_items=4, sequences=sequences)
+    past = graph_script.Past.of(dataset)
+    assert past.unseen(np.array([0, 0]), np.array([1, 2]), np.array([1, 1])).tolist() == [True, False]
+    assert past.before(0, 2).tolist() == sorted(past.popularity[[0, 1]].tolist())
+    prompts, entities = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 1, 3, 0, 3, 2])
+    found = graph_script.Entities(knowledge, prompts, entities).figures(held, past)
+    assert found["with_graph"].tolist() == [True, True, True]
+    assert found["target_named"].tolist() == [True, False, False]  # an item without a link is never named
+    assert found["unseen_named"].tolist() == [1, 0, 0]
+    assert found["by_chance"].tolist() == [1 / 3, 0, 0]  # items 1, 2 and 3 are left
+    assert found["attribute_named"].tolist() == [True, False, False]  # maker 3 made item 1, maker 4 item 2
+    assert found["attributes_named"].tolist() == [1, 0, 0]
+    assert found["most_popular"].tolist()[1:] == [False, False]
+
+
+def test_graph_evidence_chooses_the_same_titles_and_all_cold_ones(graph_script):
+    classes = np.where(np.arange(50) % 10 == 3, "cold", "tail")
+    held = graph_script.Held(*(np.arange(50) for _ in range(3)), classes)
+    rows, drawn = graph_script.chosen(held, 10)
+    assert drawn.sum() == 10
+    assert set(rows[~drawn]) <= set(np.flatnonzero(classes == "cold")) <= set(rows)
+    assert np.array_equal(rows, graph_script.chosen(held, 10)[0])
+
+
+def test_paths_of_a_shipped_recipe_move_together(evidence):
+    found = evidence.moved_paths("movielens_1m/next_item_kg_ilora", "data/ml-1m-dbpedia", "/there")
+    from recllm.recipe import load_recipe
+
+    recipe = load_recipe("movielens_1m/next_item_kg_ilora", found)
+    assert recipe.data.interactions.path == [f"/there/mapping/{part}.txt" for part in ("train", "valid", "test")]
+    assert recipe.graph.triples.entities.path == "/there/e_map.txt"
+    assert "data/ml-1m-dbpedia" not in recipe.model_dump_json()
+
+
 def test_train_step_bench_prints_every_ratio(run, tiny_model_folder):
     small = ["--quick", "--dtype", "float32", "--model", tiny_model_folder, "--parts", "gated", "einsum"]
     line = json.loads(run("bench/train_step.py", *small).splitlines()[-1])

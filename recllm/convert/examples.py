@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recllm import schema
-from recllm.convert.knowledge import Knowledge, Moments
-from recllm.convert.targets import PHRASING_SALT, START_SALT, Ints, Sequences, Targets, find_targets
-from recllm.convert.templates import GRAPH_TASKS, Template, render_rows
+from recllm.convert.knowledge import Ages, Knowledge, Moments, Shown
+from recllm.convert.targets import PHRASING_SALT, START_SALT, Dates, Ints, Sequences, Targets, find_dates, find_targets
+from recllm.convert.templates import ASSETS, GRAPH_TASKS, Template, render_rows
 from recllm.data.candidates import CandidateSampler, Taken
+from recllm.data.prices import DAY_S
 from recllm.data.randomness import mix
 
 OUTPUT = schema.EXAMPLES.append(pa.field("split", pa.string(), nullable=False))
@@ -100,6 +101,8 @@ def iterate_examples(
 
 def targets_of(sequences: Sequences, task: Task, split: str, seed: int) -> Targets:
     """What becomes the examples of a task and split."""
+    if task.task == ASSETS:
+        return find_dates(sequences, schema.SPLIT_CODES[split], task.max_train_targets, seed)
     return find_targets(
         sequences,
         schema.SPLIT_CODES[split],
@@ -112,7 +115,7 @@ def targets_of(sequences: Sequences, task: Task, split: str, seed: int) -> Targe
 
 def draws_candidates(task: Task, split: str) -> bool:
     """Whether the examples of a task and split have candidates."""
-    if task.task in ("item_to_attribute", "explain"):
+    if task.task in ("item_to_attribute", "explain", ASSETS):
         return False
     return split != "train" or task.task == "next_item_among"
 
@@ -128,7 +131,7 @@ class _Piece:
     task: Task
     split: str
     converter: Converter
-    asked: "_Asked | None" = None  # of the tasks that the graph asks
+    asked: "_Asked | None" = None  # of the tasks that the graph asks, and of assets
 
     @classmethod
     def of(
@@ -156,12 +159,39 @@ class _Piece:
         """Item texts at flat positions."""
         return self.converter.texts.take(pa.array(self.sequences.items[flat]))
 
-    def moments(self) -> Moments:
-        """What the graph may know of: everything that the users had before, and nothing newer."""
+    @property
+    def dated(self) -> tuple[Dates, Ints] | None:
+        """Of the task assets the batch's dates, and which of them the examples have (N,)."""
+        dates, chosen = self.sequences.dates, self.targets.date
+        return None if dates is None or chosen is None else (dates, chosen)
+
+    @property
+    def cutoffs(self) -> Ints:
+        """(N,) nothing that a prompt shows is of this second or later: the target's time, or the date."""
+        if self.dated is not None:
+            dates, chosen = self.dated
+            return dates.cutoff[chosen]
+        return self.sequences.timestamps[self.begin + self.targets.start]
+
+    @property
+    def older(self) -> Ints:
+        """(N,) flat positions up to which the users' items are older than the cut-off, ties of the second left out."""
         end = self.begin + self.targets.start
+        return end if self.dated is not None else np.maximum(self.sequences.first_of_second[end], self.begin)
+
+    def moments(self) -> Moments:
+        """What the graph starts from: the newest items that are older than the cut-off.
+
+        An explanation starts from what its prompt lists, and its subgraph lies around what is explained too.
+        """
+        end, asked = self.older, None
         most = 0 if self.converter.knowledge is None else self.converter.knowledge.section.retrieval.max_items
-        offsets, flat = _ranges(np.maximum(self.begin, end - most), end)
-        return Moments(offsets, self.sequences.items[flat], self.sequences.timestamps[end], self.draw(GRAPH_SALT))
+        begin = np.maximum(self.begin, end - most)
+        if self.task.task == "explain":
+            begin = np.clip(self.begin + self.listed, begin, end)
+            asked = self.sequences.items[self.begin + self.targets.start]
+        offsets, flat = _ranges(begin, end)
+        return Moments(offsets, self.sequences.items[flat], self.cutoffs, self.draw(GRAPH_SALT), asked)
 
     def draw(self, salt: int) -> npt.NDArray[np.uint64]:
         """(N,) random keys of the examples, one set a salt."""
@@ -171,7 +201,7 @@ class _Piece:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What the graph asks in each of N examples."""
+    """What the graph asks in each of N examples, or the task assets."""
 
     variables: dict[str, list[Any]]  # of the template
     answers: pa.StringArray | None  # None: the target's text
@@ -180,22 +210,39 @@ class _Asked:
 
 def _answerable(piece: _Piece, told: Counter[str]) -> _Piece:
     """Without the examples about which the graph has nothing to ask; they are counted as left out."""
+    if piece.dated is not None:
+        return dataclasses.replace(piece, asked=_asked_on(piece, *piece.dated))
     if piece.task.task not in GRAPH_TASKS:
         return piece
     knowledge, moments = piece.converter.knowledge, piece.moments()
     assert knowledge is not None  # the pipeline refuses these tasks without a graph
     items = piece.sequences.items[piece.begin + piece.targets.start]
-    relations, found = piece.task.relations, list[Any]()
+    relations, found, ages = piece.task.relations, list[Any](), Ages()
     if piece.task.task == "item_to_attribute":
-        found = knowledge.questions(items, moments, relations, piece.converter.sampler.section.count)
+        found, ages = knowledge.questions(items, moments, relations, piece.converter.sampler.section.count)
     elif piece.task.task == "attribute_to_item":
-        found = knowledge.descriptions(items, moments, relations)
+        found, ages = knowledge.descriptions(items, moments, relations)
     else:
-        found = knowledge.explained(moments, items)
+        found, ages = knowledge.explained(moments, items)
+    _tell(told, ages)
     kept = np.array([one is not None for one in found], dtype=bool)
     told["left_out"] += int((~kept).sum())
     asked = _asked(piece.task.task, [one for one in found if one is not None])
     return dataclasses.replace(piece, targets=piece.targets.take(kept), listed=piece.listed[kept], asked=asked)
+
+
+def _asked_on(piece: _Piece, dates: Dates, chosen: Ints) -> _Asked:
+    """The date, the window behind it and the newest lines of the ledger before it."""
+    lines = piece.sequences.ledger
+    assert lines is not None  # comes with the dates
+    begin = lines.offsets.to_numpy().astype(np.int64)[piece.targets.row]
+    offsets, flat = _ranges(begin + piece.listed, begin + piece.targets.start)
+    variables = {
+        "date": np.datetime_as_string(dates.cutoff[chosen].astype("datetime64[s]"), unit="D").tolist(),
+        "days": ((dates.window_end[chosen] - dates.cutoff[chosen]) // DAY_S).tolist(),
+        "ledger": _joined(lines.values.take(pa.array(flat)), offsets).to_pylist(),
+    }
+    return _Asked(variables, dates.answer.take(pa.array(chosen)), None)
 
 
 def _asked(task: str, found: list[Any]) -> _Asked:
@@ -213,7 +260,7 @@ def _asked(task: str, found: list[Any]) -> _Asked:
 
 def _examples(piece: _Piece, told: Counter[str]) -> pa.RecordBatch:
     sequences, targets, task = piece.sequences, piece.targets, piece.task
-    first, last = piece.begin + targets.start, piece.begin + targets.stop - 1
+    last = piece.begin + targets.stop - 1
     target = sequences.items[last]
     label = _labels(sequences, last) if task.task == "like" else None
     choices = None
@@ -226,10 +273,10 @@ def _examples(piece: _Piece, told: Counter[str]) -> pa.RecordBatch:
         "user_index": pa.array(sequences.user_index[targets.row]),
         "history_end": pa.array(targets.start.astype(np.int32)),
         "gate_end": pa.array(_gate_ends(piece).astype(np.int32)),
-        "timestamp": pa.array(sequences.timestamps[first]),  # of a window its beginning: the gate's cut-off
+        "timestamp": pa.array(piece.cutoffs),  # of a window its beginning
         "prompt": _prompt(piece, candidates, told),
         "completion": _completion(piece, label),
-        "target": pa.array(target),
+        "target": pa.array(target) if piece.dated is None else pa.nulls(len(piece), pa.int32()),
         "candidates": pa.nulls(len(piece), pa.list_(pa.int32())) if candidates is None else _lists(candidates),
         "label": pa.nulls(len(piece), pa.string()) if label is None else label,
         "choices": pa.nulls(len(piece), pa.list_(pa.string())) if choices is None else choices,
@@ -263,6 +310,8 @@ def _ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
 def _ids(piece: _Piece) -> pa.StringArray:
     users = piece.sequences.user_id.take(pa.array(piece.targets.row))
     positions = pa.array(piece.targets.start).cast(pa.string())
+    if piece.dated is not None and piece.asked is not None:
+        positions = pa.array(piece.asked.variables["date"], pa.string())
     return pc.binary_join_element_wise(piece.task.name, users, positions, "/")
 
 
@@ -308,23 +357,36 @@ def _prompt(piece: _Piece, candidates: npt.NDArray[np.int32] | None, told: Count
 def _from_graph(piece: _Piece, candidates: npt.NDArray[np.int32] | None, told: Counter[str]) -> dict[str, list[Any]]:
     """The variables that the graph fills, of those that the template uses; and what was shown, for the manifest."""
     knowledge, uses, variables = piece.converter.knowledge, piece.task.uses, dict[str, list[Any]]()
-    if "candidate_paths" in uses and candidates is not None:
-        if knowledge is None:
+    if knowledge is None:
+        if "candidate_paths" in uses and candidates is not None:
             variables["candidate_paths"] = _candidate_lines(piece, candidates)
-        else:
-            variables["candidate_paths"] = knowledge.led_to(piece.moments(), candidates)
-    if knowledge is None or "graph" not in uses:
         return variables
-    shown = knowledge.shown(piece.moments(), piece.task.template.graph_format)
+    left = np.full(len(piece), knowledge.section.budget)
+    if "graph" in uses:
+        most = knowledge.section.budget // (2 if "candidate_paths" in uses else 1)  # paths get what it leaves
+        shown = knowledge.shown(piece.moments(), piece.task.template.graph_format, max(most, 1))
+        variables["graph"], left = shown.texts, left - shown.tokens
+        _tell_shown(told, shown, piece)
+    if "candidate_paths" in uses and candidates is not None:
+        variables["candidate_paths"], ages = knowledge.led_to(piece.moments(), candidates, left)
+        _tell(told, ages)
+    return variables
+
+
+def _tell_shown(told: Counter[str], shown: Shown, piece: _Piece) -> None:
     told.update(
         with_graph=int((shown.triples > 0).sum()),
         without_graph=int((shown.triples == 0).sum()),
+        budget_too_small=shown.too_small,
         triples=int(shown.triples.sum()),
         tokens=int(shown.tokens.sum()),
-        timed_triples=shown.timed,
-        not_older_than_cutoff=shown.not_older,
+        with_items_of_the_cutoff_second=int((piece.older < piece.begin + piece.targets.start).sum()),
     )
-    return variables | {"graph": shown.texts}
+    _tell(told, shown.ages)
+
+
+def _tell(told: Counter[str], ages: Ages) -> None:
+    told.update(timed_triples=ages.timed, not_older_than_cutoff=ages.not_older)
 
 
 def _candidate_lines(piece: _Piece, candidates: npt.NDArray[np.int32]) -> list[Any]:

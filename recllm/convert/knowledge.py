@@ -14,27 +14,33 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from recllm.convert.titles import neutralise
 from recllm.data.randomness import Keys
+from recllm.errors import UserError
+from recllm.graph import attributes as graph_attributes
 from recllm.graph import explain
-from recllm.graph.attributes import Attributes, described_text
-from recllm.graph.budget import Budget
+from recllm.graph.attributes import Attributes
+from recllm.graph.budget import Budget, Fitted
 from recllm.graph.build import ENTITIES, LINKS, RELATION_ID, RELATIONS
-from recllm.graph.paths import Candidates, paths
+from recllm.graph.paths import Candidates, Paths, paths
 from recllm.graph.readers import NAME
 from recllm.graph.retrieve import retrieve, rules_of
 from recllm.graph.store import ALWAYS, Graph, Ids
-from recllm.graph.subgraphs import Seeds
-from recllm.graph.verbalise import Verbaliser
+from recllm.graph.subgraphs import Seeds, Subgraphs
+from recllm.graph.verbalise import Verbaliser, plain
 from recllm.recipe import GraphFormat, GraphSection
 
 Ints = npt.NDArray[np.int64]
 
 DESCRIBED = (3, 2)  # relations of an item that a description holds at most, and tails of each
 NO_LINK = -1
+LONGEST_NAME = 200  # characters of a name outside subgraphs, whose budget does not count it: beyond, it is a text
+PATHS = 3  # that are looked at for one that can be written
+LINES_AT_ONCE = 4096  # bounds memory
 
 
 class Moments(NamedTuple):
@@ -44,6 +50,24 @@ class Moments(NamedTuple):
     items: npt.NDArray[np.int32]  # item_index, oldest first
     cutoffs: Ints  # (N,) seconds since the epoch
     keys: Keys  # (N,) random keys
+    around: npt.NDArray[np.int32] | None = None  # (N,) an item that retrieval starts from too, as heavy as all others
+
+
+class Ages(NamedTuple):
+    """How old what examples show is: counts for the manifest, taken behind retrieval and not by it."""
+
+    timed: int = 0  # triples that have a time
+    not_older: int = 0  # of them, those that are not older than their example's cut-off: 0, or something is broken
+
+    @classmethod
+    def of(cls, times: npt.ArrayLike, cutoffs: npt.ArrayLike) -> "Ages":
+        """Of triples, each with its example's cut-off."""
+        shown, limits = np.asarray(times), np.asarray(cutoffs)
+        timed = shown != ALWAYS
+        return cls(int(timed.sum()), int((timed & (shown >= limits)).sum()))
+
+    def __add__(self, other: "Ages") -> "Ages":  # type: ignore[override]  # of tuples it would join them
+        return Ages(self.timed + other.timed, self.not_older + other.not_older)
 
 
 class Shown(NamedTuple):
@@ -52,8 +76,15 @@ class Shown(NamedTuple):
     texts: list[str]  # "" where nothing is linked, found, or fits
     triples: Ints  # (N,) in the text
     tokens: Ints  # (N,) of the text
-    timed: int  # shown triples that have a time
-    not_older: int  # of them, those that are not older than their example's cut-off: 0, or something is broken
+    too_small: int  # examples of whose triples not one fits into the budget
+    ages: Ages
+
+
+class Written(NamedTuple):
+    """A path as text."""
+
+    text: str
+    score: float
 
 
 class Question(NamedTuple):
@@ -77,70 +108,100 @@ class Knowledge:
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def shown(self, moments: Moments, format: GraphFormat | None = None) -> Shown:
-        """The subgraph of each example, within the budget; `format` in place of the recipe's."""
+    def shown(self, moments: Moments, format: GraphFormat | None = None, budget: int | None = None) -> Shown:
+        """The subgraph of each example, within the budget; `format` and `budget` in place of the recipe's."""
+        found, fitted = self.fitted(moments, format, budget)
+        times, cutoffs = found.times[fitted.is_kept], moments.cutoffs[found.prompts[fitted.is_kept]]
+        return Shown(fitted.texts, fitted.kept, fitted.tokens, fitted.num_too_small, Ages.of(times, cutoffs))
+
+    def fitted(
+        self, moments: Moments, format: GraphFormat | None = None, budget: int | None = None
+    ) -> tuple[Subgraphs, Fitted]:
+        """What retrieval found for each example, best first, and which of it the budget lets a prompt show."""
         seeds = self._seeds(moments)
         found = retrieve(
-            self._graph, seeds, self.section.retrieval, self._relation_names, moments.keys, self._relation_ids
+            self.graph, seeds, self.section.retrieval, self._relation_names, moments.keys, self._relation_ids
         )
-        fitted = self._budget(format or self.section.format).fit(found)
-        times, cutoffs = found.times[fitted.is_kept], moments.cutoffs[found.prompts[fitted.is_kept]]
-        timed = times != ALWAYS
-        return Shown(
-            fitted.texts, fitted.kept, fitted.tokens, int(timed.sum()), int((times[timed] >= cutoffs[timed]).sum())
-        )
+        return found, self._budget(format or self.section.format, budget or self.section.budget).fit(found)
 
-    def explained(self, moments: Moments, targets: npt.NDArray[np.int32]) -> list[str | None]:
+    def explained(self, moments: Moments, targets: npt.NDArray[np.int32]) -> tuple[list[str | None], Ages]:
         """How the history leads to each example's target, the best path on one line; None where there is none."""
-        offsets = np.arange(len(targets) + 1)
-        return [lines[0] if lines else None for lines in self._paths(moments, offsets, self._linked[targets])]
+        found, ages = self._paths(moments, np.arange(len(targets) + 1), targets)
+        return [None if path is None else path.text for path in found], ages
 
-    def led_to(self, moments: Moments, candidates: npt.NDArray[np.int32]) -> list[str]:
-        """The candidates (N, C), one a line, each with the path that leads to it; best paths first spend the budget."""
+    def led_to(self, moments: Moments, candidates: npt.NDArray[np.int32], left: Ints) -> tuple[list[str], Ages]:
+        """The candidates (N, C), one a line, each with the path that leads to it.
+
+        Paths cost tokens beside the candidates' own: the best of an example come first, each that still fits into what
+        is `left` (N,) of the budget.
+        """
         rows, count = candidates.shape
-        found = self._paths(moments, np.arange(rows + 1) * count, self._linked[candidates.ravel()])
+        found, ages = self._paths(moments, np.arange(rows + 1) * count, candidates.ravel())
         texts = self.item_texts.take(pa.array(candidates.ravel())).to_pylist()
-        lines = [f"{text}: {paths[0]}" if paths else text for text, paths in zip(texts, found, strict=True)]
-        costs = [len(one.ids) for one in self._tokenizer.encode_batch(lines, add_special_tokens=False)]
-        plain = [len(one.ids) for one in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-        result = []
-        for row in range(rows):
-            here, left = range(row * count, (row + 1) * count), self.section.budget
-            kept = []
-            for place in here:
-                added = costs[place] - plain[place]
-                fits = added <= left
-                left -= added if fits else 0
-                kept.append(lines[place] if fits else texts[place])
-            result.append("\n".join(kept))
-        return result
+        lines = [text if path is None else f"{text}: {path.text}" for text, path in zip(texts, found, strict=True)]
+        costs = self._costs(texts, lines)
+        scores = {place: path.score for place, path in enumerate(found) if path is not None}
+        order = sorted(scores, key=lambda place: -scores[place])
+        budget, kept = left.tolist(), list(texts)
+        for place in order:
+            if costs[place] <= budget[place // count]:
+                budget[place // count] -= costs[place]
+                kept[place] = lines[place]
+        return ["\n".join(kept[row * count : (row + 1) * count]) for row in range(rows)], ages
+
+    def _costs(self, texts: Sequence[str], lines: Sequence[str]) -> dict[int, int]:
+        """Tokens that each line has more than its text, where they differ."""
+        places = [place for place, (text, line) in enumerate(zip(texts, lines)) if text != line]
+        found = dict[int, int]()
+        for begin in range(0, len(places), LINES_AT_ONCE):
+            here = places[begin : begin + LINES_AT_ONCE]
+            for text in {texts[place] for place in here} - self._known_tokens.keys():
+                self._known_tokens[text] = len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            counted = self._tokenizer.encode_batch_fast([lines[place] for place in here], add_special_tokens=False)
+            found |= {p: len(one.ids) - self._known_tokens[texts[p]] for p, one in zip(here, counted, strict=True)}
+        return found
 
     def questions(
         self, items: npt.NDArray[np.int32], moments: Moments, relations: Sequence[str], count: int
-    ) -> list[Question | None]:
+    ) -> tuple[list[Question | None], Ages]:
         """What is an attribute of each item? With count − 1 wrong answers; None without a link or an attribute."""
-        attributes, found = self._attributes(tuple(relations)), list[Question | None]()
-        for entity, cutoff, key in zip(self._linked[items].tolist(), moments.cutoffs.tolist(), moments.keys.tolist()):
+        attributes, found, ages = self._attributes(tuple(relations)), list[Question | None](), Ages()
+        for entity, cutoff, key in zip(self.linked[items].tolist(), moments.cutoffs.tolist(), moments.keys.tolist()):
             asked = None if entity == NO_LINK else attributes.question(entity, cutoff, key, count)
-            if asked is None:
-                found.append(None)
-                continue
-            names = [self._name(choice) for choice in asked.choices]
-            answer = self._name(asked.tail)
-            is_clear = len(set(names)) == len(names)
-            found.append(Question(self._shown_relations[asked.relation], answer, names) if is_clear else None)
-        return found
+            question = None if asked is None else self._question(asked)
+            if asked is not None and question is not None:
+                ages += Ages.of(asked.newest, cutoff)
+            found.append(question)
+        return found, ages
+
+    def _question(self, asked: graph_attributes.Question) -> Question | None:
+        """None where a wrong answer is called as a right one is, or an answer is no name but a text."""
+        names = [self._name(choice) for choice in asked.choices]
+        answer, right = self._name(asked.tail), {self._name(tail) for tail in asked.right}
+        is_clear = len(set(names)) == len(names) and set(names) & right == {answer}
+        if not is_clear or max(map(len, names)) > LONGEST_NAME:
+            return None
+        return Question(self._shown_relations[asked.relation], answer, names)
 
     def descriptions(
         self, items: npt.NDArray[np.int32], moments: Moments, relations: Sequence[str]
-    ) -> list[str | None]:
-        """Some attributes of each item, one relation a line; None without a link or an attribute."""
-        attributes, found = self._attributes(tuple(relations)), list[str | None]()
-        for entity, cutoff, key in zip(self._linked[items].tolist(), moments.cutoffs.tolist(), moments.keys.tolist()):
-            described = [] if entity == NO_LINK else attributes.described(entity, cutoff, key, *DESCRIBED)
-            named = {tail: self._name(tail) for _, tails in described for tail in tails}
-            found.append(described_text(described, self._shown_relations, named) if described else None)
-        return found
+    ) -> tuple[list[str | None], Ages]:
+        """Some attributes of each item, one relation a line; None without a link or an attribute.
+
+        What is called as the item is would be the answer, and is left out.
+        """
+        attributes, found, ages = self._attributes(tuple(relations)), list[str | None](), Ages()
+        for item, cutoff, key in zip(items.tolist(), moments.cutoffs.tolist(), moments.keys.tolist()):
+            entity, title = int(self.linked[item]), self.item_texts[item].as_py()
+            told = [] if entity == NO_LINK else attributes.described(entity, cutoff, key, *DESCRIBED)
+            lines = []
+            for relation, tails, newest in told:
+                names = [name for name in map(self._name, tails) if name != title and len(name) <= LONGEST_NAME]
+                if names:
+                    lines.append(f"{self._shown_relations[relation]}: {', '.join(map(plain, names))}")
+                    ages += Ages.of(newest, cutoff)
+            found.append("\n".join(lines) or None)
+        return found, ages
 
     def check(self, relations: Sequence[str] = ()) -> None:
         """Find now what examples would stumble over.
@@ -152,23 +213,22 @@ class Knowledge:
         self._attributes(tuple(relations))
 
     def checker(self) -> explain.Checker:
-        """Checks explanations by the names that examples write."""
-        names = pa.array([self._name(entity) for entity in range(self._graph.num_entities)], pa.string())
-        return explain.Checker(self._graph, names, self._shown_relations)
-
-    @property
-    def linked(self) -> Ids:
-        """(num_items,) the entity of each item, −1 without a link."""
-        return self._linked
+        """Checks explanations by the names that examples write: every text of an item, where items are one entity."""
+        names = [(self._name(entity), entity) for entity in range(self.graph.num_entities)]
+        items = np.flatnonzero(np.asarray(self.linked) != NO_LINK).tolist()
+        names += [(self.item_texts[item].as_py(), int(self.linked[item])) for item in items]
+        return explain.Checker(self.graph, names, self._shown_relations)
 
     # ---- opened once a process ----
 
     @cached_property
-    def _graph(self) -> Graph:
+    def graph(self) -> Graph:
+        """The folder's, mapped into memory."""
         return Graph.open(self.folder)
 
     @cached_property
-    def _linked(self) -> Ids:
+    def linked(self) -> Ids:
+        """(num_items,) the entity of each item, NO_LINK without one."""
         found: Ids = np.load(self.folder / LINKS, mmap_mode="r", allow_pickle=False)
         return found
 
@@ -176,13 +236,12 @@ class Knowledge:
     def _names(self) -> pa.Array:
         """(E,) what each entity is called: its item's text, or its own name."""
         names = pq.read_table(self.folder / ENTITIES, columns=[NAME])[NAME].combine_chunks().cast(pa.string())
-        linked = np.asarray(self._linked)
+        linked = np.asarray(self.linked)
         items = np.flatnonzero(linked != NO_LINK)[::-1]  # the first item of an entity goes last, and stays
         item_of = np.full(len(names), NO_LINK)
         item_of[linked[items]] = items
-        is_item = pa.array(item_of != NO_LINK)
-        texts = self.item_texts.take(pa.array(np.maximum(item_of, 0)))
-        return pa.compute.if_else(is_item, texts, names)
+        texts = self.item_texts.take(pa.array(item_of, mask=item_of == NO_LINK))
+        return pc.coalesce(texts, names)
 
     @cached_property
     def _relations(self) -> pa.Table:
@@ -215,27 +274,39 @@ class Knowledge:
         return {}
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_str(self.tokenizer)
-
-    def _budget(self, format: GraphFormat) -> Budget:
-        if format not in self._budgets:
-            verbaliser = Verbaliser(self._names, self._relation_names, format, self._clean)
-            self._budgets[format] = Budget(verbaliser, self._tokenizer, self.section.budget)
-        return self._budgets[format]
+    def _known_tokens(self) -> dict[str, int]:
+        """Of texts of items."""
+        return {}
 
     @cached_property
-    def _budgets(self) -> dict[GraphFormat, Budget]:
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_str(self.tokenizer)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _budget(self, format: GraphFormat, tokens: int) -> Budget:
+        if (format, tokens) not in self._budgets:
+            verbaliser = Verbaliser(self._names, self._relation_names, format, self._clean, self.section.dates)
+            self._budgets[format, tokens] = Budget(verbaliser, self._tokenizer, tokens)
+        return self._budgets[format, tokens]
+
+    @cached_property
+    def _budgets(self) -> dict[tuple[GraphFormat, int], Budget]:
         return {}
 
     def _attributes(self, relations: tuple[str, ...]) -> Attributes:
+        """Of the relations that a task names, or else of those that retrieval follows."""
         if relations not in self._known_attributes:
-            section = self.section.retrieval.model_copy(
-                update={"allow": list(relations) or self.section.retrieval.allow}
-            )
-            rules = rules_of(section, self._relation_names, self._relation_ids)
-            allowed = np.ones(self._graph.num_relations, dtype=bool) if rules.allowed is None else rules.allowed
-            self._known_attributes[relations] = Attributes(self._graph, allowed[: self._graph.num_relations])
+            section = self.section.retrieval
+            if relations:
+                section = section.model_copy(update={"allow": list(relations), "deny": []})
+            try:
+                rules = rules_of(section, self._relation_names, self._relation_ids)
+            except UserError as error:
+                raise UserError(str(error).replace("graph.retrieval.allow", "tasks[].relations")) from None
+            allowed = np.ones(self.graph.num_relations, dtype=bool) if rules.allowed is None else rules.allowed
+            self._known_attributes[relations] = Attributes(self.graph, allowed[: self.graph.num_relations])
         return self._known_attributes[relations]
 
     @cached_property
@@ -243,35 +314,51 @@ class Knowledge:
         return {}
 
     def _seeds(self, moments: Moments) -> Seeds:
-        """The entities of the newest `max_items` linked items of each example."""
-        entities = self._linked[moments.items]
-        linked = entities != NO_LINK
-        behind = np.concatenate([[0], np.cumsum(linked)])  # linked items up to each place
-        ends = behind[moments.offsets[1:]]
-        begins = np.maximum(behind[moments.offsets[:-1]], ends - self.section.retrieval.max_items)
-        counts = ends - begins
+        """The linked items of each example, and what is asked `around`."""
+        prompts = np.repeat(np.arange(len(moments.cutoffs)), np.diff(moments.offsets))
+        entities = self.linked[moments.items]
+        prompts, entities = prompts[entities != NO_LINK], entities[entities != NO_LINK]
+        counts = np.bincount(prompts, minlength=len(moments.cutoffs))
+        weights = np.ones(len(entities), dtype=np.float32)
+        if moments.around is not None:
+            others = self.linked[moments.around]
+            rows = np.flatnonzero(others != NO_LINK)
+            order = np.argsort(np.concatenate([prompts, rows]), kind="stable")
+            entities = np.concatenate([entities, others[rows]])[order]
+            weights = np.concatenate([weights, np.maximum(counts[rows], 1).astype(np.float32)])[order]
+            counts[rows] += 1
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        flat = np.arange(offsets[-1]) + np.repeat(begins - offsets[:-1], counts)
-        chosen = entities[linked][flat].astype(np.int32)
-        return Seeds(offsets, chosen, np.ones(len(chosen), dtype=np.float32), moments.cutoffs)
+        return Seeds(offsets, entities.astype(np.int32), weights, moments.cutoffs)
 
-    def _paths(self, moments: Moments, offsets: Ints, entities: Ids) -> list[list[str]]:
-        """The paths to each candidate that can be written, best first."""
+    def _paths(
+        self, moments: Moments, offsets: Ints, items: npt.NDArray[np.int32]
+    ) -> tuple[list[Written | None], Ages]:
+        """The best path to each item that can be written; example n asks for items offsets[n]:offsets[n + 1]."""
         rules = rules_of(self.section.retrieval, self._relation_names, self._relation_ids)
-        wanted = Candidates(offsets, entities.astype(np.int32))
-        found = paths(self._graph, self._seeds(moments), wanted, rules, self.section.retrieval.path_length, 1)
-        num_relations, lines = self._graph.num_relations, list[list[str]]()
-        for begin, end in zip(found.offsets[:-1].tolist(), found.offsets[1:].tolist(), strict=True):
-            texts = []
-            for place in range(begin, end):
+        wanted = Candidates(offsets, self.linked[items].astype(np.int32))
+        found = paths(self.graph, self._seeds(moments), wanted, rules, self.section.retrieval.path_length, PATHS)
+        lines, times, cutoffs = list[Written | None](), list[int](), list[int]()
+        for number, (prompt, item) in enumerate(zip(wanted.prompts.tolist(), items.tolist())):
+            begin, end = int(found.offsets[number]), int(found.offsets[number + 1])
+            had = moments.items[moments.offsets[prompt] : moments.offsets[prompt + 1]]
+            texts = ((place, self._path_text(found, place, had, item)) for place in range(begin, end))
+            place, text = next(((place, text) for place, text in texts if text is not None), (begin, None))
+            lines.append(None if text is None else Written(text, float(found.scores[place])))
+            if text is not None:
                 length = int(found.lengths[place])
-                inverse, numbers = np.divmod(found.relations[place, :length], num_relations)
-                texts.append(
-                    explain.write(
-                        [self._name(entity) for entity in found.entities[place, : length + 1].tolist()],
-                        [self._shown_relations[number] for number in numbers.tolist()],
-                        (inverse == 0).tolist(),
-                    )
-                )
-            lines.append([text for text in texts if text is not None])
-        return lines
+                times += found.times[place, :length].tolist()
+                cutoffs += [int(moments.cutoffs[prompt])] * length
+        return lines, Ages.of(np.array(times, dtype=np.int64), np.array(cutoffs, dtype=np.int64))
+
+    def _path_text(self, found: Paths, place: int, had: npt.NDArray[np.int32], item: int) -> str | None:
+        """A path, its ends called as the prompt calls these items; None where it could not be read back."""
+        length = int(found.lengths[place])
+        entities = found.entities[place, : length + 1].tolist()
+        inverse, relations = np.divmod(found.relations[place, :length], self.graph.num_relations)
+        first = int(had[np.flatnonzero(self.linked[had] == entities[0])[-1]])  # the newest of one entity
+        ends = self.item_texts[first].as_py(), self.item_texts[item].as_py()
+        names = [ends[0], *map(self._name, entities[1:-1]), ends[1]]
+        if max(map(len, names)) > LONGEST_NAME:
+            return None
+        shown = [self._shown_relations[relation] for relation in relations.tolist()]
+        return explain.write(names, shown, (inverse == 0).tolist())

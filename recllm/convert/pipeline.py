@@ -27,15 +27,16 @@ from tqdm import tqdm
 import recllm
 from recllm import files, schema
 from recllm.convert.examples import Converter, Task, draws_candidates, iterate_examples, targets_of
+from recllm.convert.finance import ask_customers
 from recllm.convert.knowledge import Knowledge
 from recllm.convert.targets import Sequences
-from recllm.convert.templates import GRAPH_TASKS, GRAPH_VARIABLES, load_template
+from recllm.convert.templates import ASSETS, GRAPH_TASKS, GRAPH_VARIABLES, load_template
 from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
 from recllm.data.candidates import CandidateSampler
 from recllm.data.sequences import Prepared, prepare
 from recllm.data.stored import SHARD_POSITIONS, USER, StoredSequences, shards
 from recllm.errors import UserError
-from recllm.graph.build import build_graph
+from recllm.graph.build import build_graph, check_times
 from recllm.recipe import GraphSection, Recipe, TaskSection
 
 IN_FLIGHT = 2  # shards handed out for each worker: bounds what waits in memory
@@ -43,11 +44,18 @@ GRAPH = "graph"  # folder of a dataset
 TOKENIZER = "tokenizer.json"
 MOST_WORKERS = 8  # unless more are asked for: each takes some 200 MiB
 READ: dict[str, Any] = {  # the part of the recipe that convert reads; beside it the tokenizer's special tokens
-    **dict.fromkeys(("seed", "data", "graph", "filter", "history", "prompt", "tasks"), True),
+    **dict.fromkeys(("seed", "data", "graph", "finance", "filter", "history", "prompt", "tasks"), True),
     "protocol": {"name", "split", "candidates"},
 }
 DICTIONARY = ["task", "label", "prompt.list.element.role", "completion.list.element.role"]
 DENSE_DICTIONARY = [*DICTIONARY, "prompt.list.element.content"]
+
+
+class Further(NamedTuple):
+    """What the manifest says of what a recipe need not have."""
+
+    graph: dict[str, Any] | None = None
+    finance: dict[str, Any] | None = None
 
 
 class Written(NamedTuple):
@@ -75,24 +83,23 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None, tokenizer:
     if workers < 1:
         raise UserError(f"convert with {workers} workers: at least 1 is needed, leave --workers out for the default")
     with files.replacing_folder(output) as folder:
-        prepared, converter, graph = set_up(recipe, folder, tokenizer)
+        prepared, converter, further = set_up(recipe, folder, tokenizer)
         written = _write_examples(prepared.sequences, converter, folder, workers)
         _check_nothing_is_empty(converter.tasks, written)
         items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
         pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
-        manifest = _manifest(recipe, prepared, converter, written) | {"graph": _graph_entry(graph, written)}
+        manifest = _manifest(recipe, prepared, converter, written)
+        manifest |= {"graph": _graph_entry(further.graph, written), "finance": further.finance}
         files.write_json(folder / "manifest.json", manifest)
     print(summary(manifest, output))
     return manifest
 
 
-def set_up(
-    recipe: Recipe, folder: Path, tokenizer: str | None = None
-) -> tuple[Prepared, Converter, dict[str, Any] | None]:
+def set_up(recipe: Recipe, folder: Path, tokenizer: str | None = None) -> tuple[Prepared, Converter, Further]:
     """All that comes before the first example: templates, data, texts, and every check that needs no example.
 
-    sequences.parquet is written to `folder`, and graph/ where the recipe has one: then what the manifest says of it is
-    the third. With prompt.user the batches of sequences have a further column `user`.
+    sequences.parquet is written to `folder`, and graph/ and finance/ where the recipe has one. With prompt.user the
+    batches of sequences have a further column `user`, for the task assets the columns of convert/finance.py.
 
     Raises:
         UserError: anything wrong with recipe, templates or data; an empty split.
@@ -107,21 +114,32 @@ def set_up(
         tokenizer = tokenizer or _tokenizer(recipe.model.name_or_path)
     prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder)
     check_labels(prepared.actions, tasks)
-    check_not_empty(prepared.sequences, tasks, recipe.seed)
+    converter, graph, finance = make_converter(recipe, prepared, tasks), None, None
+    further: dict[str, pa.Array] = {}
     if recipe.prompt.user and prepared.users is not None:
         texts = user_texts(prepared.users, recipe.prompt.user, tokenizer_special_tokens(recipe.model.name_or_path))
-        told = dataclasses.replace(prepared.sequences, texts=pl.Series(USER, texts, pl.String))
-        prepared = dataclasses.replace(prepared, sequences=told)
-    converter, graph = make_converter(recipe, prepared, tasks), None
+        further[USER] = pa.array(texts, pa.string())
+    if any(task.task == ASSETS for task in tasks):
+        columns, finance = ask_customers(recipe, prepared, converter.texts.to_pylist(), folder)
+        further |= columns
+    prepared = dataclasses.replace(prepared, sequences=dataclasses.replace(prepared.sequences, further=further))
+    check_not_empty(prepared.sequences, tasks, recipe.seed)
     check_candidates(prepared.sequences, converter)
     if recipe.graph is not None and tokenizer is not None:
         graph = build_graph(recipe.graph, prepared.items.get_column(schema.ITEM_ID).to_list(), folder / GRAPH)
+        graph["warning"] = check_times(graph["time_range"], *_span(prepared.sequences))
         special_tokens = tokenizer_special_tokens(recipe.model.name_or_path)
         knowledge = Knowledge(folder / GRAPH, recipe.graph, converter.texts, special_tokens, tokenizer)
         for task in tasks:
             knowledge.check(task.relations)
         converter = dataclasses.replace(converter, knowledge=knowledge)
-    return prepared, converter, graph
+    return prepared, converter, Further(graph, finance)
+
+
+def _span(sequences: StoredSequences) -> tuple[int, int]:
+    """First and last time of the interactions, seconds since the epoch."""
+    ends = [pc.min_max(pc.list_flatten(batch.column("timestamps"))) for batch in sequences.batches(SHARD_POSITIONS)]
+    return min(end["min"].as_py() for end in ends), max(end["max"].as_py() for end in ends)
 
 
 def _tokenizer(name_or_path: str) -> str:
@@ -159,7 +177,7 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
                 f"task {entry.task} has dense_start=random without dense_window: set dense_window to the titles of a "
                 "window, or leave dense_start out"
             )
-        _check_graph_task(entry, recipe.graph)
+        _check_sections(entry, recipe)
         seen[entry.task] += 1
         name = entry.task if seen[entry.task] == 1 else f"{entry.task}.{seen[entry.task]}"
         template = load_template(entry.template, entry.task, dense=entry.dense_window > 0)
@@ -178,8 +196,16 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
     return tuple(tasks)
 
 
-def _check_graph_task(entry: TaskSection, graph: GraphSection | None) -> None:
-    if entry.task in GRAPH_TASKS and graph is None:
+def _check_sections(entry: TaskSection, recipe: Recipe) -> None:
+    """Refuse a task that reads a section which the recipe does not have, or that has settings of another one."""
+    if entry.task == ASSETS and recipe.finance is None:
+        raise UserError("the task assets asks a bank's customers, and the recipe has none: add `finance`")
+    if entry.task == ASSETS and recipe.protocol.split.method != "dates":
+        raise UserError(
+            f"the task assets asks on dates, protocol.split.method is {recipe.protocol.split.method}: set it to dates, "
+            "with valid_from and test_from"
+        )
+    if entry.task in GRAPH_TASKS and recipe.graph is None:
         raise UserError(f"the task {entry.task} asks what a knowledge graph says, and the recipe has none: add `graph`")
     if entry.relations and entry.task not in ("item_to_attribute", "attribute_to_item"):
         raise UserError(
@@ -411,6 +437,10 @@ def _graph_entry(graph: dict[str, Any] | None, written: Written) -> dict[str, An
     for name, count in sorted(written.graph.items()):
         place, _, what = name.rpartition("/")
         shown.setdefault(place, {})[what] = count
+        if what == "not_older_than_cutoff" and count:
+            raise RuntimeError(
+                f"{place}: {count} triples that examples show are not older than their cut-off: a defect"
+            )
     return graph | {"shown": shown}
 
 
@@ -438,6 +468,8 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     lines = [f"{output}: {counts['interactions']} interactions, {counts['users']} users, {counts['items']} items"]
     lines += [f"  {name}: {number} examples" for name, number in counts["examples"].items()]
     lines += _graph_lines(manifest.get("graph"))
+    warnings += [text for text in [(manifest.get("graph") or {}).get("warning")] if text]
+    lines += _finance_lines(manifest.get("finance"))
     lines += [f"  audit: {name} {_short(value)}" for name, value in audit.items() if value is not None]
     return "\n".join([*lines, *(f"  warning: {text}" for text in warnings)])
 
@@ -459,6 +491,16 @@ def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
             parts.append(f"{shown['left_out']} left out: the graph has nothing to ask of their items")
         lines += [f"  graph, {place}: {'; '.join(parts)}"] if parts else []
     return lines
+
+
+def _finance_lines(finance: dict[str, Any] | None) -> list[str]:
+    if finance is None:
+        return []
+    return [
+        "  assets, {0}: {dates} dates from {first} to {last}, {examples} examples, of which {preference} buy "
+        "something, {both} something that rises".format(split, **entry)
+        for split, entry in finance["splits"].items()
+    ]
 
 
 def _short(value: Any) -> str:

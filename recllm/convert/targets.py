@@ -6,6 +6,7 @@ No text is made here. Every random choice hangs on (seed, user, position), never
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,44 @@ import pyarrow as pa
 from recllm import schema
 from recllm.data.dataset import flat
 from recllm.data.randomness import mix
+from recllm.data.stored import DATES, LEDGER, USER
 
 TARGET_SALT, PHRASING_SALT, START_SALT = 1, 2, 3  # keep the random choices of one position independent
 
 Ints = npt.NDArray[np.int64]
+
+
+DATES_TYPE = pa.list_(
+    pa.struct(
+        [
+            ("split", pa.int8()),
+            ("cutoff", pa.int64()),
+            ("window_end", pa.int64()),
+            ("history_end", pa.int32()),
+            ("answer", pa.string()),
+        ]
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dates:
+    """When the task assets asks the users of a batch; D dates."""
+
+    row: Ints  # (D,) of the batch, ascending
+    split: npt.NDArray[np.int8]  # (D,) schema.TRAIN, VALID or TEST
+    cutoff: Ints  # (D,) seconds since the epoch, as is the window's end
+    window_end: Ints
+    history_end: Ints  # (D,) positions before the cut-off
+    answer: pa.StringArray  # (D,)
+
+    @classmethod
+    def of(cls, column: pa.ListArray) -> "Dates":
+        """From a column of DATES_TYPE."""
+        found = column.flatten()
+        row = np.repeat(np.arange(len(column)), column.value_lengths().to_numpy())
+        split, cutoff, end, history = (found.field(place).to_numpy() for place in range(4))
+        return cls(row, split, cutoff, end, history, found.field("answer"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +69,21 @@ class Sequences:
     user_key: npt.NDArray[np.uint64]  # (U,)
     user_id: pa.StringArray  # (U,)
     user: pa.StringArray | None = None  # (U,) the text about each user, if templates show it
+    ledger: pa.ListArray | None = None  # (U,) of the task assets: a line for each position, oldest first
+    dates: Dates | None = None  # of the task assets
+
+    @cached_property
+    def first_of_second(self) -> Ints:
+        """For each flat position the first of its user's of the same second."""
+        place, begins = np.arange(len(self.items)), np.zeros(len(self.items), dtype=bool)
+        begins[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
+        begins[1:] |= np.diff(self.timestamps) != 0
+        first: Ints = np.maximum.accumulate(np.where(begins, place, 0))
+        return first
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> "Sequences":
-        """Views into `batch`, of schema.SEQUENCES and maybe a column `user`; nothing but the offsets is copied."""
+        """Views into `batch`, of schema.SEQUENCES and stored.py's further columns; nothing but offsets is copied."""
         offsets, items = flat(batch.column("items"))
         actions = batch.column("actions")
         return cls(
@@ -49,7 +95,9 @@ class Sequences:
             user_index=batch.column("user_index").to_numpy(),
             user_key=batch.column("user_key").to_numpy(),
             user_id=batch.column(schema.USER_ID),
-            user=batch.column("user") if "user" in batch.schema.names else None,
+            user=batch.column(USER) if USER in batch.schema.names else None,
+            ledger=batch.column(LEDGER) if LEDGER in batch.schema.names else None,
+            dates=Dates.of(batch.column(DATES)) if DATES in batch.schema.names else None,
         )
 
 
@@ -57,19 +105,22 @@ class Sequences:
 class Targets:
     """Examples to be: row of the batch, and positions [start, stop) of that user's sequence that are predicted.
 
-    The gate and the prompt see positions before `start` only.
+    The gate and the prompt see positions before `start` only. Of the task assets start = stop, and `date` says which of
+    the batch's dates it is.
     """
 
     row: Ints
     start: Ints
     stop: Ints
+    date: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.row)
 
     def take(self, chosen: npt.NDArray[Any] | slice) -> "Targets":
         """The chosen examples, in the given order."""
-        return Targets(self.row[chosen], self.start[chosen], self.stop[chosen])
+        date = None if self.date is None else self.date[chosen]
+        return Targets(self.row[chosen], self.start[chosen], self.stop[chosen], date)
 
     def pieces(self, size: int) -> Iterator["Targets"]:
         """Slices of at most `size` examples, so that the text of a long batch never lies in memory at once."""
@@ -101,6 +152,18 @@ def find_targets(
         return Targets(row, position, position + 1)
     found = _windows(row, position, dense_window) if dense_window else _single(row, position)
     return found if max_train_targets is None else _choose(found, sequences.user_key, max_train_targets, seed)
+
+
+def find_dates(sequences: Sequences, split: int, max_train_targets: int | None = None, seed: int = 0) -> Targets:
+    """The examples of the task assets, by user and date; `max_train_targets` as in `find_targets`."""
+    dates = sequences.dates
+    assert dates is not None  # the pipeline refuses the task without `finance`
+    chosen = np.flatnonzero(dates.split == split)
+    start = dates.history_end[chosen].astype(np.int64)
+    found = Targets(dates.row[chosen], start, start, chosen)
+    if split != schema.TRAIN or max_train_targets is None:
+        return found
+    return _choose(found, sequences.user_key, max_train_targets, seed)
 
 
 def _single(row: Ints, position: Ints) -> Targets:

@@ -49,13 +49,13 @@ VARIABLES: dict[str, dict[str, str]] = {
         "target": "the item that is asked about",
     },
     "item_to_attribute": {
-        **_USER,
+        "user": _USER["user"],  # no subgraph: it might hold the answer
         "target": "the item that is asked about",
         "relation": "the relation whose other end is asked for",
         "choices": "the right answer and wrong ones, one a line",
     },
     "attribute_to_item": {
-        **_USER,
+        "user": _USER["user"],
         "attributes": "what is known of the item, one relation a line",
     },
     "explain": {
@@ -64,10 +64,19 @@ VARIABLES: dict[str, dict[str, str]] = {
         **_USER,
         "target": "the item that is explained",
     },
+    "assets": {
+        "history": "the last assets, oldest first, one a line",
+        "num_history": "how many these are",
+        **_USER,
+        "ledger": "the same as transactions, one a line: date, side, asset, units, value",
+        "date": "the day on which the question is asked: 2021-01-04",
+        "days": "how many days the question looks ahead",
+    },
 }
+ASSETS = "assets"  # what it asks is in the bank's data
 GRAPH_TASKS = ("item_to_attribute", "attribute_to_item", "explain")  # what they ask is in the graph
 GRAPH_VARIABLES = ("graph", "candidate_paths")
-_DUMMY = {"num_history": 2, "num_candidates": 2}
+_DUMMY = {"num_history": 2, "num_candidates": 2, "days": 180}
 
 
 class Phrasing(BaseModel):

@@ -155,7 +155,7 @@ class Dataset:
 
     def _check_examples(self, path: Path, table: pa.Table | pa.RecordBatch) -> None:
         if "target" in table.schema.names:
-            self._check_items(path, table["target"].to_numpy(), "target")
+            self._check_items(path, table["target"].drop_null().to_numpy(), "target")
         if "candidates" in table.schema.names and len(flat := pc.list_flatten(table["candidates"])):
             self._check_items(path, flat.to_numpy(), "candidates")
         if "user_index" in table.schema.names and table.num_rows:

@@ -11,6 +11,7 @@ import csv
 import re
 import sqlite3
 import unicodedata
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from pathlib import Path
 
 import polars as pl
 
-VERSION = 1  # counted up when the same wheels give other files
-MAX_CAST = 10  # the source lists up to hundreds in alphabetical order: those with the most films are the known ones
+VERSION = 2  # counted up when the same wheels give other files
+MAX_CAST = 10  # the source lists up to hundreds in alphabetical order: those with the most films so far are known
 TRIPLES, ENTITIES, LINKS = "triples.parquet", "entities.parquet", "links.csv"
 
 _ARTICLES = "the|a|an|le|la|les|l|il|lo|gli|i|el|los|las|das|der|die|der|un|une|una|det|den"
+_SUFFIXES = r"(?:Jr\.?|Sr\.?|II|III|IV)"
 _SPELLINGS = {"colours": "colors", "blvd": "boulevard", "twelve": "12", "nineteen": "19"}
 _GENRES: Mapping[str, tuple[str, ...]] = {  # of MovieLens → of the table, where they differ
     "children's": ("family", "animation", "fantasy", "adventure"),
@@ -72,9 +74,9 @@ def derive(films: Path, items: Path, folder: Path) -> None:
     """
     table = read_films(films)
     links = match(read_items(items), table)
-    wanted, fame = set(links.values()), _fame(table)
+    wanted, careers = set(links.values()), _careers(table)
     linked = [film for film in table if film.id in wanted]
-    triples = sorted({triple for film in linked for triple in _triples(film, fame)})
+    triples = sorted({triple for film in linked for triple in _triples(film, careers)})
     pl.DataFrame(triples, schema=["head", "relation", "tail"], orient="row").write_parquet(folder / TRIPLES)
     names = _names(linked, {tail for _, _, tail in triples})
     pl.DataFrame(names, schema=["id", "name"], orient="row").write_parquet(folder / ENTITIES)
@@ -98,7 +100,13 @@ def read_films(path: Path) -> list[Film]:
 
 
 def _split(text: str | None) -> list[str]:
-    return list(dict.fromkeys(part for value in (text or "").split(",") if (part := value.strip())))
+    """Values between commas, each once; a comma within a name, before its suffix, is none between values.
+
+    >>> _split("Ed Begley, Jr., Bing Russell")
+    ['Ed Begley Jr.', 'Bing Russell']
+    """
+    text = re.sub(rf",\s*(?={_SUFFIXES}\s*(?:,|$))", " ", text or "")
+    return list(dict.fromkeys(part for value in text.split(",") if (part := value.strip())))
 
 
 def read_items(path: Path) -> list[Item]:
@@ -206,16 +214,21 @@ def key_of(title: str) -> str:
     return re.sub(rf"^({_ARTICLES})\s+(?=\S)", "", text)
 
 
-def _fame(films: Iterable[Film]) -> Counter[str]:
-    """Number of films that each person plays in, over the whole table."""
-    return Counter(person for film in films for person in film.values["stars"])
+def _careers(films: Iterable[Film]) -> dict[str, list[int]]:
+    """Person → the years of the films that he or she plays in, over the whole table, rising."""
+    years: dict[str, list[int]] = defaultdict(list)
+    for film in sorted(films, key=lambda film: film.year):
+        for person in film.values["stars"]:
+            years[person].append(film.year)
+    return years
 
 
-def _triples(film: Film, fame: Counter[str]) -> Iterator[tuple[str, str, str]]:
+def _triples(film: Film, careers: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str, str]]:
     for relation, (_, kind) in _RELATIONS.items():
         values = film.values[relation]
         if relation == "stars":
-            values = sorted(values, key=lambda person: (-fame[person], person))[:MAX_CAST]
+            so_far = {person: bisect_right(careers[person], film.year) for person in values}
+            values = sorted(values, key=lambda person: (-so_far[person], person))[:MAX_CAST]
         for value in values:
             yield film.id, relation, f"{kind}/{value}"
     yield film.id, "released in", f"decade/{film.year // 10 * 10}s"

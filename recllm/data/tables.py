@@ -62,8 +62,13 @@ class Table:
     line: Callable[[int], str]  # row number from 0 → "line 17"
 
 
-def open_table(path: str, source: Source) -> Table:
+def open_table(path: str, source: Source, unquoted: str = "") -> Table:
     """Open a file or saved data set as the recipe's section says; auto goes by its ending.
+
+    Args:
+        path: as the recipe writes it.
+        source: the section.
+        unquoted: separators between which a quote is a letter like any other.
 
     Raises:
         UserError: no such file, a folder in place of a file, one that cannot be read as that format.
@@ -84,7 +89,8 @@ def open_table(path: str, source: Source) -> Table:
     if kind == "hf":
         return _hf(path, file)
     tab = ending_of(file) == ".tsv" and source.separator == ","
-    return csv_table(path, str(file), "\t" if tab else source.separator, source.header)
+    separator = "\t" if tab else source.separator
+    return csv_table(path, str(file), separator, source.header, quote=None if separator in unquoted else '"')
 
 
 def _format(file: Path) -> str:
@@ -103,18 +109,19 @@ def opened_text(file: str) -> TextIO:
     return open(file, encoding="utf-8", errors="replace", newline="")
 
 
-def csv_table(path: str, file: str, separator: str, header: bool) -> Table:
-    """A file of separated values, every column as text; blank lines are no rows."""
+def csv_table(path: str, file: str, separator: str, header: bool, quote: str | None = '"') -> Table:
+    """A file of separated values, every column as text; blank lines are no rows. Without `quote` none is special."""
     if len(separator.encode()) != 1:
         raise UserError(
             f"{path}: separator {separator!r} has {len(separator)} characters, one is expected: "
             "replace it in the file by one character that no field holds, e.g. a tab (sed 's/::/\\t/g')"
         )
-    frame = pl.scan_csv(file, separator=separator, has_header=header, infer_schema=False)
+    frame = pl.scan_csv(file, separator=separator, has_header=header, infer_schema=False, quote_char=quote)
 
     def line(row: int) -> str:  # a quoted cell may hold line breaks, so rows are counted by a CSV reader
         with opened_text(file) as handle:
-            reader = csv.reader(handle, delimiter=separator)
+            quoting: Any = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
+            reader = csv.reader(handle, delimiter=separator, quoting=quoting)
             filled = (reader.line_num for record in reader if any(record))
             return f"line {next(islice(filled, row + header, None), row + 1 + header)}"
 
@@ -224,6 +231,7 @@ def column_of(name: str, columns: Mapping[str, str | int | None], table: Table, 
     raise UserError(
         f'{table.path}: no column "{given}" for {name}, {nearest(given, table.names)}; '
         f"columns there: {', '.join(table.names)}. Map it in the recipe: columns: {{{name}: …}}"
+        + (", and set header: false if the first line is no header" if table.names[0].strip().isdecimal() else "")
     )
 
 

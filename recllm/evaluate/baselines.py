@@ -24,6 +24,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 WINDOW = 10  # item_to_item: steps between two items of a pair, and items of the history that are looked at
+NO_ITEM = -1
 _CHUNK = 16_000_000  # entries of a score matrix held at once: 128 MB
 
 
@@ -158,6 +159,22 @@ def score_examples(
             excluded = in_history(dataset, part.user_index, part.history_end) if exclude_history else None
             ranked.append(metrics.ranks(table, target[rows], excluded))
     return np.concatenate(scores), np.concatenate(ranked) if full_catalogue else None
+
+
+def best_items(
+    score: Scorer, dataset: Dataset, examples: Examples, allowed: npt.NDArray[np.bool_], count: int
+) -> Integers:
+    """(N, count) the items with the highest scores among those allowed (N, num_items), NO_ITEM behind the last.
+
+    Of equal scores the lower item_index comes first.
+    """
+    found = [np.empty((0, count), np.int64)]
+    for rows in _chunks(len(examples.example_ids), dataset.num_items):
+        table = np.where(allowed[rows], score(examples.part(rows)), -np.inf)
+        best = np.argsort(-table, axis=1, kind="stable")[:, :count]
+        best = np.where(np.take_along_axis(allowed[rows], best, axis=1), best, NO_ITEM)
+        found.append(np.pad(best, ((0, 0), (0, count - best.shape[1])), constant_values=NO_ITEM))
+    return np.concatenate(found)
 
 
 def in_history(

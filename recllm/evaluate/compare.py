@@ -19,10 +19,12 @@ from recllm.errors import UserError
 from recllm.evaluate import metrics, statistics
 from recllm.evaluate.explanations import SUPPORTED
 from recllm.evaluate.figures import Pair, compare_pairs
-from recllm.evaluate.tasks import EXPLAIN
+from recllm.evaluate.recommendations import hits_names
+from recllm.evaluate.tasks import ASSETS, EXPLAIN
 from recllm.recipe import BootstrapSection
 
-COLUMNS = ["example_id", "user_index", "target", "candidates", "rank", "nats", "valid", "label", "predicted"]
+SAME = ["target", "candidates", "label"]  # of an example in all reports
+COLUMNS = ["task", "example_id", "user_index", *SAME, "rank", "nats", "valid", "predicted", "figures"]
 
 
 class Run(NamedTuple):
@@ -70,7 +72,7 @@ def compare_rows(a: Run, b: Run, metric: str, section: BootstrapSection) -> dict
     if not pc.any(shared).as_py():
         raise UserError(f"{a.name} and {b.name} share no example: evaluate both on the same split and max_examples")
     rows_a, rows_b = a.rows.filter(shared), b.rows.take(place.drop_null())
-    for column in ("candidates", "target", "label"):
+    for column in SAME:
         if rows_a[column].combine_chunks() != rows_b[column].combine_chunks():
             pairs = zip(rows_a["example_id"].to_pylist(), rows_a[column].to_pylist(), rows_b[column].to_pylist())
             example_id = next(name for name, one, other in pairs if one != other)
@@ -87,11 +89,15 @@ def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
     """One value an example (N,), read off predictions.parquet."""
     kind, _, cutoff = metric.partition("@")
     closed, valid = _is_closed(rows), rows["valid"].to_numpy()
+    if not rows["figures"].null_count:  # of the task assets: every metric is there
+        found = [dict(row).get(metric) for row in rows["figures"].to_pylist()]
+        if None not in found:
+            return np.array(found, dtype=np.float64)
     if metric == "nats" and not rows["nats"].null_count:
         return rows["nats"].to_numpy()
     if metric == "valid_ratio":
         return metrics.valid_ratio(valid)
-    if metric == "supported" and _is_explained(rows):
+    if metric == "supported" and _is_kind(rows, EXPLAIN):
         return pc.equal(rows["predicted"], SUPPORTED).to_numpy().astype(np.float64)
     if metric == "accuracy" and closed:
         right = pc.fill_null(pc.equal(rows["predicted"], rows["label"]), False)
@@ -105,16 +111,16 @@ def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
         return metrics.hit_rate(rank, k) if kind == "hit_rate" else metrics.ndcg(rank, k)
     raise UserError(
         f'{name} has no metric "{metric}": hit_rate@k, ndcg@k, mrr@k, mrr, valid_ratio, for language models nats; '
-        "accuracy of closed tasks, supported of explanations"
+        "accuracy of closed tasks, supported of explanations, hits@k/both, …/preference and …/profit of assets"
     )
 
 
 def _is_closed(rows: pa.Table) -> bool:
-    return bool(rows["rank"].null_count) and not _is_explained(rows)  # a closed task has no ranks
+    return bool(rows["rank"].null_count) and not _is_kind(rows, EXPLAIN, ASSETS)  # a closed task has no ranks
 
 
-def _is_explained(rows: pa.Table) -> bool:
-    return bool(rows.num_rows) and rows["task"][0].as_py().partition(".")[0] == EXPLAIN
+def _is_kind(rows: pa.Table, *kinds: str) -> bool:
+    return bool(rows.num_rows) and rows["task"][0].as_py().partition(".")[0] in kinds
 
 
 def _check_same_ground(folders: list[Path], documents: list[dict[str, Any]]) -> None:
@@ -164,7 +170,9 @@ def _task_lines(task: str, runs: list[Run], document: dict[str, Any], metric: st
 def _metrics_of(runs: list[Run], document: dict[str, Any]) -> list[str]:
     cutoffs = document["protocol"]["ranking"]["k"]
     closed = _is_closed(runs[0].rows)
-    ranked = ["supported"] if _is_explained(runs[0].rows) else [f"hit_rate@{min(cutoffs)}", f"ndcg@{max(cutoffs)}"]
+    ranked = [f"hit_rate@{min(cutoffs)}", f"ndcg@{max(cutoffs)}"]
+    if _is_kind(runs[0].rows, EXPLAIN, ASSETS):
+        ranked = hits_names(max(cutoffs)) if _is_kind(runs[0].rows, ASSETS) else ["supported"]
     names = ["accuracy"] if closed else ranked
     return names if any(run.rows["nats"].null_count for run in runs) else [*names, "nats"]
 

@@ -30,7 +30,8 @@ better for nats, brier and calibration_error only.
                       verdicts: null | {verdict: number of explanations}}]
                     nats, of language models only: negative log-likelihood of the right answer, terminator included.
                     Closed tasks (like): accuracy, balanced_accuracy, "f1 LABEL", auc, brier, calibration_error, …
-                    Explanations: supported, valid_ratio
+                    Explanations: supported, valid_ratio. Lists of assets: "hits@k/LABEL", "attainable/LABEL" (the
+                    highest that it can be), valid_ratio, finished, unknown_share; LABEL: both, preference, profit
     comparisons     [{task, a, b, metric, difference: a − b, low, high, p_value, p_holm, method: mcnemar |
                       paired_bootstrap, num_examples, num_users}]; Holm within one task and metric
     against_plain   [as comparisons, of nats only]: a is each other adapter and control, b each plain LoRA adapter; Holm
@@ -64,12 +65,13 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -80,6 +82,7 @@ from recllm.errors import UserError
 from recllm.evaluate import baselines, experts, figures, language_model, reading
 from recllm.evaluate.baselines import Scorer
 from recllm.evaluate.language_model import BASE_MODEL, Adapter, Gates, LanguageModels, System
+from recllm.evaluate.recommendations import hits_names
 from recllm.evaluate.tasks import Prediction, Task, load_tasks
 from recllm.recipe import Recipe
 
@@ -97,6 +100,7 @@ CLOSED_BASELINES = {
     "constant": "the most frequent answer of training, for everybody",
     "user_most_frequent": "each user's most frequent answer of training",
 }
+CHANCE = "chance"
 _ORDER = ("adapter", "control", "base_model", "baseline")
 
 
@@ -135,7 +139,7 @@ def evaluate(
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
     wants_model = adapters or BASE_MODEL in recipe.evaluate.baselines
     models = LanguageModels(recipe, dataset, adapters) if wants_model else None
-    unscored = [task.name for task in tasks if not task.is_closed and (task.choices is not None or not scorers)]
+    unscored = [task.name for task in tasks if not task.is_closed and (_asks_words(task) or not scorers)]
     if models is None and unscored:
         raise UserError(f"no system scores the task {unscored[0]}: name evaluate.baselines or give an adapter")
     main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
@@ -145,7 +149,7 @@ def evaluate(
         models.check(tasks)
 
     systems = [run_baseline(name, score, recipe, dataset, tasks) for name, score in _bar(scorers)]
-    systems += closed_baselines(dataset, tasks)
+    systems += closed_baselines(dataset, tasks) + chance(tasks)
     systems += models.systems(tasks) if models else []
     systems.sort(key=lambda system: _ORDER.index(system.kind))  # within a kind as they were scored
     gates = models.gates if models else None
@@ -157,7 +161,7 @@ def evaluate(
     document["provenance"] |= provenance(recipe, dataset, Path(encoder_folder), adapters)
     document["training_log"] = log
     with files.replacing_folder(Path(output)) as folder:
-        write_predictions(folder / PREDICTIONS, tasks, systems)
+        write_predictions(folder / PREDICTIONS, tasks, systems, recipe.protocol.ranking.k)
         if gates:
             pq.write_table(language_model.gates_table(gates, tasks), folder / GATES, compression="zstd")
         files.write_json(folder / METRICS, document)
@@ -181,7 +185,7 @@ def list_adapters(recipe: Recipe, main: Path | None) -> list[Adapter]:
         language_model.check_adapter_folder(main)
         method = language_model.method_of(main)
         adapters.append(Adapter(method, main, True, method))
-    taken = {*BASELINES, *ENCODERS, *CLOSED_BASELINES, BASE_MODEL, *(adapter.name for adapter in adapters)}
+    taken = {*BASELINES, *ENCODERS, *CLOSED_BASELINES, CHANCE, BASE_MODEL, *(adapter.name for adapter in adapters)}
     taken |= {f"{adapter.name}_{name}" for adapter in adapters for name in language_model.CONTROLS[adapter.method]}
     for name, folder in recipe.evaluate.adapters.items():
         if name in taken:
@@ -252,9 +256,15 @@ def make_scorers(recipe: Recipe, dataset: Dataset, encoder_folder: Path, tasks: 
 
 
 def run_baseline(name: str, score: Scorer, recipe: Recipe, dataset: Dataset, tasks: list[Task]) -> System:
-    """A baseline's scores of the candidates and, where the protocol wants it, ranks in the whole catalogue."""
+    """A baseline's scores of the candidates and, where the protocol wants it, ranks in the whole catalogue.
+
+    Where lists of assets are asked for, it answers with its best ones of those on offer.
+    """
     started, ranking, predictions = time.monotonic(), recipe.protocol.ranking, {}
     for task in tasks:
+        if task.judge is not None:
+            best = baselines.best_items(score, dataset, task.examples, task.judge.offered, max(ranking.k))
+            predictions[task.name] = Prediction(_no_scores(task), generations=task.judge.write(best))
         if task.candidates is None:
             continue
         given = (task.examples, task.candidates, task.target, ranking.full_catalogue, ranking.exclude_history)
@@ -262,6 +272,22 @@ def run_baseline(name: str, score: Scorer, recipe: Recipe, dataset: Dataset, tas
         predictions[task.name] = Prediction(scores, full_rank=full)
     described = BASELINES.get(name) or f"{ENCODERS.get(name, name)}, {BASELINES['sequence_encoder']}"
     return System(name, "baseline", described, predictions, time.monotonic() - started)
+
+
+def _no_scores(task: Task) -> npt.NDArray[np.float64]:
+    return np.zeros((len(task.target), 0))
+
+
+def chance(tasks: list[Task]) -> list[System]:
+    """What lists drawn by lot are expected to hit, where lists are asked for."""
+    found = {task.name: Prediction(_no_scores(task)) for task in tasks if task.judge is not None}
+    text = "expected of assets drawn uniformly from those with a price before the date"
+    return [System(CHANCE, "baseline", text, found, 0.0)] if found else []
+
+
+def _asks_words(task: Task) -> bool:
+    """Whether its answers are texts that only a language model has."""
+    return task.choices is not None and task.judge is None
 
 
 def closed_baselines(dataset: Dataset, tasks: list[Task]) -> list[System]:
@@ -437,13 +463,13 @@ def training_log(adapter_folder: Path | None) -> list[dict[str, Any]]:
     return list(files.read_json(adapter_folder / "training_log.json", "the log of a training run"))
 
 
-def write_predictions(path: Path, tasks: list[Task], systems: list[System]) -> None:
+def write_predictions(path: Path, tasks: list[Task], systems: list[System], cutoffs: Sequence[int]) -> None:
     """predictions.parquet, a row group a system and task."""
     with pq.ParquetWriter(path, figures.PREDICTIONS, compression="zstd") as writer:
         for task in tasks:
             for system in systems:
                 if task.name in system.predictions:
-                    writer.write_table(figures.predictions_table(task, system))
+                    writer.write_table(figures.predictions_table(task, system, cutoffs))
 
 
 # ---- for the terminal ----
@@ -470,6 +496,8 @@ def table_text(document: dict[str, Any]) -> str:
 def _shown_metrics(document: dict[str, Any], systems: list[dict[str, Any]]) -> list[str]:
     if "supported" in systems[0]["metrics"]:
         return ["supported", "valid_ratio", "nats"]
+    if (hits := hits_names(max(document["protocol"]["ranking"]["k"])))[0] in systems[0]["metrics"]:
+        return [*hits, "valid_ratio", "nats"]
     if "accuracy" in systems[0]["metrics"]:
         return ["accuracy", "balanced_accuracy", "auc", "nats"]
     cutoffs = document["protocol"]["ranking"]["k"]

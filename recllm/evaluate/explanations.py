@@ -32,7 +32,9 @@ class Explanations:
     """
 
     def __init__(self, dataset: Dataset, section: Any, special_tokens: Sequence[str]) -> None:
-        if section is None or not (dataset.folder / GRAPH).is_dir():
+        if section is None:
+            raise UserError("the recipe has no graph, against which the task explain is checked: add `graph`")
+        if not (dataset.folder / GRAPH).is_dir():
             raise UserError(
                 f"{dataset.folder} has no {GRAPH}/, against which explanations are checked: convert with a recipe that "
                 "has a graph"

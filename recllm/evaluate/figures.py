@@ -18,6 +18,7 @@ from recllm.evaluate import metrics, statistics
 from recllm.evaluate.baselines import item_counts, training_interactions
 from recllm.evaluate.explanations import SUPPORTED, UNREADABLE, counted
 from recllm.evaluate.language_model import System
+from recllm.evaluate.recommendations import hits_names
 from recllm.evaluate.statistics import Estimate
 from recllm.evaluate.tasks import Prediction, Task
 from recllm.recipe import BootstrapSection, Protocol
@@ -46,9 +47,15 @@ def predicted_labels(prediction: Prediction) -> npt.NDArray[np.int64]:
 
 
 def example_metrics(task: Task, prediction: Prediction, cutoffs: Sequence[int]) -> dict[str, Floats]:
-    """Metrics that are means over examples, each (N,): ranking metrics, accuracy or supported; valid_ratio, nats."""
+    """Metrics that are means over examples, each (N,): ranking metrics, accuracy, supported or hits; valid_ratio, nats.
+
+    Of the task assets a prediction without answers is chance.
+    """
     valid = valid_rows(prediction)
-    if task.is_explained:
+    if task.judge is not None:
+        written = prediction.generations
+        table = task.judge.chance(cutoffs) if written is None else task.judge.figures(written, cutoffs)
+    elif task.is_explained:
         verdicts = np.array(prediction.verdicts)
         table = {"supported": (verdicts == SUPPORTED).astype(np.float64)}
         table["valid_ratio"] = metrics.valid_ratio(verdicts != UNREADABLE)
@@ -85,7 +92,7 @@ def system_entries(
             "metrics": figures,
             "full_catalogue": ranked or None,
             "beam": prediction.beam,
-            "generation": None if task.is_explained else generation_figures(task, prediction, titles, protocol),
+            "generation": None if task.is_written else generation_figures(task, prediction, titles, protocol),
             "verdicts": None if prediction.verdicts is None else counted(prediction.verdicts),
         }
         for system, prediction, figures, ranked in zip(systems, predictions, scored, full, strict=True)
@@ -229,6 +236,8 @@ def _adjusted(task: Task, tests: Sequence[dict[str, Any]], within: str) -> list[
 
 def compared_metrics(task: Task, protocol: Protocol) -> list[str]:
     """The metrics that are tested and shown by segment."""
+    if task.judge is not None:
+        return [*hits_names(max(protocol.ranking.k)), "nats"]
     if task.is_explained:
         return ["supported", "nats"]
     if task.is_closed:
@@ -319,8 +328,9 @@ def segment_values(task: Task, dataset: Dataset) -> dict[str, tuple[npt.NDArray,
     user = np.repeat(np.arange(sequences.num_users), np.diff(sequences.offsets))
     seen = np.bincount(user[training_interactions(dataset)], minlength=sequences.num_users) > 0
     users = np.where(seen[task.users], "in training", "new")
-    return {
-        "target popularity": (popularity_classes(item_counts(dataset))[task.target], ["head", "tail", "cold"]),
+    popular = popularity_classes(item_counts(dataset))[task.target]
+    of_targets = {} if task.judge is not None else {"target popularity": (popular, ["head", "tail", "cold"])}
+    return of_targets | {
         "history length": (lengths, list(buckets)),
         "user": (users, ["in training", "new"]),
     }
@@ -357,7 +367,7 @@ def _example_entry(task: Task, systems: Sequence[System], dataset: Dataset, row:
         "user_id": dataset.sequences.user_ids[user].as_py(),
         "history": [titles[item] for item in dataset.history(user, end, shown)],
         "history_length": end,
-        "target": titles[task.target[row]],
+        "target": None if task.judge is not None else titles[task.target[row]],
         "label": right[row] if (right := task.right_texts) else None,
         "systems": {s.name: _example_system(task, s.predictions[task.name], titles, row) for s in systems},
     }
@@ -398,11 +408,12 @@ PREDICTIONS = pa.schema(
         ("valid", pa.bool_()),
         ("label", pa.string()),
         ("predicted", pa.string()),
+        ("figures", pa.map_(pa.string(), pa.float64())),  # of the task assets: every metric of this example
     ]
 )
 
 
-def predictions_table(task: Task, system: System) -> pa.Table:
+def predictions_table(task: Task, system: System, cutoffs: Sequence[int]) -> pa.Table:
     """One system's rows of predictions.parquet, one an example, nothing dropped."""
     prediction, count = system.predictions[task.name], len(task.target)
     valid, predicted = valid_rows(prediction), list[str | None]([None] * count)
@@ -417,7 +428,7 @@ def predictions_table(task: Task, system: System) -> pa.Table:
         "task": [task.name] * count,
         "example_id": task.examples.example_ids,
         "user_index": task.users,
-        "target": task.target,
+        "target": task.target if task.judge is None else nothing,
         "candidates": nothing if task.candidates is None else list(task.candidates),
         "scores": list(prediction.scores),
         "rank": nothing if not task.is_ranked else metrics.ranks(prediction.scores, task.right_column),
@@ -427,10 +438,16 @@ def predictions_table(task: Task, system: System) -> pa.Table:
         "valid": valid,
         "label": task.right_texts or nothing,
         "predicted": predicted,
+        "figures": nothing if task.judge is None else _rows(example_metrics(task, prediction, cutoffs)),
     }
     return pa.table(
         {field.name: pa.array(columns[field.name], type=field.type) for field in PREDICTIONS}, schema=PREDICTIONS
     )
+
+
+def _rows(table: dict[str, Floats]) -> list[list[tuple[str, float]]]:
+    """Columns (N,) as N lists of names and values."""
+    return [list(zip(table, values)) for values in zip(*(column.tolist() for column in table.values()))]
 
 
 # ---- JSON ----

@@ -200,7 +200,7 @@ class LanguageModels:
         prediction = Prediction(scores, nats=nats)
         if full is not None:
             prediction = prediction._replace(full_rank=full.ranks, beam=full.beam)
-        if not task.is_explained and (not generate or task.kind != NEXT_ITEM):
+        if not task.is_written and (not generate or task.kind != NEXT_ITEM):
             return prediction
         few = slice(0, _generated(task))
         generated = engine.generate(
@@ -240,8 +240,8 @@ class LanguageModels:
 
 
 def _generated(task: Task) -> int:
-    """How many of a task's examples are also answered freely: some titles, and every explanation."""
-    if task.is_explained:
+    """How many of a task's examples are also answered freely: some titles, and all that is judged as text."""
+    if task.is_written:
         return len(task.prompts)
     return MAX_GENERATIONS if task.kind == NEXT_ITEM else 0
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from recllm.evaluate.recommendations import hits_names
 from recllm.evaluate.statistics import FEW_USERS
 
 LOWER_IS_BETTER = frozenset({"nats", "brier", "calibration_error"})
@@ -85,8 +86,26 @@ def is_explained(task: str) -> bool:
     return task.partition(".")[0] == "explain"
 
 
+def is_listed(task: str) -> bool:
+    """Whether a task's answers are lists of assets, by its name.
+
+    >>> is_listed("assets.2"), is_listed("like")
+    (True, False)
+    """
+    return task.partition(".")[0] == "assets"
+
+
+def leading_metrics(metrics: Metrics, task: str) -> list[str]:
+    """The metrics that a task's report begins with; the first leads its pictures and sentences."""
+    if is_listed(task):
+        return hits_names(max(metrics["protocol"]["ranking"]["k"]))
+    return [ranking_metric(metrics, task)]
+
+
 def ranking_metric(metrics: Metrics, task: str) -> str:
-    """The metric that leads a task's pictures and sentences: ndcg at the largest k; accuracy, or supported."""
+    """The metric that leads a task's pictures and sentences: ndcg at the largest k; accuracy, supported, or hits."""
+    if is_listed(task):
+        return hits_names(max(metrics["protocol"]["ranking"]["k"]))[0]
     if is_explained(task):
         return "supported"
     if is_closed(task):
@@ -103,11 +122,14 @@ def read(metrics: Metrics, task: str) -> list[Sentence]:
     if main not in systems:
         return [Sentence("note", "No system of this run was evaluated on this task.")]
     lead = ranking_metric(metrics, task)
-    sentences = list(_against_others(tests, systems, main, lead, confidence))
+    sentences = list[Sentence]()
+    for metric in leading_metrics(metrics, task):
+        sentences += _against_others(tests, systems, main, metric, confidence)
     sentences += _against_base(tests, systems, confidence)
     sentences += _about_gate(tests, systems, lead, confidence)
     sentences += _about_collapse(metrics, main)
     sentences += _about_generation(systems[main])
+    sentences += _about_lists(systems[main])
     return sentences + list(_about_size(tests, systems, lead))
 
 
@@ -315,6 +337,19 @@ def _about_generation(system: Metrics) -> Iterator[Sentence]:
             "note",
             f"Writing freely, {system['name']} named an item of the catalogue in {valid:.0%} of "
             f"{generation['num_examples']} answers and the target in {hit:.0%}.",
+        )
+
+
+def _about_lists(system: Metrics) -> Iterator[Sentence]:
+    """What became of the answers of the task assets as text."""
+    shares = [system["metrics"].get(name) for name in ("valid_ratio", "finished", "unknown_share")]
+    if all(shares):
+        valid, finished, unknown = (share["value"] for share in shares)  # type: ignore[index]
+        yield Sentence(
+            "note",
+            f"Of the {system['num_examples']} answers of {system['name']} {finished:.0%} ended by themselves and "
+            f"{valid:.0%} were lists that can be read; the others are misses. {unknown:.0%} of an answer's entries are "
+            "no asset, or one that stood there before.",
         )
 
 

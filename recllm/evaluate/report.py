@@ -20,6 +20,7 @@ from recllm import files
 from recllm.evaluate import pictures, plots, reading
 from recllm.evaluate.pictures import Picture
 from recllm.evaluate.reading import LOWER_IS_BETTER, Metrics
+from recllm.evaluate.recommendations import hits_names
 from recllm.evaluate.statistics import FEW_USERS
 
 MISSING = "–"
@@ -188,7 +189,7 @@ def _task(
         "main": metrics["main_system"].get(task),
         "lead": lead,
         "sentences": reading.read(metrics, task),
-        "tiles": _tiles(metrics, task, systems, lead),
+        "tiles": _tiles(metrics, task, systems),
         "tables": _tables(metrics, task, systems, tests, styles),
         "all_metrics": _all_metrics(metrics, systems, tests, styles),
         "pictures": pictures.of_metrics(task, systems, styles, lead)
@@ -202,11 +203,11 @@ def _task(
     }
 
 
-def _tiles(metrics: Metrics, task: str, systems: Sequence[Metrics], lead: str) -> list[dict[str, str]]:
+def _tiles(metrics: Metrics, task: str, systems: Sequence[Metrics]) -> list[dict[str, str]]:
     """The main system's figures in large, each with the best of the others."""
     main = next((system for system in systems if system["name"] == metrics["main_system"].get(task)), None)
     tiles = []
-    for metric in dict.fromkeys(("hit_rate@1", lead, "nats")):
+    for metric in dict.fromkeys(("hit_rate@1", *reading.leading_metrics(metrics, task), "nats")):
         estimate = main["metrics"].get(metric) if main else None
         if not main or not estimate or estimate.get("value") is None:
             continue
@@ -241,8 +242,17 @@ def _tables(
         note = "supported: the answer is a path of the graph from the history to the item; anything else is wrong"
         label = "every example"
         return [_system_table("Explanations", label, systems, scored, columns, tests, confidence, styles, note)]
-    count = metrics["protocol"]["candidates"]["count"]
     ks = sorted(metrics["protocol"]["ranking"]["k"])
+    if reading.is_listed(task):
+        columns = [name for k in ks for name in hits_names(k)] + ["valid_ratio", "finished", "unknown_share", "nats"]
+        note = (
+            "hits@k: one of the first k assets was bought in the window (preference), rose in it (profit), or both. "
+            "Unfinished and unparsable answers are misses. Baselines answer with their best assets of those on offer; "
+            "chance: the expected hits of assets drawn from them"
+        )
+        label = "every example"
+        return [_system_table("Recommended assets", label, systems, scored, columns, tests, confidence, styles, note)]
+    count = metrics["protocol"]["candidates"]["count"]
     columns = [f"hit_rate@{k}" for k in ks] + [f"ndcg@{ks[-1]}", "mrr"]
     sampled = f"sampled ({count} candidates)"
     tables = [

@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 from recllm.data.dataset import Dataset
 from recllm.data.randomness import mix
 from recllm.errors import UserError
-from recllm.evaluate.baselines import Examples
+from recllm.evaluate.baselines import NO_ITEM, Examples
+from recllm.evaluate.recommendations import Recommendations
 from recllm.graph.explain import Verdict
 
 NEXT_ITEM, LIKE = "next_item", "like"  # kinds of task; next_item_among and attribute_to_item are ranked as next_item is
-QUESTION, EXPLAIN = "item_to_attribute", "explain"
+QUESTION, EXPLAIN, ASSETS = "item_to_attribute", "explain", "assets"
 
 
 class Task(NamedTuple):
@@ -29,14 +30,15 @@ class Task(NamedTuple):
     kind: str  # of TaskSection.task
     examples: Examples
     prompts: list[list[dict[str, str]]]
-    target: npt.NDArray[np.int64]  # (N,) item_index
+    target: npt.NDArray[np.int64]  # (N,) item_index; NO_ITEM where a list is asked for
     candidates: npt.NDArray[np.int64] | None  # (N, C) item_index; None where answers are no items
     right_column: npt.NDArray[np.int64]  # (N,) where the target stands in candidates, or the label in `labels`
     ends: list[str]  # (N,) what ends an answer: "\n" where it continues a list, otherwise "" (eos)
     labels: list[str]  # of closed tasks
     words: list[str]  # the words that answer each label
     available: int  # examples of this task in the split, of which the N were chosen
-    choices: list[list[str]] | None = None  # (N, C) of questions; of explanations the right one alone
+    choices: list[list[str]] | None = None  # (N, C) of questions; of explanations and lists the right one alone
+    judge: Recommendations | None = None  # of the task assets: how well an answer did
 
     @property
     def is_closed(self) -> bool:
@@ -49,13 +51,18 @@ class Task(NamedTuple):
         return self.kind == EXPLAIN
 
     @property
+    def is_written(self) -> bool:
+        """Answered by a text that is judged, every example of it."""
+        return self.is_explained or self.judge is not None
+
+    @property
     def is_ranked(self) -> bool:
         """Whether the right answer has a rank among others."""
-        return not self.is_closed and not self.is_explained
+        return not self.is_closed and not self.is_written
 
     @property
     def right_texts(self) -> list[str] | None:
-        """(N,) the right answers of what is asked in words: closed tasks, questions, explanations."""
+        """(N,) the right answers of what is asked in words: closed tasks, questions, explanations, lists."""
         if self.choices is not None:
             return [row[right] for row, right in zip(self.choices, self.right_column)]
         return [self.labels[right] for right in self.right_column] if self.is_closed else None
@@ -103,7 +110,7 @@ def load_tasks(dataset: Dataset, split: str, max_examples: int | None, seed: int
     tasks = []
     for name, picked in chosen.items():
         part = table.take(pa.array(np.searchsorted(rows, picked)))
-        tasks.append(_task(str(name), part, dataset, int((names == name).sum())))
+        tasks.append(_task(str(name), part, dataset, split, int((names == name).sum())))
     return tasks
 
 
@@ -120,11 +127,12 @@ def choose(
     return np.sort(rows[order[:max_examples]])
 
 
-def _task(name: str, table: pa.Table, dataset: Dataset, available: int) -> Task:
+def _task(name: str, table: pa.Table, dataset: Dataset, split: str, available: int) -> Task:
     kind = table["task"][0].as_py()
-    examples, target = Examples.of(table), table["target"].to_numpy().astype(np.int64)
+    examples, target = Examples.of(table), pc.fill_null(table["target"], NO_ITEM).to_numpy().astype(np.int64)
+    judge = Recommendations(dataset, split, examples.example_ids) if kind == ASSETS else None
     labels, words = ([], []) if kind != LIKE else _answers(dataset, name)
-    candidates = None if kind in (LIKE, QUESTION, EXPLAIN) else candidate_matrix(table)
+    candidates = None if kind in (LIKE, QUESTION, EXPLAIN, ASSETS) else candidate_matrix(table)
     choices = _choices(table, kind)
     if choices is not None:
         pairs = zip(table["label"].to_pylist(), choices)
@@ -136,16 +144,18 @@ def _task(name: str, table: pa.Table, dataset: Dataset, available: int) -> Task:
     completions = [messages[-1]["content"] for messages in table["completion"].to_pylist()]
     ends = ["\n" if text.endswith("\n") else "" for text in completions]
     prompts = table["prompt"].to_pylist()
-    return Task(name, kind, examples, prompts, target, candidates, right, ends, labels, words, available, choices)
+    return Task(
+        name, kind, examples, prompts, target, candidates, right, ends, labels, words, available, choices, judge
+    )
 
 
 def _choices(table: pa.Table, kind: str) -> list[list[str]] | None:
-    """The answers of questions (N, C), and of explanations the right one of each; None of other tasks.
+    """The answers of questions (N, C), of explanations and lists the right one of each; None of other tasks.
 
     Raises:
         UserError: a question whose right answer is not among its choices once.
     """
-    if kind == EXPLAIN:
+    if kind in (EXPLAIN, ASSETS):
         return [[label] for label in table["label"].to_pylist()]
     if kind != QUESTION:
         return None

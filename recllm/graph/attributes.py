@@ -1,22 +1,22 @@
 """What an entity is: the triples that it heads, for tasks that teach a model what its items are.
 
 Entities with a cut-off and a random key each enter; leave: one of each one's attributes and others that are wrong
-(`Attributes.question`), or several of them (`Attributes.described`). Only triples older than the cut-off count.
+(`Attributes.question`), or several of them (`Attributes.described`). Only triples older than the cut-off count: no
+answer, right or wrong, is known from a later one.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from recllm.data.randomness import mix
-from recllm.graph.store import Graph, Ids, Ints
+from recllm.graph.store import ALWAYS, Graph, Ids, Ints
 
 Flags = npt.NDArray[np.bool_]
 
 RELATION_SALT, TAIL_SALT, WRONG_SALT, ORDER_SALT = 11, 12, 13, 14  # keep the choices of one question independent
-TRIES = 4  # draws for each wrong answer, before the whole relation is looked at
+TRIES = 8  # draws for each wrong answer, before all tails of the relation are looked at
 
 
 class Question(NamedTuple):
@@ -24,7 +24,24 @@ class Question(NamedTuple):
 
     relation: int
     tail: int
-    choices: list[int]  # of entities; none but `tail` is one of the entity's tails
+    choices: list[int]  # of entities; none but `tail` is, or becomes, one of the entity's tails
+    right: list[int]  # every tail older than the cut-off: all of them would be right
+    newest: int  # time of the newest triple that the question knows, or ALWAYS
+
+
+class Described(NamedTuple):
+    """One relation of an entity, with some of its tails."""
+
+    relation: int
+    tails: list[int]
+    newest: int  # time of the newest of these triples, or ALWAYS
+
+
+class _Tails(NamedTuple):
+    """Different tails of a run that are older than a cut-off, by number, and since when each is one."""
+
+    entities: Ids
+    since: Ints
 
 
 class Attributes:
@@ -37,91 +54,103 @@ class Attributes:
 
     def __init__(self, graph: Graph, allowed: Flags) -> None:
         self.graph, self.allowed = graph, allowed
-        self._sources = np.repeat(np.arange(graph.num_entities), np.diff(graph.run_offsets))  # (S,) of each run
-        self._pools: dict[int, Ids] = {}
+        self._edges: dict[int, tuple[Ints, Ints]] = {}
 
     def question(self, entity: int, cutoff: int, key: int, count: int) -> Question | None:
-        """A relation and one of its tails, by `key`, with count − 1 wrong answers; None where there are too few."""
+        """A relation and one of its tails, by `key`, with count − 1 wrong answers; None where there are too few.
+
+        Wrong answers are drawn as often as the relation leads to them: an answer that is frequent in the graph is then
+        no more likely to be the right one.
+        """
         runs = self._runs(entity, cutoff)
-        if not len(runs):
-            return None
-        order = np.argsort(mix(RELATION_SALT, np.uint64(key), runs), kind="stable")
-        for run in runs[order].tolist():
-            relation, tails = int(self.graph.run_relations[run]), self._tails(run, cutoff, entity)
-            wrong = self._wrong(relation, tails, key, count - 1)
-            if len(tails) and wrong is not None:
-                tail = int(_first(tails, TAIL_SALT, key))
-                choices = np.array([tail, *wrong])
-                shuffled = choices[np.argsort(mix(ORDER_SALT, np.uint64(key), choices), kind="stable")]
-                return Question(relation, tail, shuffled.tolist())
+        for run in runs[np.argsort(mix(RELATION_SALT, np.uint64(key), self._relations(runs)), kind="stable")].tolist():
+            relation, own = int(self.graph.run_relations[run]), self._tails(run, cutoff, entity)
+            wrong = self._wrong(relation, run, entity, cutoff, key, count - 1)
+            if wrong is None:
+                continue
+            place = int(np.argmin(mix(TAIL_SALT, np.uint64(key), own.entities)))
+            choices = np.array([own.entities[place], *wrong[0]], dtype=np.int64)
+            order = np.argsort(mix(ORDER_SALT, np.uint64(key), choices), kind="stable")
+            newest = max(int(own.since[place]), wrong[1])
+            return Question(relation, int(choices[0]), choices[order].tolist(), own.entities.tolist(), newest)
         return None
 
-    def described(
-        self, entity: int, cutoff: int, key: int, num_relations: int, num_tails: int
-    ) -> list[tuple[int, list[int]]]:
+    def described(self, entity: int, cutoff: int, key: int, num_relations: int, num_tails: int) -> list[Described]:
         """At most so many relations with at most so many tails each, by `key`; relations in the graph's order."""
         runs = self._runs(entity, cutoff)
-        order = np.argsort(mix(RELATION_SALT, np.uint64(key), runs), kind="stable")
+        order = np.argsort(mix(RELATION_SALT, np.uint64(key), self._relations(runs)), kind="stable")
         found = []
         for run in np.sort(runs[order[:num_relations]]).tolist():
-            tails = self._tails(run, cutoff, entity)
-            order_of_tails = np.argsort(mix(TAIL_SALT, np.uint64(key), tails), kind="stable")
-            if len(tails):
-                found.append((int(self.graph.run_relations[run]), tails[order_of_tails[:num_tails]].tolist()))
+            own = self._tails(run, cutoff, entity)
+            kept = np.argsort(mix(TAIL_SALT, np.uint64(key), own.entities), kind="stable")[:num_tails]
+            relation = int(self.graph.run_relations[run])
+            found.append(Described(relation, own.entities[kept].tolist(), int(own.since[kept].max())))
         return found
 
+    def _relations(self, runs: Ints) -> Ids:
+        relations: Ids = self.graph.run_relations[runs]
+        return relations
+
     def _runs(self, entity: int, cutoff: int) -> Ints:
-        """Runs of the entity with an allowed relation, of which it is the head, and an edge before the cut-off."""
+        """Runs of the entity with an allowed relation, of which it is the head, and a tail before the cut-off."""
         graph = self.graph
         runs = np.arange(graph.run_offsets[entity], graph.run_offsets[entity + 1])
-        relations = graph.run_relations[runs]
-        runs = runs[relations < graph.num_relations]
+        runs = runs[graph.run_relations[runs] < graph.num_relations]
         runs = runs[self.allowed[graph.run_relations[runs]]]
-        if graph.times is None:
-            return runs
-        return runs[graph.times[graph.run_begins[runs]] < cutoff]  # the oldest of a run stands first
+        has_tails = [len(self._tails(run, cutoff, entity).entities) > 0 for run in runs.tolist()]
+        return runs[np.array(has_tails, dtype=bool)]
 
-    def _tails(self, run: int, cutoff: int, entity: int) -> Ids:
-        """Different tails of a run before the cut-off, without the entity itself, by number."""
+    def _tails(self, run: int, cutoff: int, entity: int) -> _Tails:
+        """Without the entity itself."""
         graph = self.graph
         begin, end = int(graph.run_begins[run]), int(graph.run_begins[run + 1])
         if graph.times is not None:
             end = begin + int(np.searchsorted(graph.times[begin:end], cutoff))
-        found: Ids = np.unique(graph.targets[begin:end])
-        return found[found != entity]
+        entities, first = np.unique(graph.targets[begin:end], return_index=True)  # the oldest stands first
+        since = np.full(len(entities), ALWAYS) if graph.times is None else graph.times[begin + first]
+        others = entities != entity
+        return _Tails(entities[others], since[others])
 
-    def _wrong(self, relation: int, tails: Ids, key: int, count: int) -> list[int] | None:
-        """So many entities that the relation leads to elsewhere, and none of `tails`."""
-        pool = self._pool(relation)
-        if len(pool) < count + len(tails):
+    def _wrong(
+        self, relation: int, run: int, entity: int, cutoff: int, key: int, count: int
+    ) -> tuple[list[int], int] | None:
+        """So many different entities that the relation leads to elsewhere, and the time of the newest such triple."""
+        graph = self.graph
+        own = np.append(graph.targets[graph.run_begins[run] : graph.run_begins[run + 1]], entity)  # of every time
+        begins, behind = self._forward(relation)
+        drawn = (mix(WRONG_SALT, np.uint64(key), np.arange(TRIES * count)) % np.uint64(behind[-1])).astype(np.int64)
+        found = self._usable(self._places(begins, behind, drawn), own, cutoff)
+        if len(found) < count:  # few tails, or a few that are very frequent: all of them, in a drawn order
+            every = self._places(begins, behind, np.arange(behind[-1]))
+            found_too = self._usable(every, own, cutoff)
+            order = np.argsort(mix(WRONG_SALT, np.uint64(key), graph.targets[found_too]), kind="stable")
+            found = self._usable(np.concatenate([found, found_too[order]]), own, cutoff)
+        if len(found) < count:
             return None
-        drawn = pool[mix(WRONG_SALT, np.uint64(key), np.arange(TRIES * count + len(tails))) % np.uint64(len(pool))]
-        _, first = np.unique(drawn, return_index=True)
-        drawn = drawn[np.sort(first)]
-        wrong = drawn[~np.isin(drawn, tails)][:count]
-        if len(wrong) < count:  # a small pool: all of it in a drawn order
-            order = np.argsort(mix(WRONG_SALT, np.uint64(key), pool), kind="stable")
-            wrong = pool[order][~np.isin(pool[order], tails)][:count]
-        return wrong.tolist()
+        kept = found[:count]
+        newest = ALWAYS if graph.times is None or not count else int(graph.times[kept].max())
+        return graph.targets[kept].tolist(), newest
 
-    def _pool(self, relation: int) -> Ids:
-        """Entities that the relation leads to, by number."""
-        if relation not in self._pools:
-            inverse = self.graph.run_relations == relation + self.graph.num_relations
-            self._pools[relation] = self._sources[inverse].astype(np.int32)
-        return self._pools[relation]
+    def _usable(self, edges: Ints, own: Ids, cutoff: int) -> Ints:
+        """Of some edges those before the cut-off to entities outside `own`, one of each entity, in their order."""
+        if self.graph.times is not None:
+            edges = edges[self.graph.times[edges] < cutoff]
+        edges = edges[~np.isin(self.graph.targets[edges], own)]
+        _, first = np.unique(self.graph.targets[edges], return_index=True)
+        return edges[np.sort(first)]
 
+    def _forward(self, relation: int) -> tuple[Ints, Ints]:
+        """Where the runs of a relation begin, and how many edges lie in them up to each."""
+        if relation not in self._edges:
+            runs = np.flatnonzero(self.graph.run_relations == relation)
+            begins = self.graph.run_begins[runs].astype(np.int64)
+            self._edges[relation] = begins, np.cumsum(self.graph.run_begins[runs + 1] - begins)
+        return self._edges[relation]
 
-def _first(numbers: Ids, salt: int, key: int) -> int:
-    return int(numbers[np.argmin(mix(salt, np.uint64(key), numbers))])
-
-
-def described_text(
-    described: Sequence[tuple[int, Sequence[int]]], relation_names: Sequence[str], names: Mapping[int, str]
-) -> str:
-    """One relation a line.
-
-    >>> described_text([(0, [1, 2])], ["stars"], {1: "Al Pacino", 2: "Val Kilmer"})
-    'stars: Al Pacino, Val Kilmer'
-    """
-    return "\n".join(f"{relation_names[r]}: {', '.join(names[t] for t in tails)}" for r, tails in described)
+    @staticmethod
+    def _places(begins: Ints, behind: Ints, numbers: Ints) -> Ints:
+        """Edges of the graph by their numbers among those of a relation."""
+        run = np.searchsorted(behind, numbers, side="right")
+        before = np.concatenate([[0], behind[:-1]])[run]
+        places: Ints = begins[run] + numbers - before
+        return places

@@ -8,9 +8,12 @@ are dealt to buckets on disk: by (head, tail) to drop duplicates and count degre
 entity's edges are sorted in one piece, so memory grows with the largest entity.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ import pyarrow.parquet as pq
 
 from recllm import files
 from recllm.data import offline, tables
+from recllm.data.randomness import Keys, text_keys
 from recllm.errors import UserError
 from recllm.graph import readers
 from recllm.graph.readers import BATCH, ENTITY_ID, HEAD, ID, NAME, RELATION, TAIL
-from recllm.graph.store import ALWAYS, Ids, Ints, write_meta
+from recllm.graph.store import ALWAYS, Ids, Ints, offset_type, places, write_meta
 from recllm.recipe import GraphSection, NamesSource, TriplesSource
 from recllm.schema import ITEM_ID, TIMESTAMP
 
@@ -33,6 +37,13 @@ RELATION_ID = "relation_id"
 BUCKET = 1 << 20  # rows of a bucket, unless one entity has more edges
 _MAX_BUCKETS = 256  # that many files are open at once
 _LAST_ID = 2**31 - 1
+_JANUARY_S = 31 * 86_400  # seconds up to 2055 lie before, if they are read as milliseconds
+_FACTORS = {  # by which the triples' times would have to be multiplied → their unit, and what they were read in
+    Fraction(1000): "s and not ms, or in ms and not us",
+    Fraction(1_000_000): "s and not us",
+    Fraction(1, 1000): "ms and not s, or in us and not ms",
+    Fraction(1, 1_000_000): "us and not s",
+}
 _ROW = np.dtype([(HEAD, "<i4"), (RELATION, "<i4"), (TAIL, "<i4"), (TIMESTAMP, "<i8")])
 
 Rows = npt.NDArray[np.void]  # of _ROW
@@ -42,7 +53,8 @@ def build_graph(section: GraphSection, item_ids: Sequence[str], folder: Path) ->
     """Write the graph of a recipe into `folder`; returns inputs, counts and time range for the manifest.
 
     Entities and relations are numbered in the order of their ids (whole numbers by value, then text): neither the order
-    of the triples nor that of the machine's threads shows in the files.
+    of the triples nor that of the machine's threads shows in the files, and further triples, which may add entities,
+    leave the others in the order in which they were.
 
     Args:
         section: triples, names and links.
@@ -73,6 +85,51 @@ def source_paths(section: GraphSection) -> list[str]:
     if section.links.id_map:
         paths.append(section.links.id_map.path)
     return list(dict.fromkeys(paths))
+
+
+def check_times(time_range: Sequence[int] | None, first_s: int, last_s: int) -> str | None:
+    """Whether the triples' times look as if they were read in a wrong unit: a warning, or None where nothing does.
+
+    With seconds read as milliseconds every triple is of 1970 and before all cut-offs: prompts would show the future.
+
+    Args:
+        time_range: first and last time of the triples, seconds since the epoch, as `build_graph` returns it.
+        first_s: first time of the interactions, seconds since the epoch.
+        last_s: the last.
+
+    Raises:
+        UserError: the two spans lie nearer to a factor of 1,000 apart than to none (√1000), and would meet if one were
+            in a unit 1,000 or 1,000,000 times as long or as short.
+    """
+    if time_range is None:
+        return None
+    first, last = map(int, time_range)
+    first_s, last_s = int(first_s), int(last_s)
+    said = f"the triples' times are {_span(first, last)}, those of the interactions {_span(first_s, last_s)}"
+    if _is_far_beyond(first, last, first_s, last_s) or _is_far_beyond(first_s, last_s, first, last):
+        for factor, units in _FACTORS.items():
+            if first * factor <= last_s and (last + 1) * factor > first_s:  # seconds were rounded down
+                raise UserError(
+                    f"{said}: they would meet if the triples' were in {units}: set graph.triples.timestamp_unit "
+                    "(or, if it is the interactions' times that are wrong, data.interactions.timestamp_unit)"
+                )
+    if max(abs(first), abs(last)) < _JANUARY_S <= first_s:
+        return f"{said}: no cut-off hides a triple of January 1970, check graph.triples.timestamp_unit and its column"
+    return None
+
+
+def _is_far_beyond(first: int, last: int, other_first: int, other_last: int) -> bool:
+    """Whether every time of a span is of 1973 or later (or as long before 1970) and √1000 times any of the other."""
+    nearest = 0 if first <= 0 <= last else min(abs(first), abs(last))
+    return nearest >= 10**8 and nearest > 1000**0.5 * max(abs(other_first), abs(other_last))
+
+
+def _span(first: int, last: int) -> str:
+    """Both ends as numbers, and as dates where Python has them."""
+    with contextlib.suppress(OverflowError):
+        dates = [str((datetime(1970, 1, 1) + timedelta(seconds=end)).date()) for end in (first, last)]
+        return f"{first} to {last} s since 1970 ({' to '.join(dates)})"
+    return f"{first} to {last} s since 1970"
 
 
 @dataclass(frozen=True)
@@ -197,7 +254,9 @@ def _sort(spooled: _Spooled, folder: Path, scratch: Path) -> dict[str, int]:
             num_triples += len(rows)
             loops += int((rows[HEAD] == rows[TAIL]).sum())
     has_times = spooled.time_range is not None
-    _write_edges(_dealt_edges(scratch, degrees, num_relations), degrees, has_times, folder)
+    entity_keys = _write_keys(spooled.entities, folder / "entity_keys.npy")
+    _write_keys(spooled.relations, folder / "relation_keys.npy")
+    _write_edges(_dealt_edges(scratch, degrees, num_relations), degrees, places(entity_keys), has_times, folder)
     write_meta(folder, num_entities, num_relations, num_triples, has_times=has_times)
     return {
         "triples": num_triples,
@@ -206,6 +265,14 @@ def _sort(spooled: _Spooled, folder: Path, scratch: Path) -> dict[str, int]:
         "entities": num_entities,
         "relations": num_relations,
     }
+
+
+def _write_keys(ids: pl.Series, path: Path) -> Keys:
+    """Write and return the key of each id."""
+    parts = (ids[begin : begin + BATCH].to_list() for begin in range(0, len(ids), BATCH))
+    keys = np.concatenate([text_keys(part) for part in parts])
+    np.save(path, keys)
+    return keys
 
 
 def _num_buckets(rows: int) -> int:
@@ -249,7 +316,7 @@ def _dealt_edges(scratch: Path, degrees: Ints, num_relations: int) -> _Buckets:
 class _Array:
     """A .npy file of one dimension that grows; its header is written again at the end, when the length is known."""
 
-    def __init__(self, path: Path, dtype: str) -> None:
+    def __init__(self, path: Path, dtype: type[np.integer]) -> None:
         self.file, self.dtype, self.length = path.open("wb"), np.dtype(dtype), 0
         self._header()
 
@@ -267,13 +334,12 @@ class _Array:
         self.file.close()
 
 
-def _write_edges(edges: _Buckets, degrees: Ints, has_times: bool, folder: Path) -> None:
-    """Sort each bucket by itself; they follow one another as their sources do."""
-    preference = np.empty(len(degrees), dtype=np.int32)  # (E,) place among all entities by falling degree
-    preference[np.argsort(-degrees, kind="stable")] = np.arange(len(degrees))
+def _write_edges(edges: _Buckets, degrees: Ints, preference: Ids, has_times: bool, folder: Path) -> None:
+    """Sort each bucket by itself, by the `preference` (E,) among edges of one time; they follow one another."""
     runs = np.zeros(len(degrees), dtype=np.int64)  # (E,) runs of each entity
-    relations, begins = _Array(folder / "run_relations.npy", "<i4"), _Array(folder / "run_begins.npy", "<i8")
-    targets, times = _Array(folder / "targets.npy", "<i4"), _Array(folder / "times.npy", "<i8")
+    relations, targets = _Array(folder / "run_relations.npy", np.int32), _Array(folder / "targets.npy", np.int32)
+    begins = _Array(folder / "run_begins.npy", offset_type(int(degrees.sum())))
+    times = _Array(folder / "times.npy", np.int64)
     for rows in edges.take():
         rows = rows[_order(rows, preference)]
         new = np.ones(len(rows), dtype=bool)
@@ -288,11 +354,12 @@ def _write_edges(edges: _Buckets, degrees: Ints, has_times: bool, folder: Path) 
         array.close()
     if not has_times:
         (folder / "times.npy").unlink()
-    np.save(folder / "run_offsets.npy", np.append(0, np.cumsum(runs)))
+    run_offsets = np.append(0, np.cumsum(runs))
+    np.save(folder / "run_offsets.npy", run_offsets.astype(offset_type(int(run_offsets[-1]))))
 
 
-def _order(rows: Rows, preference: npt.NDArray[np.int32]) -> Ids:
-    """The order of store.Graph: source, relation, time, falling degree of the target, target."""
+def _order(rows: Rows, preference: Ids) -> Ids:
+    """The order of store.Graph: source, relation, time, place of the target by its key."""
     keys = {name: rows[name] for name in (HEAD, RELATION, TIMESTAMP)} | {TAIL: preference[rows[TAIL]]}
     order: Ids = pl.DataFrame(keys).select(pl.arg_sort_by(*keys)).to_series().to_numpy()
     return order
@@ -333,23 +400,28 @@ def _link(section: GraphSection, item_ids: Sequence[str], entities: pl.Series, f
     """Write the entity of each item; of an item with several links into the graph, the first counts."""
     links = readers.read_links(section.links)
     items = pl.DataFrame({ITEM_ID: pl.Series(item_ids, dtype=pl.String)}).with_row_index("item")
-    known = links.join(items, on=ITEM_ID, how="inner", maintain_order="left")
+    known = links.drop_nulls(ITEM_ID).join(items, on=ITEM_ID, how="inner", maintain_order="left")
     numbers = pl.DataFrame({ENTITY_ID: entities}).with_row_index("entity")
     linked = known.join(numbers, on=ENTITY_ID, how="inner", maintain_order="left")
     if linked.is_empty():
         raise UserError(
-            f"{section.links.path}: links no item to an entity of the graph. Its item ids: {_some(links[ITEM_ID])}, in "
+            f"{section.links.path}: links no item to an entity of the graph. Its item ids: "
+            f"{_some(links[ITEM_ID].drop_nulls())}, in "
             f"the interactions: {_some(items[ITEM_ID])}; its entity ids: {_some(links[ENTITY_ID])}, in the triples: "
             f"{_some(entities)}. Check graph.links.columns and graph.links.id_map"
         )
     first = linked.unique("item", keep="first", maintain_order=True)
+    per_item = linked.unique(["item", "entity"]).group_by("item").len()
+    per_entity = first.group_by("entity").len()
     item_entities = np.full(len(item_ids), -1, dtype=np.int32)
     item_entities[first["item"].to_numpy()] = first["entity"].to_numpy()
     np.save(folder / LINKS, item_entities)
     return {
         "linked_items": first.height,
         "items_without_link": len(item_ids) - first.height,
-        "links_of_unknown_items": links.height - known.height,
+        "links_not_in_id_map": links[ITEM_ID].null_count(),
+        "links_of_unknown_items": links.height - links[ITEM_ID].null_count() - known.height,
         "links_to_unknown_entities": known.height - linked.height,
-        "items_linked_twice": linked.unique(["item", "entity"]).height - first.height,
+        "items_linked_twice": per_item.filter(pl.col("len") > 1).height,
+        "entities_of_several_items": per_entity.filter(pl.col("len") > 1).height,
     }

@@ -5,15 +5,14 @@
 `write` turns the entities and relations of a path into such a line; `Checker` says of any line whether the graph holds
 what it claims. An explanation counts as supported only if it is a path of the graph, from an item of the user's history
 to the item that it explains, over triples older than the cut-off: one that reads well and is not there is wrong.
+A path through what nearly everything shares ("spoken in English") is supported too, and says little.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from recllm.graph.paths import MAX_LENGTH
 from recllm.graph.store import Graph
@@ -33,8 +32,11 @@ def write(names: Sequence[str], relations: Sequence[str], forward: Sequence[bool
     >>> write(["Heat", "Michael Mann", "Ali"], ["directed by", "directed by"], [True, False])
     'Heat -[directed by]-> Michael Mann <-[directed by]- Ali'
     """
-    if any(arrow in text for text in (*names, *relations) for arrow in _ARROWS):
-        return None
+    text = _joined(names, relations, forward)
+    return text if read(text) == (list(names), list(relations), list(forward)) else None
+
+
+def _joined(names: Sequence[str], relations: Sequence[str], forward: Sequence[bool]) -> str:
     parts = [names[0]]
     for name, relation, is_forward in zip(names[1:], relations, forward, strict=True):
         parts += [f"-[{relation}]->" if is_forward else f"<-[{relation}]-", name]
@@ -56,7 +58,11 @@ def read(text: str) -> tuple[list[str], list[str], list[bool]] | None:
         forward.append(step["forward"] is not None)
         begin = step.end()
     names.append(text[begin:])
-    if not 1 <= len(relations) <= MAX_LENGTH or write(names, relations, forward) != text or not all(names):
+    if (
+        not 1 <= len(relations) <= MAX_LENGTH
+        or not all(names)
+        or any(arrow in name for name in names for arrow in _ARROWS)
+    ):
         return None
     return names, relations, forward
 
@@ -66,37 +72,46 @@ class Checker:
 
     Args:
         graph: of E entities and R relations.
-        entity_names, relation_names: as the explanations write them; entities may share a name: any of them counts.
+        names: what entities are called, each with its entity; an entity may have several names, as items that are one
+            entity are called differently, and a name may mean several entities: any of them counts.
+        relation_names: (R,) as the explanations write them.
     """
 
-    def __init__(self, graph: Graph, entity_names: pa.Array, relation_names: Sequence[str]) -> None:
+    def __init__(self, graph: Graph, names: Iterable[tuple[str, int]], relation_names: Sequence[str]) -> None:
         self.graph = graph
-        self._names = pc.cast(entity_names, pa.string())
+        self._entities: dict[str, set[int]] = {}
+        for name, entity in names:
+            self._entities.setdefault(name, set()).add(entity)
         self._relations: dict[str, list[int]] = {}
         for number, name in enumerate(relation_names):
             self._relations.setdefault(name, []).append(number)
 
     def verdict(self, text: str, starts: Collection[int], end: int, cutoff: int) -> Verdict:
-        """Whether a line is a path from one of `starts` (entities of the history) to `end`, older than the cut-off."""
+        """Whether a line is a path from one of `starts` (entities of the history) to `end`, older than the cut-off.
+
+        No entity may stand in a path twice: that an item hangs together with itself explains nothing.
+        """
         parsed = read(text)
         if parsed is None:
             return "unparsable"
         names, relations, forward = parsed
-        named = [self._entities(name) for name in names]
+        named = [self._entities.get(name, set()) for name in names]
         if not all(named) or not all(relation in self._relations for relation in relations):
             return "unknown name"
-        if not (reached := named[0] & set(starts)):
+        if not (begins := named[0] & set(starts) - {end}):
             return "wrong start"
         if end not in named[-1]:
             return "wrong end"
-        for there, relation, is_forward in zip([*named[1:-1], {end}], relations, forward, strict=True):
-            reached = there & {
-                target for source in reached for target in self._followed(source, relation, is_forward, cutoff)
-            }
-        return "supported" if reached else "not in the graph"
+        steps = list(zip([*named[1:-1], {end}], relations, forward, strict=True))
+        found = any(self._leads((begin,), steps, cutoff) for begin in begins)
+        return "supported" if found else "not in the graph"
 
-    def _entities(self, name: str) -> set[int]:
-        return set(pc.indices_nonzero(pc.equal(self._names, name)).to_pylist())
+    def _leads(self, path: tuple[int, ...], steps: Sequence[tuple[set[int], str, bool]], cutoff: int) -> bool:
+        if not steps:
+            return True
+        (named, relation, is_forward), *later = steps
+        reached = named & self._followed(path[-1], relation, is_forward, cutoff) - set(path)
+        return any(self._leads((*path, entity), later, cutoff) for entity in reached)
 
     def _followed(self, source: int, relation: str, is_forward: bool, cutoff: int) -> set[int]:
         """Where one step leads from an entity."""

@@ -31,6 +31,7 @@ LABELS = pl.Schema({ID: pl.String, NAME: pl.String, "rank": pl.Int8})  # the low
 
 _RDF = {".ttl": "TURTLE", ".nt": "N_TRIPLES", ".nq": "N_QUADS", ".trig": "TRIG"}
 _SECTION = "graph.triples"
+_UNQUOTED = "\t "  # at these separators a quote is a letter, as in the files of RecBole, KGAT and KGCN
 # Column names of RecBole, KGAT and the DBpedia releases of MovieLens, taken where the recipe maps nothing.
 _ALSO: Mapping[str, tuple[str, ...]] = {
     HEAD: ("head_id", "entity_head", "head_entity", "subject", "h"),
@@ -81,7 +82,7 @@ def read_triples(source: TriplesSource) -> Iterator[Batch]:
 
 def _table(path: str, source: TriplesSource) -> Iterator[pl.DataFrame]:
     described = _described(source, path)
-    table = tables.open_table(path, described)
+    table = tables.open_table(path, described, _UNQUOTED)
     mapping = _mapping(described, table.names, (HEAD, RELATION, TAIL))
     schema = table.frame.collect_schema()
     columns, checks = [], []
@@ -115,7 +116,7 @@ def read_names(source: NamesSource, section: str) -> pl.DataFrame:
         UserError: missing file or column, blank id, an id that stands there twice; names lines.
     """
     _known_keys(source.columns, (ID, NAME), section)
-    table = tables.open_table(source.path, described := _described(source, source.path))
+    table = tables.open_table(source.path, described := _described(source, source.path), _UNQUOTED)
     mapping = _mapping(described, table.names, (ID, NAME))
     key, name = (tables.column_of(ours, mapping, table, True) for ours in (ID, NAME))
     assert key is not None
@@ -130,13 +131,13 @@ def read_names(source: NamesSource, section: str) -> pl.DataFrame:
 
 
 def read_links(source: LinksSource) -> pl.DataFrame:
-    """Frame with item_id (as the interactions write it) and entity_id, in the order of the file.
+    """Frame with item_id (as the interactions write it; null: the id map lacks it) and entity_id, in the file's order.
 
     Raises:
         UserError: missing file or column, blank id, an id map that shares no id with the links; names lines.
     """
     _known_keys(source.columns, (ITEM_ID, ENTITY_ID), "graph.links")
-    table = tables.open_table(source.path, described := _described(source, source.path))
+    table = tables.open_table(source.path, described := _described(source, source.path), _UNQUOTED)
     mapping = _mapping(described, table.names, (ITEM_ID, ENTITY_ID))
     chosen = {name: tables.column_of(name, mapping, table, True) for name in (ITEM_ID, ENTITY_ID)}
     schema = table.frame.collect_schema()
@@ -157,11 +158,11 @@ def _blank(what: str, name: str, column: str, *_: Any) -> str:
 
 
 def _translated(links: pl.DataFrame, source: LinksSource, path: str) -> pl.DataFrame:
-    """Links by the ids of the interactions; those of items that the map does not name go."""
+    """Links by the ids of the interactions, null for an item that the map does not name."""
     assert source.id_map is not None
     pairs, mapping = tables.id_pairs(source.id_map, "graph.links")
-    joined = links.join(pairs.select(ITEM_ID, "__new"), on=ITEM_ID, how="inner").sort("__row")
-    if joined.is_empty():
+    joined = links.join(pairs.select(ITEM_ID, "__new"), on=ITEM_ID, how="left").sort("__row")
+    if joined["__new"].null_count() == joined.height:
         raise UserError(
             f'{mapping.path}: column "{source.id_map.source}" shares no id with the items of {path}: '
             "check graph.links.id_map.source"
@@ -178,19 +179,21 @@ def _known_keys(columns: Mapping[str, Any], known: Sequence[str], section: str) 
 def _described(source: AnySource, path: str) -> AnySource:
     """A .txt file says by its first line what the recipe leaves open: tabs, blanks or commas, and whether a header.
 
-    A first line of whole numbers alone is no header (KGAT's kg_final.txt has none, DBpedia's has one).
+    A .tsv file says the latter. A first line that begins with a whole number is no header: KGAT's kg_final.txt and
+    KGCN's kg.txt have none (the relation there is text), DBpedia's kg_final.txt has one.
     """
     file = offline.resolve(path)
-    if source.format not in ("auto", "csv") or tables.ending_of(file) != ".txt" or not file.is_file():
+    ending = tables.ending_of(file)
+    if source.format not in ("auto", "csv") or ending not in (".txt", ".tsv") or not file.is_file():
         return source
     with tables.opened_text(str(file)) as handle:
         first = next((text.strip() for text in handle if text.strip()), "")
     found: dict[str, Any] = {}
     if "separator" not in source.model_fields_set:
-        found["separator"] = next((mark for mark in ("\t", ",", " ") if mark in first), ",")
+        found["separator"] = "\t" if ending == ".tsv" else next((mark for mark in "\t, " if mark in first), ",")
     fields = first.split(found.get("separator", source.separator))
     if "header" not in source.model_fields_set:
-        found["header"] = not all(field.strip().isdecimal() for field in fields)
+        found["header"] = not fields[0].strip().isdecimal()
     return source.model_copy(update=found)
 
 

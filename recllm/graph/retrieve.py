@@ -100,10 +100,13 @@ def khop(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:
 def random_triples(graph: Graph, seeds: Seeds, rules: Rules, key: Keys) -> Subgraphs:
     """Uniform among the triples that `khop` could show: each has a number of its prompt's key (N,) and of itself.
 
-    What is drawn hangs on nothing else: neither on the batch, nor on the order of the triples.
+    What is drawn hangs on nothing else: neither on the batch, nor on the order of the triples, nor on what else the
+    graph holds, as a triple counts by the ids of its entities and relation and not by their numbers.
     """
     found = walk(graph, seeds, rules)
-    numbers = uniform(mix(0, key[found.prompts], *triples_of(graph, found.steps, found.edges)))
+    heads, relations, tails, times = triples_of(graph, found.steps, found.edges)
+    ids = graph.entity_keys[heads], graph.relation_keys[relations], graph.entity_keys[tails]
+    numbers = uniform(mix(0, key[found.prompts], *ids, times))
     drawn = Found(found.steps, found.edges, found.prompts, numbers.astype(np.float32))
     return best(graph, drawn, seeds.num_prompts, rules.max_triples)
 

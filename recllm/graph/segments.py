@@ -8,13 +8,13 @@ from recllm.graph.subgraphs import Floats, Ints
 Flags = npt.NDArray[np.bool_]
 
 
-def ranges(begins: Ints, counts: Ints, step: int = 1) -> Ints:
+def ranges(begins: npt.NDArray[np.integer], counts: npt.NDArray[np.integer], step: int = 1) -> Ints:
     """begin, begin + step, … of each count, one behind the other.
 
     >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
     [5, 6, 0, 1, 2]
     """
-    ends = np.cumsum(counts)
+    ends = np.cumsum(counts, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(begins - step * (ends - counts), counts) + np.arange(0, step * total, step)
 

@@ -113,8 +113,8 @@ def follow(graph: Graph, frontier: Frontier, cutoffs: Ints, rules: Rules, hop: i
     if rules.allowed is not None:
         kept = rules.allowed[graph.run_relations[runs]]
         runs, owners = runs[kept], owners[kept]
-    begins = graph.run_begins[runs]
-    ends = _cut(graph, begins, graph.run_begins[runs + 1], cutoffs[frontier.prompts[owners]])
+    begins, ends = (graph.run_begins[where].astype(np.int64) for where in (runs, runs + 1))  # twice one fits, too
+    ends = _cut(graph, begins, ends, cutoffs[frontier.prompts[owners]])
     sizes = np.minimum(ends - begins, rules.fan_out)
     degrees = np.bincount(owners, ends - begins, minlength=len(counts)).astype(np.int64)
     followed = np.bincount(owners, sizes, minlength=len(counts)).astype(np.int64)

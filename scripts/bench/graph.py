@@ -40,13 +40,13 @@ sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 RELATIONS, ITEMS, YEARS_S, FOLLOWED, BEST = 20, 3, 315_360_000, 20, 100
 ALL = 1 << 40  # triples a user: no cap
 
-# One step of a breadth-first search: newest edges of the frontier, and what flows over each. `degree` breaks ties as
-# the store does.
+# One step of a breadth-first search: newest edges of the frontier, and what flows over each. `preference` breaks
+# ties as the store does.
 STEP = """
 open{hop} AS (
     SELECT f.prompt, f.entity AS source, f.weight, e.code, e.target, e.time,
         row_number() OVER (
-            PARTITION BY f.prompt, f.entity, e.code ORDER BY e.time DESC, e.degree, e.target DESC) AS place
+            PARTITION BY f.prompt, f.entity, e.code ORDER BY e.time DESC, e.preference DESC) AS place
     FROM front{hop} f JOIN prompts p USING (prompt) JOIN edges e ON e.source = f.entity AND e.time < p.cutoff),
 count{hop} AS (
     SELECT prompt, source, count(*) AS opened, count(*) FILTER (place <= {fan_out}) AS followed
@@ -71,7 +71,7 @@ step{hop} AS (
     SELECT f.prompt, f.entity AS source, e.code, e.target, e.time
     FROM front{hop} f JOIN prompts p USING (prompt) JOIN edges e ON e.source = f.entity AND e.time < p.cutoff
     QUALIFY row_number() OVER (
-        PARTITION BY f.prompt, f.entity, e.code ORDER BY e.time DESC, e.degree, e.target DESC) <= {fan_out})"""
+        PARTITION BY f.prompt, f.entity, e.code ORDER BY e.time DESC, e.preference DESC) <= {fan_out})"""
 PLAIN = """
 WITH front1 AS (SELECT DISTINCT prompt, entity FROM seeds),{step1},
 front2 AS (SELECT prompt, target AS entity FROM step1 EXCEPT FROM front1),{step2}
@@ -225,18 +225,21 @@ def theirs_of(connection: Any, text: str) -> dict[str, np.ndarray]:
 def connected(arguments: argparse.Namespace, folder: Path) -> Any:
     """A DuckDB with the triples as edges both ways, sorted as the store sorts them, in memory."""
     import duckdb
+    import pyarrow as pa
 
+    from recllm.graph.store import Graph, places
+
+    keys = Graph.open(folder / "graph").entity_keys
     connection = duckdb.connect(config={"threads": arguments.threads})
     connection.execute(f"CREATE TABLE triples AS SELECT DISTINCT * FROM '{folder / 'triples.parquet'}'")
+    connection.register("places", pa.table({"target": np.arange(len(keys)), "preference": places(keys)}))
     connection.execute(
         f"""CREATE TABLE edges AS
         WITH both_ways AS (
             SELECT head AS source, relation AS code, tail AS target, timestamp AS time FROM triples
-            UNION ALL SELECT tail, relation + {RELATIONS}, head, timestamp FROM triples),
-        degrees AS (SELECT source AS target, count(*) AS degree FROM both_ways GROUP BY ALL)
-        SELECT source::INTEGER AS source, code::INTEGER AS code, target::INTEGER AS target, time,
-            degree::INTEGER AS degree
-        FROM both_ways JOIN degrees USING (target) ORDER BY source, code, time, degree DESC, target"""
+            UNION ALL SELECT tail, relation + {RELATIONS}, head, timestamp FROM triples)
+        SELECT source::INTEGER AS source, code::INTEGER AS code, target::INTEGER AS target, time, preference
+        FROM both_ways JOIN places USING (target) ORDER BY source, code, time, preference"""
     )
     return connection
 

@@ -14,9 +14,12 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +28,14 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from recllm.data.dataset import Dataset, pad_left
 from recllm.errors import UserError
 from recllm.evaluate.evaluation import machine
 from recllm.evaluate.statistics import Difference, holm, paired_differences
+from recllm.model.adapter import build_adapter
+from recllm.model.base_model import load_base_model
+from recllm.model.sequence_encoder import load_encoder
+from recllm.recipe import AdapterSection, ModelSection, load_recipe
 from recllm.train.collator import IGNORE, Collator, TokenizedExamples
 from recllm.train.trainer import EpochSampler, completion_loss, computing_in, without_cudnn_attention
 
@@ -93,6 +101,64 @@ def common_settings(cells: Iterable[Cell]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if " of " not in name}
 
 
+# ---- running ----
+
+
+def say(text: str) -> None:
+    """To the standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def per_title(cell: Cell) -> float:
+    """Mean nats a title of one cell."""
+    return float(np.average(cell["nats"], weights=cell["titles"]))
+
+
+def moved_paths(recipe: str, old: str, new: str | Path) -> list[str]:
+    """Overrides of a shipped recipe that find its files of the folder `old` in the folder `new`."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            parts = [moved(part) for part in value]
+            return None if None in parts else parts
+        is_there = isinstance(value, str) and value.startswith(f"{old}/")
+        return str(Path(new) / value.removeprefix(f"{old}/")) if is_there else None
+
+    def walk(section: dict[str, Any], place: str) -> Iterator[str]:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{place}{name}.")
+            elif (path := moved(value)) is not None:
+                yield f"{place}{name}={json.dumps(path)}"
+
+    return list(walk(load_recipe(recipe).model_dump(mode="json"), ""))
+
+
+def at_once(runs: dict[str, list[str]], jobs: int, logs: Path) -> None:
+    """This script again for each of some named runs with its own options, `jobs` at a time.
+
+    A small model's steps leave most of a GPU idle.
+
+    Raises:
+        UserError: some failed; the others have gone on to their end.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def start(name: str) -> int:
+        log = logs / f"{name}.log"
+        command = [sys.executable, *sys.argv, "--jobs", "1", *runs[name]]  # the last of an option counts
+        with log.open("ab") as file:
+            code = subprocess.run(command, stdout=file, stderr=file).returncode
+        if code:
+            say(f"exit code {code}, the others go on; {log}: …{log.read_text(errors='replace')[-400:]}")
+        return code
+
+    with ThreadPoolExecutor(jobs) as pool:
+        codes = list(tqdm(pool.map(start, runs), total=len(runs), unit="run"))
+    if any(codes):
+        raise UserError(f"{sum(map(bool, codes))} of {len(runs)} runs failed: start again for the rest")
+
+
 # ---- training and scoring ----
 
 
@@ -145,6 +211,37 @@ def fit(
         if not math.isfinite(losses[-1]):
             raise RuntimeError(f"{label}: the loss is {losses[-1]} at step {len(losses)}: lower the learning rate")
     return {"loss": float(np.mean(losses[-max(1, plan.steps // 10) :])), "step_s": float(np.median(seconds))}
+
+
+def fresh_adapter(
+    base: ModelSection, section: AdapterSection, encoder: Path | None, seed: int, device: str, checkpointing: bool
+) -> Any:
+    """An adapter before its first step, on the device; every arm of a seed starts from the same LoRA weights."""
+    torch.manual_seed(seed)
+    model, _ = load_base_model(base)
+    model = build_adapter(model, section, None if encoder is None else load_encoder(encoder)[0]).to(device)
+    same_start(model, seed)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@torch.no_grad()
+def states(
+    encoder_folder: Path, dataset: Dataset, examples: TokenizedExamples, max_items: int, device: str
+) -> torch.Tensor:
+    """(N, D): what the encoder says of everything that the gate may read of each example."""
+    encoder, _ = load_encoder(encoder_folder)
+    encoder.to(device)
+    found = torch.empty(len(examples), encoder.hidden_size)
+    order = np.argsort(examples.gate_ends, kind="stable")
+    for start in range(0, len(order), 256):
+        rows = order[start : start + 256]
+        users, ends = examples.user_indices[rows], examples.gate_ends[rows]
+        histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, ends)]
+        items = torch.from_numpy(pad_left(histories)).to(device)
+        found[torch.from_numpy(rows)] = encoder(items).float().cpu()
+    return found
 
 
 @torch.no_grad()
@@ -214,6 +311,17 @@ def score(
         nats[rows] = costs.view(wanted.shape).double().sum(1).cpu().numpy()
         hits[rows] = ((logits.argmax(-1) == wanted) | (wanted == IGNORE)).all(1).cpu().numpy()
     return nats, hits
+
+
+def first_rows(examples: TokenizedExamples, count: int) -> TokenizedExamples:
+    """The first examples, for estimates."""
+    rows = [examples[row] for row in range(count)]
+    tokens = np.concatenate([row.input_ids for row in rows])
+    columns = [np.array([len(row.input_ids) for row in rows])]
+    columns += [
+        np.array(part)[:count] for part in (examples.completion_tokens, examples.user_indices, examples.gate_ends)
+    ]
+    return TokenizedExamples(tokens, *columns)
 
 
 def rows_of_others(users: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -29,10 +29,8 @@ import argparse
 import contextlib
 import json
 import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,33 +43,37 @@ from evidence import (
     Cells,
     Plan,
     Tables,
+    at_once,
     common_settings,
     comparisons,
+    first_rows,
     fit,
+    fresh_adapter,
     machine_line,
     markdown,
+    moved_paths,
     of_current_arms,
+    per_title,
     rows_of_others,
-    same_start,
+    say,
     score,
     seeds_said,
     settings_hash,
+    states,
     this_machine,
     trained_parameters,
 )
-from tqdm import tqdm
 
 from recllm import __version__, files, schema
 from recllm.convert.pipeline import convert
 from recllm.convert.targets import Sequences, find_targets
 from recllm.convert.templates import load_template
-from recllm.data.dataset import Dataset, pad_left
+from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate.evaluation import evaluate, table_text
 from recllm.evaluate.language_model import swapped_rows
-from recllm.model.adapter import accepts_history, build_adapter, fit_gate_statistics, save_adapter
+from recllm.model.adapter import accepts_history, fit_gate_statistics, save_adapter
 from recllm.model.base_model import load_base_model
-from recllm.model.sequence_encoder import load_encoder
 from recllm.recipe import Recipe, load_recipe
 from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, tokenize
 from recllm.train.encoder import fit_encoder
@@ -173,27 +175,15 @@ def training_part(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_at_once(arguments: argparse.Namespace, runs: list[tuple[int, int]]) -> None:
-    """A process for each window and seed, `jobs` at a time: a small model's steps leave most of a GPU idle.
+    """A process for each window and seed, `jobs` at a time.
 
     Data and encoders, which they share, are made first, one after the other.
     """
     for window, seed in runs:
         prepare(arguments, arguments.data.split("=")[0], window, seed)
 
-    def start(run: tuple[int, int]) -> int:
-        log = arguments.work / "logs" / "window{}-seed{}.log".format(*run)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        own = ["--jobs", "1", "--windows", str(run[0]), "--seeds", str(run[1])]  # the last of an option counts
-        with log.open("ab") as file:
-            code = subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], stdout=file, stderr=file).returncode
-        if code:
-            _say(f"exit code {code}, the others go on; {log}: …{log.read_text(errors='replace')[-400:]}")
-        return code
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        codes = list(tqdm(pool.map(start, runs), total=len(runs), desc="windows and seeds", unit="run"))
-    if any(codes):
-        raise UserError(f"{sum(map(bool, codes))} of {len(runs)} windows and seeds failed: start again for the rest")
+    own = {f"window{window}-seed{seed}": ["--windows", str(window), "--seeds", str(seed)] for window, seed in runs}
+    at_once(own, arguments.jobs, arguments.work / "logs")
 
 
 def run_arms(arguments: argparse.Namespace, cells: Cells, window: int, seed: int) -> None:
@@ -215,18 +205,10 @@ def run_arms(arguments: argparse.Namespace, cells: Cells, window: int, seed: int
         started = time.monotonic()
         for cell in reversed(fit_arm(run, arm)):  # the arm's own cell last: it marks all of them as done
             cells.add(cell | {"wall_s": round(time.monotonic() - started, 1)})
-            _say(f"window {window} seed {seed} {cell['arm']}: {_per_title(cell):.4f} nats a title")
-        _say(f"  {time.monotonic() - started:.0f} s")
+            say(f"window {window} seed {seed} {cell['arm']}: {per_title(cell):.4f} nats a title")
+        say(f"  {time.monotonic() - started:.0f} s")
     if arguments.evaluate:
         evaluate_arms(run)
-
-
-def _per_title(cell: Cell) -> float:
-    return float(np.average(cell["nats"], weights=cell["titles"]))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---- data ----
@@ -259,6 +241,7 @@ def prepare(arguments: argparse.Namespace, data: str, window: int, seed: int) ->
 def make_recipe(arguments: argparse.Namespace, data: str, window: int, folder: Path, shared: Path) -> Recipe:
     """The shipped recipe of the data set with this window and protocol; its seed is that of the data."""
     name = "movielens_1m/next_item_ilora" if data == "ml-1m" else "movielens/next_item_ilora"
+    places = moved_paths(name, "data/ml-1m-dbpedia", arguments.data.split("=")[1]) if "=" in arguments.data else []
     overrides = [
         f"seed={DATA_SEED}",
         f"output_dir={folder}",
@@ -270,31 +253,13 @@ def make_recipe(arguments: argparse.Namespace, data: str, window: int, folder: P
         f"encoder.max_epochs={arguments.encoder_epochs}",
         *arguments.set,
     ]
-    recipe = load_recipe(name, [*_paths(arguments.data), *overrides])
+    recipe = load_recipe(name, [*places, *overrides])
     if arguments.protocol == "temporal":
         return recipe
     rows = write_tail_rows(recipe, shared)
     split = {"method": "given", "min_history": 1, "given": {name: str(path) for name, path in rows.items()}}
     protocol = recipe.protocol.model_dump() | {"name": "last_20", "split": split}
     return Recipe.model_validate(recipe.model_dump() | {"protocol": protocol})
-
-
-def _paths(data: str) -> list[str]:
-    """Overrides that point the recipe of MovieLens-1M at a folder (shared/data/ml-1m-dbpedia)."""
-    name, _, path = data.partition("=")
-    if name != "ml-1m":
-        return []
-    shipped = load_recipe("movielens_1m/next_item_ilora").data
-    old = Path(shipped.items.path).parent  # the files keep their places within the folder
-    logs = [shipped.interactions.path] if isinstance(shipped.interactions.path, str) else shipped.interactions.path
-    moved = [str(Path(path) / Path(log).relative_to(old)) for log in logs]
-    overrides = [
-        f"data.interactions.path={json.dumps(moved)}",
-        f"data.items.path={Path(path) / Path(shipped.items.path).name}",
-    ]
-    if shipped.items.id_map:
-        overrides.append(f"data.items.id_map.path={Path(path) / Path(shipped.items.id_map.path).relative_to(old)}")
-    return overrides
 
 
 def write_tail_rows(recipe: Recipe, folder: Path) -> dict[str, Path]:
@@ -389,40 +354,22 @@ def fit_arm(run: Run, arm: str) -> list[Cell]:
 
 def set_up(run: Run, arm: str) -> tuple[Any, Tables, Tables]:
     """A fresh adapter, and what it is given for the training and the held-out windows."""
-    torch.manual_seed(run.seed)
-    base, _ = load_base_model(run.recipe.model)
-    encoder, _ = load_encoder(run.encoder_folder)
     method = arm if arm in ("lora", "soft_token") else "ilora"
     section = run.recipe.adapter.model_copy(update={"method": method})
     if arm == "sigmoid":
         section = section.model_copy(update={"gate": section.gate.model_copy(update={"type": "sigmoid"})})
-    model = build_adapter(base, section, encoder).to(run.arguments.device)
-    same_start(model, run.seed)
-    if run.arguments.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    device = run.arguments.device
+    model = fresh_adapter(run.recipe.model, section, run.encoder_folder, run.seed, device, run.arguments.checkpointing)
     if not accepts_history(model):
         return model, {}, {}
-    trained, held = ({"representation": states(run, examples)} for examples in (run.train, run.held))
+    trained, held = (
+        {"representation": states(run.encoder_folder, run.dataset, examples, MAX_ITEMS, device)}
+        for examples in (run.train, run.held)
+    )
     if arm == "shuffled":
         trained, held = _shuffled(run, run.train, trained), _shuffled(run, run.held, held)
     fit_gate_statistics(model, trained["representation"].cpu())
     return model, trained, held
-
-
-@torch.no_grad()
-def states(run: Run, examples: TokenizedExamples) -> torch.Tensor:
-    """(N, D): what the encoder says of everything before each window."""
-    encoder, _ = load_encoder(run.encoder_folder)
-    encoder.to(run.arguments.device)
-    found = torch.empty(len(examples), encoder.hidden_size)
-    order = np.argsort(examples.gate_ends, kind="stable")
-    for start in range(0, len(order), 256):
-        rows = order[start : start + 256]
-        users, ends = examples.user_indices[rows], examples.gate_ends[rows]
-        histories = [run.dataset.history(int(user), int(end), MAX_ITEMS) for user, end in zip(users, ends)]
-        items = torch.from_numpy(pad_left(histories)).to(run.arguments.device)
-        found[torch.from_numpy(rows)] = encoder(items).float().cpu()
-    return found
 
 
 def _shuffled(run: Run, examples: TokenizedExamples, tables: Tables) -> Tables:
@@ -514,7 +461,7 @@ def estimate(run: Run) -> None:
     log = fit(model, run.train, run.collator, trained, Plan(4, run.arguments.batch_size, *RATES, run.seed))
     cpu_s = (time.process_time() - began) / 4
     count = min(32, len(run.held))
-    few = _first(run.held, count)
+    few = first_rows(run.held, count)
     started = time.perf_counter()
     score(model, few, run.collator, {name: table[:count] for name, table in held.items()}, 2 * run.arguments.batch_size)
     scoring = (time.perf_counter() - started) / count * len(run.held)
@@ -526,16 +473,6 @@ def estimate(run: Run) -> None:
         f"({cpu_s:.2f} CPU-s), {scoring:.0f} s a scoring: "
         f"{minutes:.1f} minutes a cell (ilora {minutes + 2 * scoring / 60:.1f} with its two controls)"
     )
-
-
-def _first(examples: TokenizedExamples, count: int) -> TokenizedExamples:
-    rows = [examples[row] for row in range(count)]
-    tokens = np.concatenate([row.input_ids for row in rows])
-    columns = [np.array([len(row.input_ids) for row in rows])]
-    columns += [
-        np.array(part)[:count] for part in (examples.completion_tokens, examples.user_indices, examples.gate_ends)
-    ]
-    return TokenizedExamples(tokens, *columns)
 
 
 # ---- the report ----

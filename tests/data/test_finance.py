@@ -1,5 +1,4 @@
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recllm.data.finance import build_task, completions, draw_choices, ledger, schedule, write_finance
+from recllm.data import offline
+from recllm.data.far_trans_synthetic import Bank, write_far_trans
+from recllm.data.finance import build_task, completions, draw_choices, ledger, schedule
 from recllm.data.finance_triples import market_triples, personal_triples
 from recllm.data.prices import DAY_S, Prices, date_of, day_of, known_at, price_features
 from recllm.errors import UserError
@@ -106,15 +107,16 @@ def test_a_window_needs_data_up_to_its_end():
         build_task(data, [data.last_day + 2 - 180])
 
 
-def test_the_ledger_shows_the_newest_transactions_before_the_cutoff():
+def test_the_first_lines_of_a_ledger_are_those_before_the_cutoff():
     data = banks.drawn_bank()
     task = build_task(data, CUTOFFS)
-    for lines, example in zip(ledger(data, task, 3), task.examples.iter_rows(named=True), strict=True):
+    written = dict(ledger(data).iter_rows())
+    for example in task.examples.iter_rows(named=True):
         own = data.transactions.filter(
             (pl.col("customer_id") == example["customer_id"]) & (pl.col("day") * DAY_S < example["cutoff"])
         )
-        assert len(lines) == min(3, own.height)
-        assert [line[:10] for line in lines] == [date_of(day) for day in own["day"].tail(3)]
+        lines = written[example["customer_id"]][: example["history_end"]]
+        assert [line[:10] for line in lines] == [date_of(day) for day in own["day"]]
     row = own.row(-1, named=True)
     amount = f": {row['units']:g} units, {row['value']:,.2f} EUR"
     assert lines[-1] == f"{date_of(row['day'])} {row['side']} {data.titles[row['asset']]}{amount}"
@@ -157,7 +159,9 @@ def test_what_happens_from_the_cutoff_on_changes_labels_only(seed, day):
     same = ["example_id", "customer_id", "cutoff", "history_end"]
     assert one.examples.select(same).equals(two.examples.select(same))
     assert one.windows["offered"].to_list() == two.windows["offered"].to_list()
-    assert list(ledger(data, one)) == list(ledger(other, two))
+    books = [dict(ledger(bank).iter_rows()) for bank in (data, other)]
+    for customer, end in one.examples.select("customer_id", "history_end").iter_rows():
+        assert books[0][customer][:end] == books[1][customer][:end]
     assert shown(market_triples(data), day * DAY_S) == shown(market_triples(other), day * DAY_S)
     first, second = (draw_choices(bank, 5) for bank in (data, other))
     kept = [choices.cutoffs < day * DAY_S for choices in (first, second)]
@@ -250,8 +254,8 @@ def test_good_completions_hit_everything_and_bad_ones_do_not():
     task = build_task(data, CUTOFFS)
     labels = task.labels()
     known = metrics.vocabulary(data.isins, data.titles)
-    for ids in (True, False):
-        table = completions(data, task, seed=1, ids=ids)
+    for texts in (None, data.titles):
+        table = completions(data, task, seed=1, texts=texts)
         assert table["example_id"].to_list() == [name for name in task.examples["example_id"] for _ in range(2)]
         for label in (True, False):
             texts = table.filter(pl.col("label") == label)["completion"].to_list()
@@ -316,11 +320,12 @@ def test_a_taste_can_be_fitted_to_a_customers_choices():
 # ---- files ----
 
 
-def test_files_for_the_other_rooms(tmp_path):
-    data = banks.drawn_bank()
-    splits = schedule(day_of("2019-06-01"), day_of("2020-06-01"), day_of("2021-01-01"), data.last_day)
-    folder = write_finance(tmp_path / "finance", data, splits, seed=0, keep="both")
-    read = {path.stem: pl.read_parquet(path) for path in folder.iterdir()}
+def test_tables_for_the_other_rooms_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "cache"))
+    bank = write_far_trans(tmp_path / "bank", Bank(num_customers=20, num_assets=8, last="2018-12-31"))
+    data, names = banks.read_far_trans(bank), ("interactions", "items", "triples", "entities", "links")
+    paths = {name: offline.resolve(f"far-trans://{bank}/{name}.parquet") for name in names}
+    read = {name: pl.read_parquet(path) for name, path in paths.items()}
     assert read["interactions"].columns == ["user_id", "item_id", "timestamp", "action"]
     assert read["interactions"].height == data.transactions.height
     assert read["triples"].columns == ["head", "relation", "tail", "timestamp"]
@@ -328,9 +333,22 @@ def test_files_for_the_other_rooms(tmp_path):
     assert set(read["links"]["entity_id"]) <= set(read["entities"]["entity_id"])
     assert read["items"]["item_id"].to_list() == read["links"]["item_id"].to_list() == data.isins
     assert read["items"]["title"].is_unique().all()
-    for split, cutoffs in splits.items():
-        examples = read[f"{split}_examples"]
-        assert set(examples["cutoff"]) <= {cutoff * DAY_S for cutoff in cutoffs}
-        assert json.loads(read[f"{split}_completions"]["completion"][0])
-    newest = read["train_examples"]["window_end"].max()
-    assert newest <= read["valid_examples"]["cutoff"].min() < read["test_examples"]["cutoff"].min()
+    assert offline.resolve(f"far-trans://{bank}/items.parquet") == paths["items"]
+    with (bank / "transactions.csv").open("a") as file:
+        file.write(f"u,{data.isins[0]},9999,Buy,2018-06-01,1,1,Branch,ZZATH\n")
+    again = offline.resolve(f"far-trans://{bank}/interactions.parquet")
+    assert pl.read_parquet(again).height == data.transactions.height + 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    with pytest.raises(UserError, match=r'no "prices.parquet" there'):
+        offline.resolve(f"far-trans://{bank}/prices.parquet")
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        offline.resolve("far-trans://nowhere/items.parquet")
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # nothing half-made is left
+
+
+def test_the_drawn_bank_lies_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path))
+    folder = offline.resolve("offline://far-trans-synthetic")
+    assert banks.read_far_trans(folder).counts["customers"] == Bank().num_customers
+    tables = offline.resolve("far-trans://offline://far-trans-synthetic/items.parquet")
+    assert pl.read_parquet(tables).height == Bank().num_assets

@@ -54,11 +54,13 @@ def test_a_batch_is_sent_without_the_rest_of_its_row_group(stored):
     assert len(pickle.dumps(list(stored.batches(1))[-1])) < whole
 
 
-def test_texts_travel_with_their_users(stored):
-    texts = pl.Series("user", [f"about {n}" for n in range(7)])
-    batches = list(StoredSequences(stored.path, LENGTHS, texts).batches(10))
-    assert [text for batch in batches for text in batch.column("user").to_pylist()] == texts.to_list()
-    assert batches[0].schema.field("user").type == pa.string()
+def test_further_columns_travel_with_their_users(stored):
+    columns = {"user": [f"about {n}" for n in range(7)], "ledger": [["line"] * n for n in range(7)]}
+    further = {name: pa.array(values) for name, values in columns.items()}
+    batches = list(StoredSequences(stored.path, LENGTHS, further).batches(10))
+    for name, values in columns.items():
+        assert [value for batch in batches for value in batch.column(name).to_pylist()] == values
+        assert batches[0].schema.field(name).type == further[name].type
 
 
 def test_rows_come_back_by_bucket_in_their_order(tmp_path):

@@ -1,16 +1,17 @@
 """Random small worlds and what retrieval should give in them, with dicts and loops: the oracle of tests/graph."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
 
+from recllm.data.randomness import mix
 from recllm.graph.store import ALWAYS, Graph
 from recllm.graph.subgraphs import Seeds
 from recllm.graph.walk import Rules
 
 ENTITIES, RELATIONS = 8, 3
+KEYS = mix(0, np.arange(ENTITIES)).tolist()  # by which edges of one time follow one another
 
 
 @dataclass
@@ -62,7 +63,6 @@ def worlds(draw, hops=3):
 def plain_edges(world, entity, cutoff):
     """[(triple, target)] that are followed from an entity, and how many were open."""
     triples = set(world.triples)
-    degree = Counter(end for head, _, tail, _ in triples for end in (head, tail))
     followed, opened = [], 0
     for code in range(2 * RELATIONS):
         if world.rules.allowed is not None and not world.rules.allowed[code]:
@@ -72,7 +72,7 @@ def plain_edges(world, entity, cutoff):
         else:
             here = [(triple, triple[0]) for triple in triples if triple[2] == entity and triple[1] == code - RELATIONS]
         here = [pair for pair in here if pair[0][3] < cutoff]
-        here.sort(key=lambda pair: (pair[0][3], -degree[pair[1]], pair[1]), reverse=True)
+        here.sort(key=lambda pair: (pair[0][3], KEYS[pair[1]]), reverse=True)
         opened += len(here)
         followed += here[: world.rules.fan_out]
     return followed, opened

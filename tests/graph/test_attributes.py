@@ -28,33 +28,44 @@ def tails(triples, entity, relation, cutoff):
     return {t for h, r, t, time in triples if (h, r) == (entity, relation) and time < cutoff and t != entity}
 
 
-def pool(triples, relation):
-    return {t for _, r, t, _ in triples if r == relation}
+def pool(triples, relation, cutoff):
+    return {t for _, r, t, time in triples if r == relation and time < cutoff}
 
 
 @given(TRIPLES, ALLOWED, st.integers(0, ENTITIES - 1), st.integers(0, 10), st.integers(0, 2**64 - 1), st.integers(2, 6))
 @settings(deadline=None)
-def test_a_question_has_one_right_answer_that_is_old_enough(triples, allowed, entity, cutoff, key, count):
+def test_a_question_has_one_right_answer_and_knows_nothing_newer(triples, allowed, entity, cutoff, key, count):
     attributes = Attributes(graph_of(triples), np.array(allowed))
     asked = attributes.question(entity, cutoff, key, count)
-    possible = [
-        relation
-        for relation in range(RELATIONS)
-        if allowed[relation]
-        and (own := tails(triples, entity, relation, cutoff))
-        and len(pool(triples, relation) - own) >= count - 1
-        and len(pool(triples, relation)) >= count - 1 + len(own)
-    ]
+    possible = {}
+    for relation in range(RELATIONS):
+        own, ever = (tails(triples, entity, relation, until) for until in (cutoff, 99))
+        wrong = pool(triples, relation, cutoff) - ever - {entity}
+        if allowed[relation] and own and len(wrong) >= count - 1:
+            possible[relation] = (own, wrong)
     if asked is None:
         assert not possible
         return
-    own = tails(triples, entity, asked.relation, cutoff)
-    assert asked.relation in possible
+    own, wrong = possible[asked.relation]
     assert asked.tail in own
+    assert set(asked.right) == own
     assert len(asked.choices) == len(set(asked.choices)) == count
-    assert set(asked.choices) & own == {asked.tail}
-    assert set(asked.choices) <= pool(triples, asked.relation)
+    assert set(asked.choices) - {asked.tail} <= wrong
+    assert asked.newest < cutoff or asked.newest == ALWAYS
     assert asked == attributes.question(entity, cutoff, key, count)
+
+
+@given(TRIPLES, st.integers(0, ENTITIES - 1), st.integers(0, 10), st.integers(0, 2**64 - 1))
+@settings(deadline=None)
+def test_the_future_changes_no_question(triples, entity, cutoff, key):
+    """But that later tails of the entity are no wrong answers: so only others' later triples are taken away."""
+    allowed = np.ones(RELATIONS, dtype=bool)
+    before = [triple for triple in triples if triple[3] < cutoff or triple[0] == entity]
+    asked = Attributes(graph_of(triples), allowed).question(entity, cutoff, key, 3)
+    then = Attributes(graph_of(before), allowed).question(entity, cutoff, key, 3) if before else None
+    assert (asked is None) == (then is None)
+    if asked is not None:
+        assert (asked.relation, asked.tail, asked.right) == (then.relation, then.tail, then.right)
 
 
 @given(TRIPLES, ALLOWED, st.integers(0, ENTITIES - 1), st.integers(0, 10), st.integers(0, 2**64 - 1))
@@ -64,11 +75,30 @@ def test_a_description_holds_attributes_only_and_all_where_there_is_room(triples
     every = {r: tails(triples, entity, r, cutoff) for r in range(RELATIONS) if allowed[r]}
     every = {relation: found for relation, found in every.items() if found}
     all_of_it = attributes.described(entity, cutoff, key, RELATIONS, ENTITIES)
-    assert {relation: set(found) for relation, found in all_of_it} == every
-    for relation, found in attributes.described(entity, cutoff, key, 2, 1):
-        assert len(found) == 1
-        assert found[0] in every[relation]
-    assert len(attributes.described(entity, cutoff, key, 2, 1)) <= 2
+    assert {found.relation: set(found.tails) for found in all_of_it} == every
+    some = attributes.described(entity, cutoff, key, 2, 1)
+    assert len(some) == min(2, len(every))
+    for found in some:
+        assert len(found.tails) == 1
+        assert found.tails[0] in every[found.relation]
+        assert found.newest < cutoff or found.newest == ALWAYS
+
+
+def test_frequent_answers_are_as_often_wrong_as_right():
+    """Answering each question by the tail that most entities have hits no more often than that tail is right."""
+    rng = np.random.default_rng(0)
+    shares = np.array([0.5, 0.2, 0.1, *[0.2 / 17] * 17])
+    films, values = 400, len(shares)
+    drawn = rng.choice(values, films, p=shares)
+    triples = [(film, 0, films + int(value), ALWAYS) for film, value in enumerate(drawn)]
+    graph = Graph.of(*zip(*triples, strict=True), num_entities=films + values, num_relations=1)
+    attributes, frequency = Attributes(graph, np.ones(1, dtype=bool)), np.bincount(drawn, minlength=values)
+    hits, count = 0, 4
+    for film in range(films):
+        asked = attributes.question(film, 1, 1000 + film, count)
+        best = max(asked.choices, key=lambda entity: frequency[entity - films])
+        hits += best == asked.tail
+    assert hits / films < 0.5 + 0.05  # half of the films have the most frequent one; uniform wrong answers gave 0.75
 
 
 def test_keys_spread_the_questions_over_relations_and_tails():

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recllm import files
+from recllm.data.randomness import text_keys
 from recllm.errors import UserError
 from recllm.graph import build, readers
 from recllm.graph.store import ALWAYS, ARRAYS, Graph
@@ -65,6 +66,8 @@ def assert_equals_memory(folder, rows):
         [ALWAYS if s is None else s for *_, s in rows],
         num_entities=len(entities),
         num_relations=len(relations),
+        entity_keys=text_keys(entities),
+        relation_keys=text_keys(relations),
     )
     found = Graph.open(folder)
     assert found.num_relations == expected.num_relations
@@ -114,6 +117,7 @@ def test_a_large_graph_through_several_buckets_and_batches(tmp_path):
     expected = Graph.of(
         np.searchsorted(entities, heads), relations, np.searchsorted(entities, tails), times,
         num_entities=len(entities), num_relations=5,
+        entity_keys=text_keys(map(str, entities)), relation_keys=text_keys("01234"),
     )  # fmt: skip
     found = Graph.open(tmp_path / "graph")
     for name in ARRAYS:
@@ -135,8 +139,8 @@ def test_the_manifest_says_what_was_read_and_linked(small, tmp_path):
     said, folder = small([*TRIPLES, TRIPLES[0], ("ali", "like", "ali", None)], links, ("1", "2", "3", "4"))
     assert said["counts"] == {
         "triples": 4, "duplicate_triples": 1, "self_loops": 1, "entities": 4, "relations": 3, "blank_literals": 0,
-        "linked_items": 2, "items_without_link": 2, "links_of_unknown_items": 1, "links_to_unknown_entities": 1,
-        "items_linked_twice": 1,
+        "linked_items": 2, "items_without_link": 2, "links_not_in_id_map": 0, "links_of_unknown_items": 1,
+        "links_to_unknown_entities": 1, "items_linked_twice": 1, "entities_of_several_items": 0,
     }  # fmt: skip
     assert said["time_range"] == [5, 7]
     paths = [tmp_path / "triples.csv", tmp_path / "links.csv"]
@@ -174,13 +178,22 @@ def test_names_that_name_nothing_are_an_error(small, tmp_path):
 
 
 def test_item_ids_go_through_the_id_map(small, tmp_path):
-    (tmp_path / "map.csv").write_text("old,new\n100,1\n")
-    said, folder = small(
-        links=("100,heat", "200,ali"), id_map={"path": str(tmp_path / "map.csv"), "source": "old", "target": "new"}
-    )
+    links = ("100,heat", "200,ali", "300,mann", "300,mann", "400,nowhere")
+    (tmp_path / "map.csv").write_text("old,new\n100,1\n400,9\n")
+    said, folder = small(links=links, id_map={"path": str(tmp_path / "map.csv"), "source": "old", "target": "new"})
     assert said["counts"]["linked_items"] == 1
+    assert said["counts"]["links_not_in_id_map"] == 3  # of 200 and 300, one of them twice
+    assert said["counts"]["links_of_unknown_items"] == 1  # 9 is none of the items
+    assert said["counts"]["links_to_unknown_entities"] == 0
     assert np.load(folder / build.LINKS).tolist() == [1, -1]  # ali, heat, mann, pacino
     assert str(tmp_path / "map.csv") in said["inputs"]
+
+
+def test_items_of_several_entities_and_entities_of_several_items_are_counted(small):
+    links = ("1,heat", "1,ali", "1,mann", "2,heat", "3,heat", "4,mann", "4,mann", "5,ali", "5,heat")
+    counts = small(links=links, items=("1", "2", "3", "4", "5"))[0]["counts"]
+    assert counts["items_linked_twice"] == 2  # 1 and 5
+    assert counts["entities_of_several_items"] == 1  # heat, of 1, 2 and 3; 5 is ali, its first
 
 
 def test_no_item_linked_names_both_kinds_of_ids(small):
@@ -222,8 +235,9 @@ def test_movielens_1m_with_dbpedia(shared_data, tmp_path):
     assert len(rows) == 205_521
     assert said["counts"] == {
         "triples": len(set(rows)), "duplicate_triples": len(rows) - len(set(rows)), "self_loops": 0, "entities": 13_754,
-        "relations": 11, "blank_literals": 0, "linked_items": 2977, "items_without_link": 6,
+        "relations": 11, "blank_literals": 0, "linked_items": 2977, "items_without_link": 6, "links_not_in_id_map": 0,
         "links_of_unknown_items": 0, "links_to_unknown_entities": 6, "items_linked_twice": 0,
+        "entities_of_several_items": 0,
     }  # fmt: skip
     assert_equals_memory(tmp_path / "graph", [(*row, None) for row in rows])
     named = pl.read_parquet(tmp_path / "graph" / build.ENTITIES)["name"]
@@ -248,7 +262,7 @@ def test_the_graph_of_the_offline_default(movielens, tmp_path):
     given = section(f"{folder}/triples.parquet", f"{folder}/links.csv", triples=names)
     items = [line.split("\t")[0] for line in (movielens / "ml-100k.item").read_text().splitlines()[1:]]
     said = build.build_graph(given, items, tmp_path / "graph")
-    assert (said["counts"]["triples"], said["counts"]["linked_items"]) == (24_053, 1415)
+    assert (said["counts"]["triples"], said["counts"]["linked_items"]) == (24_046, 1415)
     graph = Graph.open(tmp_path / "graph")
     entities = pl.read_parquet(tmp_path / "graph" / build.ENTITIES)["name"]
     relations = pl.read_parquet(tmp_path / "graph" / build.RELATIONS)["name"].to_list()
@@ -270,3 +284,44 @@ def test_the_arrays_are_plain_npy_files_of_the_right_length(small):
     for name in ARRAYS:
         assert np.load(folder / f"{name}.npy").ndim == 1
     assert len(np.load(folder / "targets.npy")) == 2 * len(TRIPLES)
+
+
+UNITS = {"s": 1, "ms": 1000, "us": 1_000_000}
+DATES = st.integers(2 * 10**8, 2 * 10**9)  # 1976 to 2033
+SPANS = st.tuples(DATES, DATES).map(sorted)
+
+
+@given(SPANS, SPANS, st.permutations(list(UNITS)))
+def test_times_in_a_wrong_unit_are_an_error_or_a_warning(triples, interactions, units):
+    """Written in one unit, read in a finer one: an error where the spans meet in truth, a warning where they do not."""
+    factor = UNITS[units[1]] // UNITS[units[0]]
+    if not factor:
+        return
+    read = [time // factor for time in triples]
+    if triples[0] <= interactions[1] and triples[1] >= interactions[0] + factor:
+        match = rf"times are {read[0]} to .* interactions {interactions[0]} to .*in {units[0]} and not {units[1]}"
+        with pytest.raises(UserError, match=match) as error:
+            build.check_times(read, *interactions)
+        assert "graph.triples.timestamp_unit" in str(error.value)
+        with pytest.raises(UserError, match=rf"in {units[1]} and not {units[0]}"):  # the interactions' are wrong
+            build.check_times(interactions, *read)
+    elif triples[1] < interactions[0]:
+        assert "no cut-off hides a triple of January 1970" in build.check_times(read, *interactions)
+
+
+@given(st.tuples(st.integers(-(10**10), 10**10), st.integers(-(10**10), 10**10)).map(sorted), SPANS)
+def test_times_in_the_right_unit_pass(triples, interactions):
+    """Facts from long before the log, from the future or around 1970: whatever is not all within a year of 1970."""
+    if max(map(abs, triples)) > 0.1 * 10**9:
+        assert build.check_times(triples, *interactions) is None
+
+
+def test_no_times_nothing_to_check_and_times_of_0_are_a_warning():
+    assert build.check_times(None, 10**9, 10**9) is None
+    assert "1970" in build.check_times([0, 0], 10**9, 10**9)
+    assert build.check_times([0, 50], 0, 100) is None  # a log that counts from 0
+    assert build.check_times([1000, 2000], 1, 2) is None
+    with pytest.raises(UserError, match="in s and not ms"):  # they touch
+        build.check_times(np.array([900_001, 1_000_003]), np.int64(1_000_003_000), np.int64(2 * 10**9))
+    with pytest.raises(UserError, match=r"interactions 1000000000 to 1000000001 s since 1970 \(2001-09-09 to"):
+        build.check_times([10**12, 10**12 + 500], 10**9, 10**9 + 1)  # beyond Python's dates: as numbers

@@ -159,6 +159,42 @@ def test_integer_triples_of_kgat_need_no_mapping(tmp_path, separator, header):
     assert without_time(triples(tmp_path / "kg_final.txt")) == [("0", "0", "12"), ("7", "1", "0")]
 
 
+def test_triples_of_kgcn_have_no_header_though_their_relations_are_text(tmp_path):
+    rows = [("749", "film.film.writer", "2347"), ("2347", "film.writer.film", "749")]
+    lines = "\n".join("\t".join(row) for row in rows) + "\n"
+    for name in ("kg.txt", "kg.tsv"):
+        (tmp_path / name).write_text(lines)
+        assert without_time(triples(tmp_path / name)) == sorted(rows)
+        (tmp_path / name).write_text("head\trelation\ttail\n" + lines)
+        assert without_time(triples(tmp_path / name)) == sorted(rows)
+    (tmp_path / "item_index2entity_id.txt").write_text("1\tm.03_gd\n2\tm.0jx\n")
+    assert links(tmp_path / "item_index2entity_id.txt") == [("1", "m.03_gd"), ("2", "m.0jx")]
+    (tmp_path / "kg.csv").write_text(lines.replace("\t", ","))
+    with pytest.raises(UserError, match=r'no column "head" .*set header: false if the first line is no header'):
+        triples(tmp_path / "kg.csv")
+    assert without_time(triples(tmp_path / "kg.csv", header=False)) == sorted(rows)
+
+
+@pytest.mark.parametrize(("ending", "separator"), [(".txt", "\t"), (".tsv", "\t"), (".txt", " ")])
+def test_between_tabs_and_blanks_a_quote_is_a_letter(tmp_path, ending, separator):
+    rows = [('"Weird', "stars", 'Al"'), ("a", 'b"c', '"'), ("x", '"r"', "y")]
+    text = separator.join(("head", "relation", "tail")) + "\n" + "".join(separator.join(row) + "\n" for row in rows)
+    (tmp_path / f"a{ending}").write_text(text)
+    assert without_time(triples(tmp_path / f"a{ending}")) == sorted(rows)
+    (tmp_path / f"a{ending}").write_text(text + separator.join(('"', "", "z")) + "\n")
+    with pytest.raises(UserError, match="line 5: the relation"):  # quotes hide no line breaks from the count
+        triples(tmp_path / f"a{ending}")
+
+
+def test_names_and_links_between_tabs_keep_their_quotes_and_those_of_csv_do_not(tmp_path):
+    (tmp_path / "n.tsv").write_text('id\tname\n1\t"Weird Al" Yankovic\n2\t"Heat"\n')
+    assert names(tmp_path / "n.tsv") == {"1": '"Weird Al" Yankovic', "2": '"Heat"'}
+    (tmp_path / "l.tsv").write_text('item_id\tentity_id\n1\t"Weird Al" Yankovic\n')
+    assert links(tmp_path / "l.tsv") == [("1", '"Weird Al" Yankovic')]
+    (tmp_path / "n.csv").write_text('id,name\n1,"""Weird Al"" Yankovic"\n')
+    assert names(tmp_path / "n.csv") == {"1": '"Weird Al" Yankovic'}
+
+
 def test_maps_of_kgat_name_its_integers(tmp_path):
     (tmp_path / "entity_list.txt").write_text("org_id remap_id\nm.045wq1q 0\nthe_matrix 1\n")
     assert names(tmp_path / "entity_list.txt") == {"0": "m.045wq1q", "1": "the matrix"}
@@ -241,7 +277,7 @@ def test_links_keep_their_order_and_go_through_the_id_map(tmp_path):
     assert links(tmp_path / "l.csv") == [("2", "b"), ("1", "a"), ("2", "c"), ("3", "d")]
     (tmp_path / "m.csv").write_text("old,new\n2,two\n1,one\n")
     id_map = IdMap(path=str(tmp_path / "m.csv"), source="old", target="new")
-    assert links(tmp_path / "l.csv", id_map=id_map) == [("two", "b"), ("one", "a"), ("two", "c")]
+    assert links(tmp_path / "l.csv", id_map=id_map) == [("two", "b"), ("one", "a"), ("two", "c"), (None, "d")]
     (tmp_path / "m.csv").write_text("old,new\n9,two\n")
     with pytest.raises(UserError, match=r"shares no id with the items of .*check graph\.links\.id_map\.source"):
         links(tmp_path / "l.csv", id_map=id_map)

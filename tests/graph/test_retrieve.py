@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recllm.data.randomness import text_keys
 from recllm.errors import UserError
 from recllm.graph.retrieve import DAMPING, TOLERANCE, khop, pagerank, random_triples, retrieve, rules_of
 from recllm.graph.store import ALWAYS, Graph
@@ -22,9 +23,9 @@ def keys(count):
     return np.arange(count, dtype=np.uint64)
 
 
-def sections(world, method, **changes):
+def sections(world, method, names=NAMES, **changes):
     allowed = world.rules.allowed
-    deny = [] if allowed is None else [name for name, kept in zip(NAMES, allowed) if not kept]
+    deny = [] if allowed is None else [name for name, kept in zip(names, allowed) if not kept]
     rules = {name: getattr(world.rules, name) for name in ("hops", "fan_out", "hub_penalty", "max_triples", "entities")}
     return RetrievalSection(method=method, deny=deny, **rules | changes)
 
@@ -81,23 +82,68 @@ def test_a_batch_gives_what_its_prompts_give_alone(world, method, count):
     assert_equal(together, Subgraphs.concatenated(alone))
 
 
-@settings(deadline=None)
-@given(worlds())
-def test_what_comes_later_changes_nothing(world):
-    """A triple at or after every cut-off, even of a hub, leaves scores as they were."""
-    last = max(world.cutoffs)
-    later = [(0, 0, entity, last) for entity in range(8)] + [(entity, 1, 0, last + 1) for entity in range(8)]
-    # a graph orders the edges of one time by degrees over all times: apart from such ties nothing may change
-    wide = replace(world.rules, fan_out=10**6)
-    with_future = replace_triples(world, world.triples + later)
-    for prompt in range(len(world.seeds)):
-        before = as_dict(khop(world.graph, world.batch, wide), prompt)
-        after = as_dict(khop(with_future.graph, world.batch, wide), prompt)
-        assert_same(after, before)
+def text_graph(triples):
+    """The graph of triples of ids, numbered and keyed as `build_graph` does it, and the ids by number."""
+    entities = sorted({end for head, _, tail, _ in triples for end in (head, tail)})
+    relations = sorted({relation for _, relation, *_ in triples})
+    rows = [(entities.index(h), relations.index(r), entities.index(t), time) for h, r, t, time in triples]
+    graph = Graph.of(
+        *zip(*rows, strict=True),
+        num_entities=len(entities),
+        num_relations=len(relations),
+        entity_keys=text_keys(entities),
+        relation_keys=text_keys(relations),
+    )
+    return graph, entities, relations
 
 
-def replace_triples(world, triples):
-    return replace(world, triples=triples)
+def shown(triples, world, section):
+    """What each prompt shows, in ids, with scores and hops."""
+    graph, entities, relations = text_graph(triples)
+    flat = [(f"e{entity}", weight) for pairs in world.seeds for entity, weight in pairs]
+    numbers = np.array([entities.index(entity) for entity, _ in flat], dtype=np.int32)
+    found = retrieve(
+        graph, replace(world.batch, entities=numbers), section, relations, keys(len(world.seeds)), relations
+    )
+    return [
+        [(entities[h], relations[r], entities[t], time) for h, r, t, time in found.triples(prompt)]
+        for prompt in range(found.num_prompts)
+    ], [found.scores.tolist(), found.hops.tolist()]
+
+
+LATER_IDS = st.sampled_from(["a", "e0", "e1", "e3", "e35", "e5", "e7", "z"])  # before, between and behind those there
+
+
+@settings(deadline=None, max_examples=100)
+@given(worlds(), st.sampled_from(METHODS), st.integers(1, 9), st.data())
+def test_what_comes_later_changes_nothing(world, method, max_triples, data):
+    """Triples at or after every cut-off, of hubs and of new entities and relations, change no bit of any prompt."""
+    at = st.integers(0, 2).map(lambda more: max(world.cutoffs) + more)
+    relation = st.sampled_from(["a", "r0", "r1", "r15", "r2"])
+    later = data.draw(st.lists(st.tuples(LATER_IDS, relation, LATER_IDS, at), max_size=12))
+    popular = data.draw(LATER_IDS)
+    later += [(popular, "r0", f"e{entity}", max(world.cutoffs)) for entity in range(8)]
+    # every entity and relation is there from the start, by a triple that no prompt may see, and edges that are alike
+    # lead from every entity to more than a cap lets through
+    named = [(f"e{entity}", f"r{entity % 3}", f"e{entity}", 99) for entity in range(8)]
+    alike = [(head, tail % 3, tail, ALWAYS) for head in range(8) for tail in range(head)]
+    triples = [(f"e{head}", f"r{relation}", f"e{tail}", time) for head, relation, tail, time in world.triples + alike]
+    if world.rules.allowed is not None and not world.rules.allowed.any():
+        return
+    section = sections(world, method, ["r0", "r1", "r2"], max_triples=max_triples)
+    assert shown(named + triples + later, world, section) == shown(named + triples, world, section)
+
+
+def test_the_future_does_not_reach_a_prompt_through_a_cap():
+    """Seed 0 has three equal edges and a cap of one; two triples of time 999 once made another of them the rarest."""
+    times = [ALWAYS] * 3
+    now = Graph.of([0, 0, 0], [0] * 3, [1, 2, 3], times, num_entities=6, num_relations=1)
+    shown_now = khop(now, Seeds.of([[0]], [10]), Rules(hops=1, fan_out=1)).triples(0)
+    for popular in (1, 2, 3):
+        later = Graph.of(
+            [0, 0, 0, popular, popular], [0] * 5, [1, 2, 3, 4, 5], [*times, 999, 999], num_entities=6, num_relations=1
+        )
+        assert khop(later, Seeds.of([[0]], [10]), Rules(hops=1, fan_out=1)).triples(0) == shown_now
 
 
 def test_scores_by_hand():
@@ -150,6 +196,20 @@ def test_random_is_uniform_and_hangs_on_the_key_alone():
     assert np.abs(counts - 1000).max() < 5 * (5000 * 0.2 * 0.8) ** 0.5
     same = random_triples(graph, seeds, Rules(max_triples=2), np.zeros(5000, dtype=np.uint64))
     assert len({tuple(same.triples(prompt)) for prompt in range(5000)}) == 1
+
+
+def test_random_draws_by_ids_and_not_by_numbers():
+    """The same ten triples under other numbers of entities and of the relation: the same ones are drawn."""
+    rows = [("e0", "r", f"e{tail}", ALWAYS) for tail in range(1, 10)]
+    drawn = []
+    for more in ([], [("a", "a", "b", ALWAYS)]):
+        graph, entities, relations = text_graph(rows + more)
+        seeds = Seeds.of([[entities.index("e0")]] * 50, [0] * 50)
+        found = random_triples(graph, seeds, Rules(max_triples=3), keys(50))
+        drawn.append([[entities[tail] for _, _, tail, _ in found.triples(prompt)] for prompt in range(50)])
+        assert {relations[relation] for relation in found.relations} == {"r"}
+    assert drawn[0] == drawn[1]
+    assert len({tuple(tails) for tails in drawn[0]}) > 20
 
 
 @settings(deadline=None)
