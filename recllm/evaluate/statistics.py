@@ -151,7 +151,7 @@ def bootstrap_lifts(
     """
     weights, shares = np.asarray(weights, dtype=np.float64), np.asarray(shares, dtype=np.float64)
     (users, experts), groups = weights.shape, shares.shape[1]
-    if not users:
+    if not users or not groups:
         return [[Estimate(np.nan, np.nan, np.nan)] * experts for _ in range(groups)]
     products = (shares[:, :, None] * weights[:, None, :]).reshape(users, groups * experts)
     columns = np.concatenate([products, weights, shares, np.ones((users, 1))], axis=1)

@@ -193,3 +193,7 @@ def test_what_cannot_be_resampled_has_no_interval():
     rare, never = statistics.bootstrap_lifts(rng.random((20, 1)), np.concatenate([one_user, nobody], axis=1), rng)
     assert np.isnan(rare[0].low)  # missing from many resamples
     assert np.isnan(never[0].value)
+
+
+def test_no_groups_have_no_lifts():
+    assert statistics.bootstrap_lifts(np.ones((1, 4)), np.empty((1, 0)), np.random.default_rng(0)) == []
