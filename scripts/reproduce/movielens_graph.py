@@ -585,15 +585,16 @@ def _retrieval_part(cells: list[Cell]) -> list[str]:
         "",
         f"Command: `python scripts/reproduce/movielens_graph.py --retrieval`. {machine_line(cells)}",
         "",
-        "Of all held-out titles (protocol temporal_20, everything from a user's first test position on): how often the "
-        "subgraph that stands in the prompt names the title, with 95% intervals (bootstrap over users). Beside it, how "
-        "often as many other titles would: drawn from what the user had not had (by chance), or the most popular in "
+        "Of all held-out titles (protocol temporal_20, everything from a user's first test position on): of how many "
+        "of a thousand the subgraph that stands in the prompt names the title, with 95% intervals (bootstrap over "
+        "users), and of those that are head, tail and cold in training. Beside it, of how many as many other titles "
+        "would: drawn from what the user had not had (by chance), or the most popular in "
         "training of these. Attribute: something that is no title and that the graph ties to the title (of it, rare: "
         f"tied to at most {RARE} things). A prompt names what a user had, too; unseen are the titles that are new to "
         "the user. CPU-second: retrieval and fitting into the budget, one process, on a machine that others used.",
         "",
     ]
-    header = ["method", "with a subgraph", "triples", "tokens", "unseen titles named", "names the title"]
+    header = ["method", "with a subgraph", "triples", "tokens", "unseen titles named", "names the title, of 1000"]
     header += ["by chance", "most popular", "head", "tail", "cold", "an attribute", "a rare one", "prompts a CPU-s"]
     for data in dict.fromkeys(cell["data"] for cell in cells):
         here = sorted((cell for cell in cells if cell["data"] == data), key=lambda cell: ARMS.index(cell["arm"]))
@@ -618,10 +619,10 @@ def _retrieval_row(cell: Cell) -> list[str]:
         f"{mean('triples'):.1f}",
         f"{mean('tokens'):.0f}",
         f"{mean('unseen_named'):.2f}",
-        interval([cell], "target_named"),
-        f"{mean('by_chance'):.4f}",
-        f"{mean('most_popular'):.4f}",
-        *(f"{mean('target_named', name):.4f}" for name in CLASSES),
+        interval([cell | {"of_1000": [1000 * value for value in cell["target_named"]]}], "of_1000"),
+        f"{1000 * mean('by_chance'):.2f}",
+        f"{1000 * mean('most_popular'):.2f}",
+        *(f"{1000 * mean('target_named', name):.2f}" for name in CLASSES),
         f"{mean('attribute_named'):.3f}",
         f"{mean('rare_attribute_named'):.3f}",
         f"{cell['prompts'] / max(cell['cpu_s'], 0.01):,.0f}",
