@@ -109,6 +109,15 @@ def tiny_model_folder(tmp_path_factory, tiny_llama, tiny_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def long_model_folder(tmp_path_factory, tiny_llama, tiny_tokenizer) -> Path:
+    """The same for prompts of up to 4096 tokens: one with a subgraph has a token for each of its bytes."""
+    folder = tmp_path_factory.mktemp("long-model")
+    tiny_llama(max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path, tiny_model_folder) -> Path:
     """A whole run in seconds: 60 users who walk a ring of 40 items, a tiny random Llama, four training steps."""

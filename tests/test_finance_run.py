@@ -29,7 +29,7 @@ DATE = re.compile(r"\b\d{4}-\d\d-\d\d\b")
 
 
 @pytest.fixture
-def bank_recipe(tiny_recipe: Path, monkeypatch) -> Path:
+def bank_recipe(tiny_recipe: Path, long_model_folder: Path, monkeypatch) -> Path:
     folder = tiny_recipe.parent
     monkeypatch.setenv("RECLLM_CACHE", str(folder / "cache"))
     write_far_trans(folder / "bank", Bank(**SIZES))
@@ -48,21 +48,9 @@ def bank_recipe(tiny_recipe: Path, monkeypatch) -> Path:
         "decoding": {"max_new_tokens": 8},
         "bootstrap": {"samples": 200},
     }
-    document["model"]["name_or_path"] = str(_longer(Path(document["model"]["name_or_path"]), folder))
+    document["model"]["name_or_path"] = str(long_model_folder)
     tiny_recipe.write_text(yaml.safe_dump(document))
     return tiny_recipe
-
-
-def _longer(model: Path, folder: Path) -> Path:
-    """The tiny model for longer prompts: they have a token for each of their bytes."""
-    longer = folder / "model"
-    longer.mkdir()
-    for file in model.iterdir():
-        text = file.read_bytes()
-        if file.name == "config.json":
-            text = json.dumps(json.loads(text) | {"max_position_embeddings": 4096}).encode()
-        (longer / file.name).write_bytes(text)
-    return longer
 
 
 def converted(recipe: Path, output: Path, *overrides: str, workers: int = 1) -> tuple[dict, list[dict]]:

@@ -51,7 +51,7 @@ def write_graph(folder: Path) -> dict:
 
 
 @pytest.fixture
-def graph_recipe(tiny_recipe: Path) -> Path:
+def graph_recipe(tiny_recipe: Path, long_model_folder: Path) -> Path:
     document = yaml.safe_load(tiny_recipe.read_text())
     document |= {"graph": write_graph(tiny_recipe.parent), "tasks": TASKS}
     document["protocol"] = {
@@ -59,21 +59,9 @@ def graph_recipe(tiny_recipe: Path) -> Path:
         "split": {"method": "temporal", "valid_fraction": 0.2, "test_fraction": 0.2},
         "candidates": {"count": 6},
     }
-    document["model"]["name_or_path"] = str(_longer(Path(document["model"]["name_or_path"]), tiny_recipe.parent))
+    document["model"]["name_or_path"] = str(long_model_folder)
     tiny_recipe.write_text(yaml.safe_dump(document))
     return tiny_recipe
-
-
-def _longer(model: Path, folder: Path) -> Path:
-    """The tiny model for longer prompts: a prompt with a subgraph has a token for each of its bytes."""
-    longer = folder / "model"
-    longer.mkdir()
-    for file in model.iterdir():
-        text = file.read_bytes()
-        if file.name == "config.json":
-            text = json.dumps(json.loads(text) | {"max_position_embeddings": 4096}).encode()
-        (longer / file.name).write_bytes(text)
-    return longer
 
 
 def converted(recipe: Path, output: Path, *overrides: str, workers: int = 1) -> tuple[dict, list[dict]]:

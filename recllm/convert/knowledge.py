@@ -336,7 +336,8 @@ class Knowledge:
         """The best path to each item that can be written; example n asks for items offsets[n]:offsets[n + 1]."""
         rules = rules_of(self.section.retrieval, self._relation_names, self._relation_ids)
         wanted = Candidates(offsets, self.linked[items].astype(np.int32))
-        found = paths(self.graph, self._seeds(moments), wanted, rules, self.section.retrieval.path_length, PATHS)
+        seeds = self._seeds(moments._replace(around=None))  # a path begins at what the user had
+        found = paths(self.graph, seeds, wanted, rules, self.section.retrieval.path_length, PATHS)
         lines, times, cutoffs = list[Written | None](), list[int](), list[int]()
         for number, (prompt, item) in enumerate(zip(wanted.prompts.tolist(), items.tolist())):
             begin, end = int(found.offsets[number]), int(found.offsets[number + 1])

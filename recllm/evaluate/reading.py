@@ -342,9 +342,9 @@ def _about_generation(system: Metrics) -> Iterator[Sentence]:
 
 def _about_lists(system: Metrics) -> Iterator[Sentence]:
     """What became of the answers of the task assets as text."""
-    shares = [system["metrics"].get(name) for name in ("valid_ratio", "finished", "unknown_share")]
-    if all(shares):
-        valid, finished, unknown = (share["value"] for share in shares)  # type: ignore[index]
+    figures, names = system["metrics"], ("valid_ratio", "finished", "unknown_share")
+    if all(figures.get(name) for name in names):
+        valid, finished, unknown = (figures[name]["value"] for name in names)
         yield Sentence(
             "note",
             f"Of the {system['num_examples']} answers of {system['name']} {finished:.0%} ended by themselves and "

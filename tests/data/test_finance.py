@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
@@ -15,16 +12,8 @@ from recllm.data.prices import DAY_S, Prices, date_of, day_of, known_at, price_f
 from recllm.errors import UserError
 from recllm.evaluate import finance as metrics
 
+from . import finance_banks as banks
 
-def _banks():
-    path = Path(__file__).with_name("finance_banks.py")  # tests/ is no package: pytest runs with importlib
-    spec = importlib.util.spec_from_file_location("finance_banks", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-banks = _banks()
 CUTOFFS = [day_of("2020-02-01"), day_of("2020-06-15"), day_of("2021-01-04")]
 
 seeds = st.integers(0, 3)

@@ -1,7 +1,5 @@
-import importlib.util
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +10,7 @@ from recllm.data.far_trans import read_far_trans
 from recllm.data.prices import DAY_S, Prices, date_of, day_of, known_at, price_features, rose
 from recllm.errors import UserError
 
-
-def _banks():
-    path = Path(__file__).with_name("finance_banks.py")  # tests/ is no package: pytest runs with importlib
-    spec = importlib.util.spec_from_file_location("finance_banks", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-finance_banks = _banks()
+from . import finance_banks
 
 
 @pytest.fixture

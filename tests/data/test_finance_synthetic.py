@@ -1,6 +1,4 @@
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,16 +10,8 @@ from recllm.data.finance import build_task
 from recllm.data.prices import day_of, price_features, rose
 from recllm.errors import UserError
 
+from .finance_banks import drawn_bank
 
-def _banks():
-    path = Path(__file__).with_name("finance_banks.py")  # tests/ is no package: pytest runs with importlib
-    spec = importlib.util.spec_from_file_location("finance_banks", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-drawn_bank = _banks().drawn_bank
 SMALL = Bank(num_customers=40, num_assets=20, first="2020-01-01", last="2021-06-30", purchases=8)
 
 
