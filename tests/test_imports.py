@@ -54,7 +54,8 @@ def test_a_wrong_direction_would_be_seen() -> None:
 @pytest.mark.parametrize(
     "module",
     ["recllm", "recllm.cli", "recllm.stages", "recllm.recipe", "recllm.data.sequences", "recllm.data.dataset",
-     "recllm.graph.store", "recllm.convert.pipeline", "recllm.evaluate.metrics", "recllm.evaluate.statistics"],
+     "recllm.graph.build", "recllm.convert.pipeline", "recllm.evaluate.finance", "recllm.evaluate.metrics",
+     "recllm.evaluate.statistics"],
 )  # fmt: skip
 def test_light_modules_do_not_load_heavy_packages(module: str) -> None:
     code = f"import sys, {module}; print(' '.join(sorted({HEAVY!r} & set(sys.modules))))"

@@ -167,7 +167,7 @@ class _Piece:
 
     @property
     def cutoffs(self) -> Ints:
-        """(N,) nothing that a prompt shows is of this second or later: the target's time, or the date."""
+        """(N,) no triple that a prompt shows is of this second or later: the target's time, or the date."""
         if self.dated is not None:
             dates, chosen = self.dated
             return dates.cutoff[chosen]

@@ -2,7 +2,7 @@
 
 The recipe and its log as it was prepared enter. Two further columns of the sequences leave, the ledger and the dates,
 which the converter's workers turn into examples, and the dataset's folder finance/: for each split examples, windows
-and completions (data/finance.py), by which answers are judged and preferences are trained.
+and completions (data/finance.py): answers are judged by the former, the latter are for preference training elsewhere.
 """
 
 from collections.abc import Mapping, Sequence

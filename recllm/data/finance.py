@@ -214,7 +214,7 @@ def _drawn(assets: Sequence[int], seed: int, key: np.uint64, cutoff: int, most: 
     return [int(asset) for asset in numbers[order[:most]]]
 
 
-# ---- choices among candidates, for fitted utilities ----
+# ---- choices among candidates, for fitted utilities: a library, no task of a recipe asks for them yet ----
 
 
 class Choices(NamedTuple):

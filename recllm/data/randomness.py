@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
 
@@ -58,7 +58,7 @@ def _as_uint64(key: Any) -> Keys:
 
 
 def _splitmix(state: Keys) -> Keys:
-    state = state + _GOLDEN
+    state = state + GOLDEN
     state ^= state >> _S30
     state *= _FIRST
     state ^= state >> _S27

@@ -30,7 +30,7 @@ from recllm.data.tables import (
     unusable,
 )
 from recllm.errors import UserError
-from recllm.recipe import IdMap, InteractionsSource, ItemsSource, UsersSource
+from recllm.recipe import IdMap, InteractionsSource, ItemsSource, TriplesSource, UsersSource
 from recllm.schema import INTERACTIONS, ITEM_ID, RATING, REQUIRED_INTERACTION_COLUMNS, TIMESTAMP, TITLE, USER_ID
 
 # Microseconds since the epoch: the order of interactions is taken from it, before seconds are rounded down.
@@ -64,8 +64,8 @@ def read_interactions(source: InteractionsSource, skip: Collection[str] = ()) ->
     return pl.concat(frames)
 
 
-def paths_of(source: InteractionsSource) -> list[str]:
-    """The files of a log, as the recipe writes them."""
+def paths_of(source: InteractionsSource | TriplesSource) -> list[str]:
+    """The files of a log or of triples, as the recipe writes them."""
     return [source.path] if isinstance(source.path, str) else list(source.path)
 
 

@@ -5,7 +5,6 @@ TEST) leaves, the same however the users are parted. What must be known of the w
 hang on (seed, user) or (seed, user, session), never on row order.
 """
 
-import datetime
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import polars as pl
 
 from recllm.data.given import Given, GivenRow
 from recllm.data.log import Log
+from recllm.data.prices import DAY_S, day_of
 from recllm.data.randomness import mix, uniform
 from recllm.errors import UserError
 from recllm.recipe import SplitSection
@@ -66,14 +66,13 @@ def rules(
         total = int(lengths.sum())
         cutoffs = {name: nth(times, total - max(1, round(total * part))) for name, part in newest.items()}
     elif section.valid_from and section.test_from:
-        cutoffs = {"valid": _midnight(section.valid_from), "test": _midnight(section.test_from)}
+        cutoffs = {
+            "valid": day_of(section.valid_from.isoformat()) * DAY_S,
+            "test": day_of(section.test_from.isoformat()) * DAY_S,
+        }
     elif given is not None:
         given.check_users(user_ids)
     return Rules(section, seed, cutoffs, given)
-
-
-def _midnight(date: datetime.date) -> int:
-    return int(datetime.datetime.combine(date, datetime.time(), datetime.UTC).timestamp())
 
 
 def interactions_needed(section: SplitSection) -> int:

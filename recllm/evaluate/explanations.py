@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from recllm.convert.knowledge import Knowledge
+from recllm.convert.pipeline import GRAPH
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate.tasks import Task
 from recllm.graph.explain import Checker, Verdict
 
-GRAPH = "graph"
 NEW_TOKENS = 96  # of an explanation: a path of three triples has about 60
 SUPPORTED: Verdict = "supported"
 UNREADABLE: Verdict = "unparsable"

@@ -180,7 +180,7 @@ def recommendation(answers: Answers, labels: Mapping[str, Booleans], cutoffs: Se
     }
 
 
-# ---- rankings: Conv-FinRe ----
+# ---- rankings: Conv-FinRe, a library: no task of a recipe asks for them yet ----
 
 
 class Orders(NamedTuple):

@@ -23,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from recllm.data.prices import DAY_S
 from recllm.graph import verbalise
+from recllm.graph.segments import ranges
 from recllm.graph.store import ALWAYS
 from recllm.graph.subgraphs import Subgraphs
 from recllm.graph.verbalise import LAST, NEXT_LINE, NEXT_PART, NEXT_TAIL, Flags, Ints, Layout, Pieces, Verbaliser
@@ -156,7 +158,7 @@ class Budget:
         entities = (places * max(num_entities // len(places), 1) % num_entities).astype(np.int32)
         heads = entities[places // 4 * 4]  # two a text
         relations = (places // 2 % num_relations).astype(np.int32)
-        times = np.where(places % 2, ALWAYS, places * 40 * 86_400)
+        times = np.where(places % 2, ALWAYS, places * 40 * DAY_S)
         scores, hops = np.ones(len(places), dtype=np.float32), np.ones(len(places), dtype=np.int8)
         sample = Subgraphs(offsets, heads, relations, entities, times, scores, hops)
         layout, is_kept = self.verbaliser.layout(sample), np.zeros(len(places), dtype=bool)
@@ -305,7 +307,7 @@ def _take(layout: Layout, costs: _Costs, offsets: Ints, limits: Ints, is_kept: F
     All prompts try their first triple, then all their second, …: a round costs some operations on arrays.
     """
     begins, counts = offsets[prompts], offsets[prompts + 1] - offsets[prompts]
-    is_kept[_ranges(begins, counts)] = False
+    is_kept[ranges(begins, counts)] = False
     ends, left = _Ends(layout, len(limits)), limits.copy()
     for rank in range(int(counts.max(initial=0))):
         triples = begins[counts > rank] + rank
@@ -316,12 +318,3 @@ def _take(layout: Layout, costs: _Costs, offsets: Ints, limits: Ints, is_kept: F
         ends.add(triples[fits])
         is_kept[triples[fits]] = True
     return limits[prompts] - left[prompts]
-
-
-def _ranges(begins: Ints, counts: Ints) -> Ints:
-    """begins[0], begins[0] + 1, … counts[0] of them, then those of the next.
-
-    >>> _ranges(np.array([5, 9]), np.array([2, 1])).tolist()
-    [5, 6, 9]
-    """
-    return np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))

@@ -24,7 +24,9 @@ import pyarrow.parquet as pq
 
 from recllm import files
 from recllm.data import offline, tables
+from recllm.data.prices import DAY_S
 from recllm.data.randomness import Keys, text_keys
+from recllm.data.readers import paths_of
 from recllm.errors import UserError
 from recllm.graph import readers
 from recllm.graph.readers import BATCH, ENTITY_ID, HEAD, ID, NAME, RELATION, TAIL
@@ -37,7 +39,7 @@ RELATION_ID = "relation_id"
 BUCKET = 1 << 20  # rows of a bucket, unless one entity has more edges
 _MAX_BUCKETS = 256  # that many files are open at once
 _LAST_ID = 2**31 - 1
-_JANUARY_S = 31 * 86_400  # seconds up to 2055 lie before, if they are read as milliseconds
+_JANUARY_S = 31 * DAY_S  # seconds up to 2055 lie before, if they are read as milliseconds
 _FACTORS = {  # by which the triples' times would have to be multiplied → their unit, and what they were read in
     Fraction(1000): "s and not ms, or in ms and not us",
     Fraction(1_000_000): "s and not us",
@@ -79,7 +81,7 @@ def build_graph(section: GraphSection, item_ids: Sequence[str], folder: Path) ->
 
 def source_paths(section: GraphSection) -> list[str]:
     """Every input file of a graph, as the recipe writes it, each once."""
-    paths = readers.paths_of(section.triples)
+    paths = paths_of(section.triples)
     paths += [names.path for names in (section.triples.entities, section.triples.relations) if names]
     paths.append(section.links.path)
     if section.links.id_map:
@@ -193,7 +195,7 @@ def _spool(source: TriplesSource, scratch: Path) -> _Spooled:
             if len(times):
                 seen += [int(times.to_numpy().min()), int(times.to_numpy().max())]
     if not rows:
-        raise UserError(f"{', '.join(readers.paths_of(source))}: no triples there: check graph.triples.path and header")
+        raise UserError(f"{', '.join(paths_of(source))}: no triples there: check graph.triples.path and header")
     span = [min(seen), max(seen)] if seen else None
     found = entities.in_order("entities"), relations.in_order("relations")
     return _Spooled(path, rows, *found, pl.concat(labels), span, blank)

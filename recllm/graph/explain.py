@@ -10,7 +10,7 @@ A path through what nearly everything shares ("spoken in English") is supported 
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -18,9 +18,7 @@ from recllm.graph.paths import MAX_LENGTH
 from recllm.graph.store import Graph
 
 Verdict = Literal["supported", "unparsable", "unknown name", "wrong start", "wrong end", "not in the graph"]
-VERDICTS: tuple[Verdict, ...] = (
-    "supported", "unparsable", "unknown name", "wrong start", "wrong end", "not in the graph",
-)  # fmt: skip
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 _STEP = re.compile(r" (?:-\[(?P<forward>[^\[\]]+)\]->|<-\[(?P<backward>[^\[\]]+)\]-) ")
 _ARROWS = ("-[", "]->", "<-[", "]-")

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import polars as pl
 
 from recllm.data import offline, tables
+from recllm.data.readers import paths_of
 from recllm.errors import UserError
 from recllm.graph.store import ALWAYS
 from recllm.recipe import LinksSource, NamesSource, TriplesSource
@@ -52,11 +53,6 @@ class Batch:
     triples: pl.DataFrame  # TRIPLES; the time in seconds since the epoch, rounded down, or ALWAYS
     labels: pl.DataFrame | None = None  # LABELS
     blank_literals: int = 0  # triples of RDF that were left out because their literal holds nothing but blanks
-
-
-def paths_of(source: TriplesSource) -> list[str]:
-    """The files of the triples, as the recipe writes them."""
-    return [source.path] if isinstance(source.path, str) else list(source.path)
 
 
 def read_triples(source: TriplesSource) -> Iterator[Batch]:

@@ -30,23 +30,23 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recllm.data.prices import DAY_S
 from recllm.errors import UserError
 from recllm.graph.store import ALWAYS
 from recllm.graph.subgraphs import Subgraphs
+from recllm.recipe import GraphFormat
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 Objects = npt.NDArray[np.object_]
-Format = Literal["grouped", "lines", "turtle", "json_ld"]
 
 MOST_PIECES = 2**18  # names kept as written, by each process: about 30 MB
-DAY_S = 86_400
 # How a triple ends, by what follows it: a tail of the same head and relation, another relation, another line, nothing.
 NEXT_TAIL, NEXT_PART, NEXT_LINE, LAST = range(4)
 
@@ -207,7 +207,7 @@ class Verbaliser:
         self,
         entity_names: Sequence[str] | pa.Array,
         relation_names: Sequence[str],
-        format: Format = "grouped",
+        format: GraphFormat = "grouped",
         clean: Callable[[str], str] = one_line,
         dates: bool = False,
     ) -> None:

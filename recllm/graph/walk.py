@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from recllm.data.randomness import GOLDEN
 from recllm.graph.segments import Flags, best_places, by_prompt_and_score, is_in, ranges, stable_order, starts
 from recllm.graph.store import ALWAYS, Graph
 from recllm.graph.subgraphs import Floats, Ids, Ints, Seeds, Subgraphs
@@ -23,7 +24,6 @@ from recllm.graph.subgraphs import Floats, Ids, Ints, Seeds, Subgraphs
 Doubles = npt.NDArray[np.float64]
 
 FILTER_SPREAD = 32  # places of the filter an expanded entity: 3 of 100 others pass
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)

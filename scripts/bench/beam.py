@@ -59,7 +59,7 @@ def main() -> None:
         "widths": {},
     }
     for width in arguments.widths:
-        found, taken = timed(lambda: engine.rank_titles(prompts, trie, width, arguments.k, histories))  # noqa: B023
+        found, taken = timed(lambda: engine.rank_titles(prompts, trie, width, arguments.k, histories))  # noqa: B023  # called at once
         line["widths"][width] = compare([one.titles for one in found], best) | {
             "exact": round(float(np.mean([one.is_exact for one in found])), 3),
             "s_per_prompt": round(taken / len(prompts), 3),

@@ -155,8 +155,12 @@ def build(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from recllm.graph.build import build_graph
     from recllm.recipe import GraphSection
 
-    triples = {"path": str(folder / "triples.parquet"), "format": "parquet", "timestamp_unit": "s"}
-    triples["columns"] = {name: name for name in ("head", "relation", "tail", "timestamp")}  # type: ignore[assignment]
+    triples = {
+        "path": str(folder / "triples.parquet"),
+        "format": "parquet",
+        "timestamp_unit": "s",
+        "columns": {name: name for name in ("head", "relation", "tail", "timestamp")},
+    }
     links = {"path": str(folder / "links.csv"), "format": "csv"}
     section = GraphSection.model_validate({"triples": triples, "links": links})
     seconds, _ = timed(lambda: build_graph(section, ["0"], folder / "graph"))

@@ -163,10 +163,13 @@ def main() -> None:
 
 def _wanted(arguments: argparse.Namespace, retrieved: Cells, cells: Cells) -> tuple[list[Cell], list[Cell]]:
     """Cells of a report: all, or, after a run, those of its settings."""
-    asked = (settings_hash(data_settings(arguments)), settings_hash(cell_settings(arguments)))
-    return tuple(  # type: ignore[return-value]
-        [cell for cell in found.read().values() if arguments.report or cell["settings_id"] == own]
-        for found, own in zip((retrieved, cells), asked)
+
+    def kept(found: Cells, own: str) -> list[Cell]:
+        return [cell for cell in found.read().values() if arguments.report or cell["settings_id"] == own]
+
+    return (
+        kept(retrieved, settings_hash(data_settings(arguments))),
+        kept(cells, settings_hash(cell_settings(arguments))),
     )
 
 
@@ -583,7 +586,8 @@ def _retrieval_part(cells: list[Cell]) -> list[str]:
     lines = [
         "## What retrieval finds, without a model",
         "",
-        f"Command: `python scripts/reproduce/movielens_graph.py --retrieval`. {machine_line(cells)}",
+        "Commands: `python scripts/reproduce/movielens_graph.py --retrieval`, the same with `--data ml-1m=FOLDER`, "
+        f"then `--report`. {machine_line(cells)}",
         "",
         "Of all held-out titles (protocol temporal_20, everything from a user's first test position on): of how many "
         "of a thousand the subgraph that stands in the prompt names the title, with 95% intervals (bootstrap over "
@@ -634,7 +638,8 @@ def _trained_part(cells: list[Cell]) -> list[str]:
     lines = [
         "## What adapters gain",
         "",
-        f"Command: `python scripts/reproduce/movielens_graph.py`, seeds {seeds}. {machine_line(cells)}",
+        f"Commands: `python scripts/reproduce/movielens_graph.py`, then `--report`; seeds {seeds}. "
+        f"{machine_line(cells)}",
         "",
         "Nats a held-out title, lower is better, with 95% intervals; a title stands behind a list of "
         f"{WINDOW} and, but for `none`, a subgraph of what the user had until then; differences are to `none` on the "
