@@ -5,6 +5,7 @@ A path or shipped name and a list of "section.key=value" enter; a frozen `Recipe
 
 import datetime
 import difflib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from recllm import assets
 from recllm.errors import UserError
 
+# What readers and templates of events call things themselves
+_EVENT_NAMES = ("user_id", "item_id", "timestamp", "action", "rating", "session_id", "item", "pause_s")
 FAR_TRANS = "far-trans://"  # FOLDER/FILE: what is made of a bank's data, see recllm/data/offline.py
 
 
@@ -28,11 +31,14 @@ class InteractionsSource(Section):
     """Where interactions are read. `columns` maps our column names to the file's: {user_id: uid}; null: not read."""
 
     path: str | list[str]  # several files are read as one; a saved HF dataset is a folder
-    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf"] = "auto"
+    # jsonl_sessions: a line is a session, an object with a list of events. In it, in other JSON, and in columns that
+    # hold JSON, a name with dots goes on into objects: {item_id: events.aid, page: context.page}
+    format: Literal["auto", "csv", "parquet", "jsonl", "recbole", "hf", "jsonl_sessions"] = "auto"
     columns: dict[str, str | int | None] = {}  # an int names a column by position (files without a header)
     header: bool = True
     separator: str = ","
     timestamp_unit: Literal["s", "ms", "us", "iso8601"] = "s"
+    events: str = "events"  # of jsonl_sessions: the key of the list
 
 
 class IdMap(Section):
@@ -69,7 +75,8 @@ class DataSection(Section):
     """The input files. Paths: a file, or offline://NAME/FILE for the fetched default (recllm/data/offline.py)."""
 
     interactions: InteractionsSource
-    items: ItemsSource
+    # None: the ids of the log, each its own title. `items: null` says so; an event log, with `actions`, may say nothing
+    items: ItemsSource | None = None
     users: UsersSource | None = None
 
 
@@ -142,21 +149,64 @@ class GraphSection(Section):
 
 
 class FinanceSection(Section):
-    """A bank's data of the FAR-Trans schema, on which the task `assets` asks: what to buy for the next `window_days`?
+    """A bank's data of the FAR-Trans schema, on which the tasks `assets` and `rank_assets` ask on dates.
+
+    assets: what to buy for the next `window_days`? rank_assets: which of protocol.candidates.count assets, the one that
+    the customer buys first in the window among them, suits best? By U = z(μ) − λ z(σ²) − γ z(drawdown), of the prices
+    of `lookback_days` before the date; λ, γ are fitted to the customer's purchases before it (finance_choices.py).
 
     Where the recipe names none, it gives `data`, and a `graph` its triples and links: facts and prices of the assets.
     The dates of valid and test are protocol.split's, of the method dates.
     """
 
     folder: str  # with the CSV files, or offline://far-trans-synthetic, a bank that is drawn on this machine
-    train_from: datetime.date | None = None  # None: the first day with a price
+    train_from: datetime.date | None = None  # None: the first day with a price, of rank_assets lookback_days later
     every_days: int = Field(28, ge=1)
     window_days: int = Field(180, ge=1)
-    # Which customers are asked on a date. both: those who then buy something that rises, as FLARKO has it: the future
-    # chooses them. preference: those who buy anything. all: everybody with a history
+    # assets: which customers are asked on a date. both: those who then buy something that rises, as FLARKO has it: the
+    # future chooses them. preference: those who buy anything. all: everybody with a history. rank_assets always asks
+    # those who buy something that is on offer
     keep: Literal["both", "preference", "all"] = "both"
     min_history: int = Field(1, ge=1)  # transactions before the date
-    max_assets: int = Field(10, ge=1)  # of an answer to learn from
+    max_assets: int = Field(10, ge=1)  # assets: of an answer to learn from
+    lookback_days: int = Field(70, ge=3)  # rank_assets
+    min_choices: int = Field(5, ge=1)  # rank_assets: with fewer, all customers' purchases before the date are fitted
+
+
+class ActionsSection(Section):
+    """The log holds events: what users did, with an item or without. The gate then reads (item, action).
+
+    `words` is the closed vocabulary of actions, label in the log → how prompts and answers write it; its order is that
+    of the classes in reports.
+    """
+
+    words: dict[str, str] = Field(min_length=2)
+    drop_unknown: bool = False  # events with another action are dropped and counted, else an error
+    without_item: list[str] | Literal["*"] = []  # labels of actions that need no item; "*": none does
+    attributes: list[str] = []  # further columns of the log, as text: what is typed, the target's name, a rationale
+    observed: list[str] = []  # those of them that are known before the action: of what is asked about, too
+    session_gap_s: int | None = Field(None, ge=1)  # a longer pause begins a session; for logs without session ids
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ActionsSection":
+        if len(set(self.words.values())) < len(self.words):
+            raise ValueError(f"words {list(self.words.values())}: every action needs words of its own")
+        if blank := [
+            label for label, words in self.words.items() if not label.strip() or words.split() != words.split(" ")
+        ]:
+            raise ValueError(
+                f"words of {blank[0]!r}: neither label nor words may be blank, or hold breaks or double blanks"
+            )
+        if self.without_item != "*" and (unknown := [one for one in self.without_item if one not in self.words]):
+            raise ValueError(f"without_item names {unknown[0]!r}, which is none of the words {', '.join(self.words)}")
+        if unknown := [name for name in self.observed if name not in self.attributes]:
+            raise ValueError(f"observed names {unknown[0]!r}, which is none of the attributes {self.attributes}")
+        if wrong := [name for name in self.attributes if name in _EVENT_NAMES or self.attributes.count(name) > 1]:
+            raise ValueError(
+                f"attributes {self.attributes}: {wrong[0]!r} is there twice, or has a meaning of its own; give it "
+                f"another name and map that, data.interactions.columns: {{my_{wrong[0]}: …}}"
+            )
+        return self
 
 
 class FilterSection(Section):
@@ -164,9 +214,26 @@ class FilterSection(Section):
 
     min_rating: float | None = None  # interactions below are dropped
     like_at: float | None = None  # ratings at or above become action "like", the others "dislike"
+    rating_bands: dict[str, float] = {}  # action → the lowest rating that becomes it, ascending; instead of like_at
     user_core: int = Field(1, ge=1)  # k-core: users and items with fewer interactions go, until none is left
     item_core: int = Field(1, ge=1)
     drop_unknown_items: bool = False  # interactions with items absent from the items file: dropped, else an error
+
+    @property
+    def makes_actions(self) -> bool:
+        """Whether actions come from ratings, whatever the log says."""
+        return self.like_at is not None or bool(self.rating_bands)
+
+    @model_validator(mode="after")
+    def _bands_fit(self) -> "FilterSection":
+        bounds = list(self.rating_bands.values())
+        if self.rating_bands and (len(bounds) < 2 or any(a >= b for a, b in itertools.pairwise(bounds))):
+            raise ValueError(
+                f"rating_bands {self.rating_bands}: give two or more, each with its lowest rating, the lowest band first"
+            )
+        if self.rating_bands and self.like_at is not None:
+            raise ValueError(f"like_at={self.like_at} and rating_bands both make actions of ratings: take one of them")
+        return self
 
 
 class HistorySection(Section):
@@ -185,6 +252,9 @@ class PromptSection(Section):
 
     max_items: int = Field(10, ge=0)
     item: str = "{{ title }}"  # how one item is written; any attribute of items.parquet may be used
+    # How one event is written (with `actions`): action and item in words, pause_s (seconds since the session's event
+    # before, "" at its first), and the attributes of actions.attributes
+    event: str = "{{ action }}{% if item %}: {{ item }}{% endif %}"
     user: str = ""  # the template variable `user`: how a user is written, from the attributes of data.users
 
 
@@ -192,8 +262,19 @@ class TaskSection(Section):
     """One kind of example."""
 
     task: Literal[
-        "next_item", "next_item_among", "like", "item_to_attribute", "attribute_to_item", "explain", "assets"
-    ]  # item_to_attribute, attribute_to_item and explain need a graph, assets needs finance
+        "next_item",
+        "next_item_among",
+        "like",
+        "item_to_attribute",  # this and the next two need a graph
+        "attribute_to_item",
+        "explain",
+        "assets",  # this and the next need finance
+        "rank_assets",
+        "next_action",  # these four need actions: the type of the next action,
+        "next_event",  # the whole of it as a JSON object,
+        "outcome",  # whether a session comes to an action of `positive`, from its first events,
+        "action_on_item",  # what the user does with a given item
+    ]
     template: str  # a shipped name or a path, e.g. next_item/films
     dense_window: int = Field(0, ge=0)  # n > 0: training examples are windows of n titles with the loss on each
     # random: the loss begins at a random title of the window; those before it are shown and read by the gate, as the
@@ -201,6 +282,13 @@ class TaskSection(Section):
     dense_start: Literal["first", "random"] = "first"
     max_train_targets: int | None = Field(None, ge=1)  # training targets per user (or windows), chosen by seed
     relations: list[str] = []  # item_to_attribute, attribute_to_item: by id or name; empty: those of graph.retrieval
+    # next_item: what the prompt lists is of the target's session, and the target never the first event of one. The
+    # tasks that need actions are always so, action_on_item excepted
+    within_session: bool = False
+    positive: list[str] = []  # outcome: labels of the actions of which one makes the answer yes
+    after: int = Field(3, ge=1)  # outcome: how many events of the session are shown
+    fields: dict[str, str] = {}  # next_event: further keys of the answer → attribute, or item
+    rationale: str | None = None  # attribute that a completion writes before its answer; of the tasks with actions
 
 
 class EncoderSection(Section):
@@ -273,6 +361,32 @@ class AdapterSection(Section):
         return self
 
 
+class DroSection(Section):
+    """Group distributionally robust optimisation (Sagawa et al. 2020): groups that do badly weigh more and more."""
+
+    groups: Literal["action", "user_cluster"] = "action"  # classes of the answers, or k-means of representations
+    step_size: float = Field(0.01, gt=0)  # η of the paper's algorithm 1
+    clusters: int = Field(8, ge=2)  # of user_cluster
+
+
+class LossSection(Section):
+    """What a token of a completion counts. The default is the mean over all of them."""
+
+    rationale_weight: float = Field(1.0, ge=0)  # of the tokens of a rationale
+    answer_weight: float = Field(1.0, ge=0)  # of all others
+    # By the label of an example: balanced is N / (C · n_c); effective is (1 − β) / (1 − β^n_c) (Cui et al. 2019), both
+    # scaled so that an example weighs 1 on average
+    class_weights: Literal["none", "balanced", "effective"] = "none"
+    class_beta: float = Field(0.999, gt=0, lt=1)  # β of effective
+    dro: DroSection | None = None
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> "LossSection":
+        if self.rationale_weight == self.answer_weight == 0:
+            raise ValueError("rationale_weight and answer_weight are both 0: nothing would be learnt")
+        return self
+
+
 class EvaluateSection(Section):
     """What is scored beside the adapter of this run."""
 
@@ -290,6 +404,26 @@ class EvaluateSection(Section):
         "item_to_item",
         "sequence_encoder",  # the run's own: stands in the report under its type
         "base_model",
+    ]
+    # Of the tasks with actions, each of those for which it makes sense (evaluate/action_systems.py)
+    action_baselines: list[
+        Literal[
+            "constant",
+            "user_most_frequent",
+            "item_most_frequent",
+            "last_action",
+            "markov",
+            "boosted_trees",
+            "sequence_encoder",
+        ]
+    ] = [
+        "constant",
+        "user_most_frequent",
+        "item_most_frequent",
+        "last_action",
+        "markov",
+        "boosted_trees",
+        "sequence_encoder",
     ]
     # None: all that go with the method: uniform and shuffled gates, or shuffled and without_token of a soft token
     controls: list[Literal["uniform", "shuffled", "without_token"]] | None = None
@@ -312,7 +446,8 @@ class SplitSection(Section):
     """Which positions are targets of train, valid and test.
 
     leave_one_out: a user's last interaction is test, the one before valid.
-    temporal: global cut-offs in time so that the newest `test_fraction` of interactions is test.
+    temporal: global cut-offs in time so that the newest `test_fraction` of interactions is test. With whole_sessions a
+    session lies where it begins, and what it holds from the next cut-off on is unused.
     user_holdout: all of a user is train, valid or test. session_holdout: whole sessions, by seeded choice.
     dates: as temporal, with cut-offs that are given as dates: midnights in UTC.
     given: the targets of published rows; a user's later interactions are unused, the others are train.
@@ -323,6 +458,7 @@ class SplitSection(Section):
     test_fraction: float = Field(0.1, gt=0, lt=1)
     targets: Literal["first", "last", "all"] = "first"  # which of a user's valid or test positions are scored
     min_history: int = Field(1, ge=1)  # valid and test positions with fewer earlier interactions are no targets
+    whole_sessions: bool = False  # temporal and dates: no session on both sides
     given: GivenRows | None = None  # only with method given
     valid_from: datetime.date | None = None  # only with method dates, and needed there
     test_from: datetime.date | None = None
@@ -332,6 +468,8 @@ class SplitSection(Section):
         dates = (self.valid_from, self.test_from)
         if self.method != "dates" and dates != (None, None):
             raise ValueError(f"valid_from and test_from belong to the method dates, this is {self.method}")
+        if self.whole_sessions and self.method not in ("temporal", "dates"):
+            raise ValueError(f"whole_sessions belongs to the methods temporal and dates, this is {self.method}")
         in_order = self.valid_from and self.test_from and self.valid_from < self.test_from
         if self.method == "dates" and not in_order:
             raise ValueError(
@@ -361,11 +499,22 @@ class DecodingSection(Section):
     """How an LLM's answer becomes a score: sum or mean of the title's token log-probabilities."""
 
     score: Literal["sum", "mean"] = "sum"
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1)  # of a free answer, of a rationale, of an event
+    constrained: bool = True  # next_event: answers are held to the JSON schema; false: written freely, read strictly
+
+
+class ActionProtocol(Section):
+    """How actions are scored."""
+
+    calibration_examples: int = Field(500, ge=0)  # of valid: they fit the temperature of each system; 0: none
+    bins: int = Field(10, ge=2)  # of the reliability plot and the calibration error
+    otto_k: int = Field(20, ge=1)  # cut-off, and cap of what is to be found, of recall@k for each action
+    otto_weights: dict[str, float] = {}  # label → weight of its recall; OTTO: clicks 0.1, carts 0.3, orders 0.6
+    otto_next: list[str] = []  # labels of which only the next one is to be found; OTTO: clicks
 
 
 class BootstrapSection(Section):
-    """Intervals: percentile bootstrap over users."""
+    """Intervals: percentile bootstrap over users, of tasks with actions over sessions."""
 
     samples: int = Field(2000, ge=100)
     confidence: float = Field(0.95, gt=0, lt=1)
@@ -381,6 +530,7 @@ class Protocol(Section):
     candidates: CandidatesSection = CandidatesSection()
     ranking: RankingSection = RankingSection()
     decoding: DecodingSection = DecodingSection()
+    actions: ActionProtocol = ActionProtocol()
     bootstrap: BootstrapSection = BootstrapSection()
 
 
@@ -394,6 +544,7 @@ class Recipe(Section):
     data: DataSection
     graph: GraphSection | None = None
     finance: FinanceSection | None = None
+    actions: ActionsSection | None = None
     filter: FilterSection = FilterSection()
     protocol: Protocol
     history: HistorySection = HistorySection()
@@ -402,6 +553,7 @@ class Recipe(Section):
     encoder: EncoderSection = EncoderSection()
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
+    loss: LossSection = LossSection()
     train: dict[str, Any] = {}  # transformers.TrainingArguments by their own names
     evaluate: EvaluateSection = EvaluateSection()
 
@@ -412,6 +564,15 @@ class Recipe(Section):
         if not isinstance(finance, dict) or "folder" not in finance:
             return document
         return _with_bank(document, str(finance["folder"]))
+
+    @model_validator(mode="after")
+    def _items_or_actions(self) -> "Recipe":
+        if self.actions is None and "items" not in self.data.model_fields_set:
+            raise ValueError(
+                "data.items is missing: name the file with the items' titles, or write items: null if the ids of the "
+                "log are to be their titles"
+            )
+        return self
 
     @field_validator("protocol", mode="before")
     @classmethod

@@ -244,7 +244,7 @@ def fingerprint(recipe: Recipe, name: str) -> str:
     read: dict[str, Any] = {"recllm": __version__, "stage": name, "seed": recipe.seed}
     sections: tuple[str, ...]
     if name == "convert":
-        sections = ("data", "graph", "finance", "filter", "history", "prompt", "tasks")
+        sections = ("data", "graph", "finance", "actions", "filter", "history", "prompt", "tasks")
         read["format"] = schema.DATASET_FORMAT
         read |= {"split": document["protocol"]["split"], "candidates": document["protocol"]["candidates"]}
         paths = source_paths(recipe.data, recipe.protocol.split)
@@ -266,7 +266,7 @@ def fingerprint(recipe: Recipe, name: str) -> str:
             sections = (*sections, "model")
             read["model_files"] = _model_files(recipe.model.name_or_path)
     elif name == "train":
-        sections = ("model", "adapter", "train", "tasks", "history", "prompt")
+        sections = ("model", "adapter", "loss", "train", "tasks", "history", "prompt")
         read["dataset"] = files.sha256_of(require(recipe, "convert") / "manifest.json")
         read["encoder"] = files.sha256_of(require(recipe, "encoder"))
         read["joint_learning_rate"] = joint

@@ -48,6 +48,36 @@ def test_overrides_reach_into_lists_and_protocols() -> None:
     assert (recipe.tasks[0].dense_window, recipe.protocol.candidates.count, recipe.train["max_steps"]) == (5, 7, 3)
 
 
+ACTIONS = "actions={words: {view: view, buy: buy}}"
+
+
+def test_a_catalogue_may_be_left_to_the_log_but_is_not_forgotten() -> None:
+    log = "data={interactions: {path: log.csv}}"
+    with pytest.raises(UserError, match=r"data.items is missing: name the file .* or write items: null"):
+        load_recipe(NAME, [log])
+    assert load_recipe(NAME, ["data.items=null"]).data.items is None
+    assert load_recipe(NAME, [log, ACTIONS]).data.items is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("actions.words={view: view, buy: view}", "every action needs words of its own"),
+        ("actions.words={view: view, ' ': blank}", "words of ' ': neither label nor words may be blank"),
+        ("actions.words={view: view, buy: 'add  it'}", "words of 'buy': neither"),
+        ("actions.without_item=[leave]", "without_item names 'leave', which is none of the words view, buy"),
+        ("actions.observed=[page]", "observed names 'page', which is none of the attributes"),
+        ("actions.attributes=[action]", "'action' is there twice, or has a meaning of its own"),
+        ("actions.session_gap_s=0", "greater than or equal to 1"),
+        ("protocol.split={method: user_holdout, whole_sessions: true}", "belongs to the methods temporal and dates"),
+    ],
+)
+def test_actions_that_do_not_fit(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(NAME, [ACTIONS, override])
+    assert message in str(error.value)
+
+
 GRAPH = "graph={triples: {path: kg.csv}, links: {path: links.csv}}"
 
 
