@@ -22,8 +22,8 @@ _YEAR_US = 365 * 86_400 * 1_000_000
 class Audit:
     """`add` every part of a log once, then `finish`. The times of the test targets wait in `folder`."""
 
-    def __init__(self, section: SplitSection, folder: Path) -> None:
-        self.section = section
+    def __init__(self, section: SplitSection, folder: Path, events: bool = False) -> None:
+        self.section, self.events = section, events
         self.found = dict.fromkeys(SPLIT_CODES, 0)  # positions by role
         self._test_times = Spool(folder, np.int64)
         self._newest = self._newest_train = _EARLIEST
@@ -32,9 +32,29 @@ class Audit:
         self._ended = self._tied = 0  # users with two interactions and more; of these, those whose last two are tied
         self._sessions: int | None = 0
         self._given: dict[str, dict[str, int]] = {}
+        self._trimmed = self._disordered = self._simultaneous = self._positions = 0
 
-    def add(self, log: Log, codes: Codes, rows: dict[str, list[GivenRow]] | None = None) -> None:
-        """Count what one part of the log, with the role of each position, (P,), holds."""
+    def add(
+        self,
+        log: Log,
+        codes: Codes,
+        rows: dict[str, list[GivenRow]] | None = None,
+        trimmed: int = 0,
+        disordered: int = 0,
+    ) -> None:
+        """Count what one part of the log holds.
+
+        Args:
+            log: the part.
+            codes: (P,) the role of each position.
+            rows: those of split.given that lie in it.
+            trimmed: how many of its positions whole_sessions leaves unused.
+            disordered: of events, how many are older than the one before them in the files.
+        """
+        self._trimmed += trimmed
+        self._disordered += disordered
+        self._positions += len(codes)
+        self._simultaneous += _simultaneous(log)
         for name, code in SPLIT_CODES.items():
             self.found[name] += int((codes == code).sum())
         train_times = np.where(codes == TRAIN, log.order_us, _EARLIEST)
@@ -67,6 +87,9 @@ class Audit:
         {train,valid}_histories_with_test_targets: such positions that come after a TEST position of their own user.
         shared_sessions: sessions with positions in more than one of train, valid and test; null without sessions.
         users_with_tied_last_timestamps: of users with two interactions or more, those whose last two have one time.
+        trimmed_events: with whole_sessions, those that lie beyond the next cut-off and are unused.
+        out_of_order_events: of an event log, those older than the one of their session before them in the files.
+        simultaneous_events: of an event log, the share with the time of the one of their session before them.
         """
         older = sum(int((times < self._newest_train).sum()) for times in self._test_times.chunks())
         result: dict[str, Any] = {f"{name}_targets": count for name, count in self.found.items()}
@@ -81,6 +104,11 @@ class Audit:
             result[f"{name}_histories_with_test_targets"] = count
         result["shared_sessions"] = self._sessions
         result["users_with_tied_last_timestamps"] = self._tied / self._ended if self._ended else 0.0
+        if self.section.whole_sessions:
+            result["trimmed_events"] = self._trimmed
+        if self.events:
+            result["out_of_order_events"] = self._disordered
+            result["simultaneous_events"] = self._simultaneous / self._positions
         return result | {"warnings": [*_warnings(result, self.section), *self._early()]}
 
     def _early(self) -> list[str]:
@@ -96,13 +124,20 @@ class Audit:
 def _shared_sessions(log: Log, codes: Codes) -> int | None:
     if log.sessions is None:
         return None
-    sessions_of = np.maximum.reduceat(log.sessions, log.offsets[:-1]) + 1  # (U,) numbers run from 0
-    begins = np.cumsum(sessions_of) - sessions_of
-    session = np.repeat(begins, log.lengths) + log.sessions
-    seen = np.zeros((len(SPLIT_CODES), int(sessions_of.sum())), dtype=bool)
+    session, count = log.session_numbers
+    seen = np.zeros((len(SPLIT_CODES), count), dtype=bool)
     for number, code in enumerate(SPLIT_CODES.values()):
         seen[number, session[codes == code]] = True
     return int((seen.sum(axis=0) > 1).sum())
+
+
+def _simultaneous(log: Log) -> int:
+    """Positions with the time of the position of their session directly before."""
+    if log.sessions is None:
+        return 0
+    session, _ = log.session_numbers
+    order = np.argsort(session, kind="stable")
+    return int(((np.diff(session[order]) == 0) & (np.diff(log.order_us[order]) == 0)).sum())
 
 
 def _warnings(result: dict[str, Any], section: SplitSection) -> list[str]:
@@ -136,6 +171,16 @@ def _warnings(result: dict[str, Any], section: SplitSection) -> list[str]:
         warnings.append(
             f"{result['users_too_short']} users have fewer than {result['interactions_needed']} interactions "
             "and are in train only."
+        )
+    if count := result.get("out_of_order_events"):
+        warnings.append(
+            f"{count} events stand in the files behind a later one of their session: they were sorted by time. Check "
+            "data.interactions.timestamp_unit, and that timestamp is when they happened."
+        )
+    if (share := result.get("simultaneous_events", 0)) > 0.05:
+        warnings.append(
+            f"{share:.1%} of the events have the time of the one of their session before them: the order of those is "
+            "drawn by lot (seed, user, item, time, action), so what comes next is partly chance."
         )
     for name, rows in result.get("given", {}).items():
         if rows["history_equal"] < rows["rows"]:

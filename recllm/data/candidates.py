@@ -1,5 +1,7 @@
 """Frozen candidates: for each example `count` items, the target among them, none of the others from the user's history.
 
+Events without item are no candidates, and take none away.
+
 Example keys, targets and what each user had enter; an (N, count) array leaves that depends on (seed, example key) only,
 so that any partitioning of the examples, in any order, gives the same candidates. A user's history is looked at once,
 however many examples it has.
@@ -13,6 +15,7 @@ import numpy.typing as npt
 from recllm.data.randomness import mix, uniform
 from recllm.errors import UserError
 from recllm.recipe import CandidatesSection
+from recllm.schema import NO_ITEM
 
 _DRAW_LOT, _PLACE_LOT, _REST_LOT = 201, 202, 203
 _CHUNK = 4096  # rows at a time: the draws of a chunk fit into the second-level cache
@@ -47,14 +50,17 @@ class CandidateSampler:
     def taken(self, offsets: npt.NDArray[np.int64], items: Items) -> Taken:
         """What U users had, once a batch for `draw`: user u's items are items[offsets[u]:offsets[u + 1]], in any order.
 
+        NO_ITEM is nothing that anybody had.
+
         Returns the sorted distinct values of user * num_items + item, 8 bytes each.
 
         Raises:
             UserError: an item outside the catalogue.
         """
-        self._check("history", items)
-        users = np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets))
-        pairs = users * self.num_items + items
+        had = items != NO_ITEM
+        users = np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets))[had]
+        self._check("history", items[had])
+        pairs = users * self.num_items + items[had]
         pairs.sort()
         return pairs[np.diff(pairs, prepend=-1) > 0]
 

@@ -26,11 +26,13 @@ class Sequences:
     """All users' sequences, oldest first; user u owns positions offsets[u]:offsets[u + 1]. U users, P positions."""
 
     offsets: npt.NDArray[np.int64]  # (U + 1,)
-    items: npt.NDArray[np.int32]  # (P,) item_index
+    items: npt.NDArray[np.int32]  # (P,) item_index; schema.NO_ITEM of events without one
     timestamps: npt.NDArray[np.int64]  # (P,) seconds since the epoch
     splits: npt.NDArray[np.int8]  # (P,) schema.UNUSED, TRAIN, VALID or TEST
     user_ids: pa.ChunkedArray  # (U,) text; user_ids[u].as_py() is one id
     user_keys: npt.NDArray[np.uint64]  # (U,)
+    actions: npt.NDArray[np.int32] | None = None  # (P,) numbers of actions, of event datasets
+    sessions: npt.NDArray[np.int32] | None = None  # (P,) number of the session within the user, of event datasets
 
     @property
     def num_users(self) -> int:
@@ -77,8 +79,29 @@ class Dataset:
 
     @property
     def vocabulary_sha256(self) -> str:
-        """schema.vocabulary_sha256 of this dataset's item ids; checked when the dataset was opened."""
-        return str(self.manifest["items_sha256"])
+        """schema.vocabulary_sha256 of this dataset's item ids, which was checked when the dataset was opened.
+
+        Of an event dataset schema.event_vocabulary_sha256 of item ids and actions.
+        """
+        if not self.is_events:
+            return str(self.manifest["items_sha256"])
+        return schema.event_vocabulary_sha256(self.items[schema.ITEM_ID].to_pylist(), self.actions)
+
+    @property
+    def is_events(self) -> bool:
+        """Whether a position is an event (an action, with an item or without) and not just an item."""
+        return bool(self.manifest.get("events"))
+
+    @property
+    def actions(self) -> list[str]:
+        """Labels of the actions in the order of their numbers; empty unless this is an event dataset."""
+        return list(self.manifest["actions"]["labels"]) if self.is_events else []
+
+    @property
+    def words(self) -> list[str]:
+        """The actions as prompts and answers write them, in the order of their numbers."""
+        words = self.manifest["actions"]["words"] if self.is_events else []
+        return [words[label] for label in self.actions] if isinstance(words, dict) else list(words)
 
     @cached_property
     def titles(self) -> list[str]:
@@ -90,32 +113,70 @@ class Dataset:
         """Everything that users did, as flat arrays.
 
         Raises:
-            UserError: missing or corrupt file; lists of unequal length; an item_index outside the vocabulary.
+            UserError: missing or corrupt file; lists of unequal length; an item_index outside the vocabulary, or of an
+                event dataset an action.
         """
         path = self.folder / "sequences.parquet"
-        table = _read(path, ["user_index", "user_id", "user_key", "items", "timestamps", "splits"])
+        columns = ["user_index", "user_id", "user_key", "items", "timestamps", "splits"]
+        table = _read(path, [*columns, "actions", "sessions"] if self.is_events else columns)
         if not np.array_equal(table["user_index"].to_numpy(), np.arange(table.num_rows)):
             raise UserError(f"{path}: user_index is not 0..{table.num_rows - 1} in row order: convert again")
         offsets, items = flat(table["items"])
         (time_offsets, times), (split_offsets, splits) = flat(table["timestamps"]), flat(table["splits"])
         if not (np.array_equal(offsets, time_offsets) and np.array_equal(offsets, split_offsets)):
             raise UserError(f"{path}: items, timestamps and splits of a user differ in length: convert again")
-        self._check_items(path, items, "items")
-        return Sequences(offsets, items, times, splits, table["user_id"], table["user_key"].to_numpy())
+        self._check_items(path, items[items != schema.NO_ITEM] if self.is_events else items, "items")
+        events = self._events(path, table, offsets) if self.is_events else ()
+        return Sequences(offsets, items, times, splits, table["user_id"], table["user_key"].to_numpy(), *events)
+
+    def _events(
+        self, path: Path, table: pa.Table, offsets: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Numbers of the actions, and the sessions, of every position."""
+        labels = pc.list_flatten(table["actions"])
+        numbers = pc.index_in(labels, pa.array(self.actions, labels.type))
+        session_offsets, sessions = flat(table["sessions"])
+        if not all(np.array_equal(offsets, found) for found in (session_offsets, _offsets(table["actions"]))):
+            raise UserError(f"{path}: items, actions and sessions of a user differ in length: convert again")
+        if numbers.null_count:
+            unknown = labels.filter(pc.is_null(numbers))[0].as_py()
+            raise UserError(f'{path}: action "{unknown}" is none of the manifest\'s {self.actions}: convert again')
+        return numbers.to_numpy().astype(np.int32), sessions.astype(np.int32)
 
     def history(self, user_index: int, history_end: int, max_items: int) -> npt.NDArray[np.int32]:
-        """Items at positions [0, history_end) of a user, oldest first, at most the last `max_items`; a view.
+        """Items at positions [0, history_end) of a user, oldest first, at most the last `max_items`.
+
+        A view; of an event dataset a copy, without the events that have no item.
 
         Raises:
             UserError: a user or a position that the sequences do not have.
         """
+        if not self.is_events:
+            return self.sequences.items[self._positions(user_index, history_end, max_items)]
+        items = self.sequences.items[self._positions(user_index, history_end, history_end)]
+        items = items[items != schema.NO_ITEM]
+        return items[max(0, len(items) - max_items) :]
+
+    def read(self, user_index: int, history_end: int, max_items: int) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+        """What an encoder reads of positions [0, history_end) of a user, oldest first, at most the last `max_items`.
+
+        The items; of an event dataset the codes of the events (schema.event_codes). Errors as `history`.
+        """
+        if not self.is_events:
+            return self.history(user_index, history_end, max_items)
+        place, actions = self._positions(user_index, history_end, max_items), self.sequences.actions
+        assert actions is not None  # of an event dataset
+        return schema.event_codes(self.sequences.items[place], actions[place], self.num_items)
+
+    def _positions(self, user_index: int, history_end: int, most: int) -> slice:
+        """Flat positions of the last `most` of [0, history_end) of a user."""
         sequences = self.sequences
         if not 0 <= user_index < sequences.num_users:
             raise UserError(f"user_index {user_index} is outside the {sequences.num_users} users of {self.folder}")
         start, end = sequences.offsets[user_index], sequences.offsets[user_index + 1]
         if not 0 <= history_end <= end - start:
             raise UserError(f"history_end {history_end} is outside the {end - start} interactions of user {user_index}")
-        return sequences.items[max(start, start + history_end - max_items) : start + history_end]
+        return slice(max(start, start + history_end - most), start + history_end)
 
     def examples(self, split: str, columns: Sequence[str] | None = None) -> pa.Table:
         """All examples of a split in memory, in the order of its files, columns of schema.EXAMPLES.
@@ -210,9 +271,12 @@ def flat(column: pa.Array | pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt
     >>> flat(pa.array([[7, 8], [], [9]]))
     (array([0, 2, 2, 3]), array([7, 8, 9]))
     """
-    lengths = pc.list_value_length(column).to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    return offsets, pc.list_flatten(column).to_numpy()
+    return _offsets(column), pc.list_flatten(column).to_numpy()
+
+
+def _offsets(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
 def pad_left(rows: Sequence[npt.ArrayLike], value: int = -1) -> npt.NDArray[np.int64]:

@@ -15,10 +15,10 @@ class Log:
     user_ids: list[str]  # (U,)
     user_keys: npt.NDArray[np.uint64]  # (U,)
     offsets: npt.NDArray[np.int64]  # (U + 1,)
-    items: npt.NDArray[np.int32]  # (P,) item_index
+    items: npt.NDArray[np.int32]  # (P,) item_index; NO_ITEM of events without one
     order_us: npt.NDArray[np.int64]  # (P,) microseconds since the epoch
     sessions: npt.NDArray[np.int32] | None = None  # (P,) number of the session within its user
-    session_keys: npt.NDArray[np.uint64] | None = None  # (P,) hash of session_id
+    session_keys: npt.NDArray[np.uint64] | None = None  # (P,) hash of session_id, or of the time at which it begins
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -34,6 +34,27 @@ class Log:
     def positions(self) -> npt.NDArray[np.int64]:
         """Place of each position within its sequence, from 0, (P,): the number of earlier interactions."""
         return np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths)
+
+    @property
+    def session_numbers(self) -> tuple[npt.NDArray[np.int64], int]:
+        """Number of each position's session among all users', (P,), and how many sessions there are."""
+        assert self.sessions is not None  # callers look first
+        sessions_of = np.maximum.reduceat(self.sessions, self.offsets[:-1]) + 1  # (U,) numbers run from 0
+        begins = np.cumsum(sessions_of, dtype=np.int64) - sessions_of
+        return np.asarray(np.repeat(begins, self.lengths) + self.sessions), int(sessions_of.sum())
+
+    def users_between(self, first: int, end: int) -> "Log":
+        """The log of users first..end - 1 alone."""
+        part = slice(self.offsets[first], self.offsets[end])
+        return Log(
+            user_ids=self.user_ids[first:end],
+            user_keys=self.user_keys[first:end],
+            offsets=self.offsets[first : end + 1] - self.offsets[first],
+            items=self.items[part],
+            order_us=self.order_us[part],
+            sessions=None if self.sessions is None else self.sessions[part],
+            session_keys=None if self.session_keys is None else self.session_keys[part],
+        )
 
     def reordered(self, order: npt.NDArray[np.int64]) -> "Log":
         """The log with its positions in another order, (P,), that leaves every position with its user."""

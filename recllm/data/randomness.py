@@ -28,9 +28,14 @@ def mix(seed: int, *keys: Any) -> Keys:
     """
     state = _splitmix(np.asarray([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
     shape = np.broadcast_shapes(*(np.shape(key) for key in keys))
+    return mix_further(state, *keys).reshape(shape)
+
+
+def mix_further(state: Keys, *keys: Any) -> Keys:
+    """Hashes gone on with, for what many of them share: mix_further(mix(seed, a), b) is mix(seed, a, b)."""
     for key in keys:
         state = _splitmix(state ^ _as_uint64(key))
-    return state.reshape(shape)
+    return state
 
 
 def uniform(keys: Keys) -> npt.NDArray[np.float64]:
@@ -58,7 +63,8 @@ def _as_uint64(key: Any) -> Keys:
 
 
 def _splitmix(state: Keys) -> Keys:
-    state = state + GOLDEN
+    """In place: `state` is nobody else's."""
+    state += GOLDEN
     state ^= state >> _S30
     state *= _FIRST
     state ^= state >> _S27

@@ -1,5 +1,8 @@
 """Reads interactions, items and users: CSV/TSV, Parquet, JSONL, RecBole atomic files and saved HF datasets.
 
+Interactions also as JSON lines of whole sessions, and as events: with the attributes of each, and without item where
+their action needs none.
+
 A source section of the recipe enters; a lazy frame of interactions, or a frame of items or users, in our own column
 names leaves.
 Files are scanned lazily, so that a log need never be in memory as text. Anything unreadable is an error that names the
@@ -15,6 +18,7 @@ import polars as pl
 from recllm.data.tables import (
     Table,
     bad_time,
+    broken_json,
     check,
     collect,
     column_of,
@@ -23,45 +27,78 @@ from recllm.data.tables import (
     natural_sort,
     nearest,
     one_line,
+    open_sessions,
     open_table,
     refuse_duplicates,
     said,
     time_us,
     unusable,
+    with_paths,
 )
 from recllm.errors import UserError
-from recllm.recipe import IdMap, InteractionsSource, ItemsSource, TriplesSource, UsersSource
-from recllm.schema import INTERACTIONS, ITEM_ID, RATING, REQUIRED_INTERACTION_COLUMNS, TIMESTAMP, TITLE, USER_ID
+from recllm.recipe import ActionsSection, IdMap, InteractionsSource, ItemsSource, TriplesSource, UsersSource
+from recllm.schema import (
+    ACTION,
+    ATTRIBUTE,
+    INTERACTIONS,
+    ITEM_ID,
+    RATING,
+    REQUIRED_INTERACTION_COLUMNS,
+    SESSION_ID,
+    TIMESTAMP,
+    TITLE,
+    USER_ID,
+)
 
 # Microseconds since the epoch: the order of interactions is taken from it, before seconds are rounded down.
 ORDER = "order_us"
+ROW = "row"  # of an event: its place in the files
+_NO_ITEM, _NO_JSON = "no item", "no JSON in "  # names of checks
 _RESERVED = {ITEM_ID: ("item_index", "text"), USER_ID: ("user_index",)}  # columns that recllm adds to these tables
 _SECTIONS = {ITEM_ID: "items", USER_ID: "users"}
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 
 
-def read_interactions(source: InteractionsSource, skip: Collection[str] = ()) -> pl.LazyFrame:
+def read_interactions(
+    source: InteractionsSource, skip: Collection[str] = (), actions: ActionsSection | None = None
+) -> pl.LazyFrame:
     """Lazy frame of the interactions, in the order of the files.
 
     Columns are those of schema.INTERACTIONS (optional ones only where the source has them), timestamps as whole
     seconds, rounded down, and `order_us`, the exact time (int64, microseconds). Ids are text without blanks around it.
 
+    Of an event log action and item_id are always there, the item null where an event has none. Further columns are
+    `attribute:NAME`, text on one line, "" for blank, and `row`, the event's place in the files.
+
     Args:
         source: files and columns; an optional column that is mapped to null is not read.
         skip: optional columns that nobody asks for: they are not read either, whatever they hold.
+        actions: of the recipe, if the log holds events.
 
     Raises:
-        UserError: missing file or column, blank id, unparsable timestamp or rating; names file, line and value.
+        UserError: missing file or column, blank id, unparsable timestamp or rating; of events also a blank action or
+            session id, an action without the item that it needs, an attribute in JSON that is none. Names file, line
+            and value.
     """
     if not (paths := paths_of(source)):
         raise UserError("data.interactions.path is an empty list: name at least one file")
-    _known_keys(source.columns)
-    frames = [_interactions_of(open_table(path, source), source, skip) for path in paths]
+    _known_keys(source.columns, actions)
+    frames = [_interactions_of(_open(path, source), source, skip, actions) for path in paths]
     first = frames[0].collect_schema().names()
     for path, frame in zip(paths, frames):
         if (names := frame.collect_schema().names()) != first:
             raise UserError(f"{path}: gives the columns {names}, but {paths[0]} gives {first}: read them separately")
-    return pl.concat(frames)
+    log = pl.concat(frames)
+    return log if actions is None else log.with_row_index(ROW)
+
+
+def _open(path: str, source: InteractionsSource) -> Table:
+    return open_sessions(path, source.events) if source.format == "jsonl_sessions" else open_table(path, source)
+
+
+def list_key(source: InteractionsSource) -> str | None:
+    """The key of the list in lines that are sessions; None for other files."""
+    return source.events if source.format == "jsonl_sessions" else None
 
 
 def paths_of(source: InteractionsSource | TriplesSource) -> list[str]:
@@ -69,32 +106,66 @@ def paths_of(source: InteractionsSource | TriplesSource) -> list[str]:
     return [source.path] if isinstance(source.path, str) else list(source.path)
 
 
-def _known_keys(columns: Mapping[str, Any]) -> None:
+def _known_keys(columns: Mapping[str, Any], actions: ActionsSection | None) -> None:
+    known = [*INTERACTIONS.names, *(actions.attributes if actions else ())]
     for name in columns:
-        if name not in INTERACTIONS.names:
-            raise UserError(f'data.interactions.columns: unknown name "{name}", {nearest(name, INTERACTIONS.names)}')
+        if name not in known:
+            raise UserError(f'data.interactions.columns: unknown name "{name}", {nearest(name, known)}')
 
 
-def _interactions_of(table: Table, source: InteractionsSource, skip: Collection[str]) -> pl.LazyFrame:
-    columns, checks = [], []
+def _interactions_of(
+    table: Table, source: InteractionsSource, skip: Collection[str], actions: ActionsSection | None
+) -> pl.LazyFrame:
+    columns, checks = {}, []
+    table = with_paths(table, source.columns.values())
     schema = table.frame.collect_schema()
+    needed, filled = _needed(skip, actions)
     for name in INTERACTIONS.names:
-        required = name in REQUIRED_INTERACTION_COLUMNS
-        column = column_of(name, source.columns, table, required)
+        column = column_of(name, source.columns, table, name in needed)
         if column is None or name in skip:
             continue
-        parsed = _parse(name, column, schema[column], source, table.path)
-        columns.append(parsed.alias(ORDER if name == TIMESTAMP else name))
-        if required or name == RATING:
-            checks.append((name, column, unusable(parsed, column, required)))
+        columns[name] = _parse(name, column, schema[column], source, table.path)
+        if name in filled or name == RATING:
+            checks.append((name, column, unusable(columns[name], column, name in filled)))
+    if actions is not None:
+        checks += _complete_events(columns, table, source, actions)
+    mapped = {name: table.json[str(column)] for name, column in source.columns.items() if column in table.json}
+    checks += [(f"{_NO_JSON}{name}", column, broken_json(column)) for name, column in mapped.items()]
     check(table, checks, partial(_complaint, source))
+    columns[ORDER] = columns.pop(TIMESTAMP)
     seconds = pl.col(ORDER).floordiv(1_000_000).alias(TIMESTAMP)
-    kept = {column.meta.output_name() for column in columns} | {TIMESTAMP}
-    return (
-        table.frame.select(columns)
-        .with_columns(seconds)
-        .select(*(name for name in INTERACTIONS.names if name in kept), ORDER)
-    )
+    ours = [name for name in INTERACTIONS.names if name in columns or name == TIMESTAMP]
+    further = [name for name in columns if name not in INTERACTIONS.names]
+    named = [column.alias(name) for name, column in columns.items()]
+    return table.frame.select(named).with_columns(seconds).select(*ours, *further)
+
+
+def _needed(skip: Collection[str], actions: ActionsSection | None) -> tuple[Collection[str], Collection[str]]:
+    """Our columns that must be there, and those in which no value may be blank."""
+    if actions is None:
+        return REQUIRED_INTERACTION_COLUMNS, REQUIRED_INTERACTION_COLUMNS
+    if ACTION not in skip:
+        return (USER_ID, TIMESTAMP, ACTION), (USER_ID, TIMESTAMP, ACTION, SESSION_ID)
+    item = () if actions.without_item == "*" else (ITEM_ID,)  # actions are made of ratings
+    return (USER_ID, TIMESTAMP, *item), (USER_ID, TIMESTAMP, SESSION_ID, *item)
+
+
+def _complete_events(
+    columns: dict[str, pl.Expr], table: Table, source: InteractionsSource, actions: ActionsSection
+) -> list[tuple[str, str, pl.Expr]]:
+    """Add what events have beyond interactions to `columns`; the check that no action lacks the item it needs."""
+    schema = table.frame.collect_schema()
+    columns.setdefault(ITEM_ID, pl.lit(None, dtype=pl.String))
+    for name in actions.attributes:
+        column = column_of(name, source.columns, table, required=True)
+        assert column is not None  # it is required
+        columns[f"{ATTRIBUTE}{name}"] = one_line(name, column, schema[column], table.path)
+    if ACTION not in columns or actions.without_item == "*":
+        return []
+    needing = [label for label in actions.words if label not in actions.without_item]
+    label = column_of(ACTION, source.columns, table, required=True)
+    assert label is not None
+    return [(_NO_ITEM, label, columns[ITEM_ID].is_null() & columns[ACTION].is_in(needing))]
 
 
 def _parse(name: str, column: str, dtype: pl.DataType, source: InteractionsSource, path: str) -> pl.Expr:
@@ -119,6 +190,19 @@ def _complaint(source: InteractionsSource, name: str, column: str, value: Any, s
         return bad_time(column, value, stored, source.timestamp_unit, "data.interactions")
     if name == RATING:
         return f'the rating in column "{column}" is {value!r}, expected a number: mend it or {_unread(name)}'
+    if name == _NO_ITEM:
+        return (
+            f'an event of the action "{str(value).strip()}" has no item: give it one in the column of item_id '
+            f"({source.columns.get(ITEM_ID, ITEM_ID)}), or list the action in actions.without_item"
+        )
+    if name.startswith(_NO_JSON):
+        asked = source.columns[name.removeprefix(_NO_JSON)]
+        return f'column "{column}" is no valid JSON ({str(value)[:60]!r}), of which {asked} is asked: mend the line'
+    if name == SESSION_ID:
+        return (
+            f'session_id in column "{column}" is blank: every event needs one, mend or drop the line, or '
+            f"{_unread(name)}, and actions.session_gap_s makes sessions from pauses"
+        )
     return f'{name} in column "{column}" is blank: every interaction needs one, mend or drop the line'
 
 

@@ -115,11 +115,12 @@ def assign(log: Log, rules: Rules, rows: dict[str, list[GivenRow]] | None = None
 
     valid and test: of a user's positions that have at least `min_history` earlier interactions, the first, the last or
     all (`targets`) are scored, the others are UNUSED. TRAIN keeps every position, except that with session_holdout the
-    positions of a user after the beginning of their first valid or test session are UNUSED: no history of a training
-    example holds a target of valid or test.
+    positions of a user after the beginning of their first valid or test session are UNUSED, and with whole_sessions
+    those that `trimmed` names: no history of a training example holds a target of valid or test, and no session of a
+    target of valid or test has a position in TRAIN.
 
     Raises:
-        UserError: session_holdout without sessions.
+        UserError: session_holdout or whole_sessions without sessions.
     """
     section = rules.section
     if section.method == "leave_one_out":
@@ -142,11 +143,40 @@ def _leave_one_out(log: Log, section: SplitSection) -> Codes:
 
 
 def _temporal(log: Log, rules: Rules) -> Codes:
-    """Interactions at a cut-off belong to the later side."""
-    codes = np.full(len(log.items), TRAIN, dtype=np.int8)
-    codes[log.seconds >= rules.cutoffs["valid"]] = VALID
-    codes[log.seconds >= rules.cutoffs["test"]] = TEST
+    codes = _sides(log.seconds, rules)
+    if rules.section.whole_sessions:
+        codes = np.where(trimmed(log, rules), UNUSED, _sides(_beginnings(log), rules)).astype(np.int8)
     return _scored(log, codes, rules.section)
+
+
+def _sides(seconds: npt.NDArray[np.int64], rules: Rules) -> Codes:
+    """What lies at a cut-off belongs to the later side."""
+    codes = np.full(len(seconds), TRAIN, dtype=np.int8)
+    codes[seconds >= rules.cutoffs["valid"]] = VALID
+    codes[seconds >= rules.cutoffs["test"]] = TEST
+    return codes
+
+
+def trimmed(log: Log, rules: Rules) -> npt.NDArray[np.bool_]:
+    """By whole_sessions, positions at or after the next cut-off behind the beginning of their session, (P,).
+
+    As the OTTO dataset has it, whose training sessions end where its test week begins.
+
+    Raises:
+        UserError: there are no sessions.
+    """
+    later: npt.NDArray[np.bool_] = _sides(log.seconds, rules) > _sides(_beginnings(log), rules)
+    return later
+
+
+def _beginnings(log: Log) -> npt.NDArray[np.int64]:
+    """When the session of each position begins, (P,) seconds."""
+    if log.sessions is None:
+        raise UserError(_no_sessions("whole_sessions"))
+    session, count = log.session_numbers
+    first = np.empty(count, dtype=np.int64)
+    first[session[::-1]] = log.seconds[::-1]  # what is written last stays: the oldest
+    return first[session]
 
 
 def _by_lot(log: Log, section: SplitSection, lots: npt.NDArray[np.float64]) -> Codes:
@@ -161,11 +191,15 @@ def _by_lot(log: Log, section: SplitSection, lots: npt.NDArray[np.float64]) -> C
 
 def _session_lots(log: Log, seed: int) -> npt.NDArray[np.float64]:
     if log.session_keys is None:
-        raise UserError(
-            "split.method session_holdout needs a session id for each interaction, the source has none: map one with "
-            "data.interactions.columns.session_id or take another split"
-        )
+        raise UserError(_no_sessions("method session_holdout"))
     return uniform(mix(seed, _SESSION_LOT, log.user_keys[log.users], log.session_keys))
+
+
+def _no_sessions(what: str) -> str:
+    return (
+        f"split.{what} needs a session id for each interaction, the source has none: map one with "
+        "data.interactions.columns.session_id or take another split"
+    )
 
 
 def _scored(log: Log, codes: Codes, section: SplitSection) -> Codes:
@@ -211,6 +245,7 @@ def refuse_empty(found: dict[str, int], users: int, interactions: int, rules: Ru
     raise UserError(
         f"split {section.method}: {empty} came out empty (train {found['train']}, valid {found['valid']}, test "
         f"{found['test']} of {interactions} interactions of {users} users; cut-offs "
-        f"{rules.cutoffs or 'none'}; valid_fraction + test_fraction = {total:g}, min_history {section.min_history}): "
-        "change the fractions, lower split.min_history or read more data"
+        f"{rules.cutoffs or 'none'}; valid_fraction + test_fraction = {total:g}, min_history {section.min_history}"
+        + ("; by whole_sessions a side has the sessions that begin there" if section.whole_sessions else "")
+        + "): change the fractions, lower split.min_history or read more data"
     )

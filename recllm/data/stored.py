@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 SHARD_POSITIONS = 1 << 17  # interactions of a shard, and at most one user's more: tens of MiB of examples
 GROUP_POSITIONS = 8 * SHARD_POSITIONS  # of a row group of sequences.parquet: what is sorted in memory at a time
 # Further columns on the way to the converter: the text about each user; of a bank's customers the lines of their ledger
-# and the dates on which the task assets asks them (finance.py)
+# and the dates on which a bank's tasks ask them (convert/finance.py)
 USER, LEDGER, DATES = "user", "ledger", "dates"
 
 

@@ -1,17 +1,20 @@
 """Writes logs that look like logs: of any size for benchmarks, or of a known process for evidence.
 
 Sizes and a seed enter; a folder with interactions.parquet and items.parquet leaves. `write_interactions` streams items
-that have nothing to do with each other. `write_clusters` draws users from hidden clusters whose transition tables are
-known, so that the best possible score is known too (`best_score`, `window_score`, `bayes_scores`).
+that have nothing to do with each other, `write_events` events of such sessions. `write_clusters` draws users from
+hidden clusters whose transition tables are known, so that the best possible score is known too (`best_score`,
+`window_score`, `bayes_scores`).
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recllm import files
@@ -38,6 +41,41 @@ def write_interactions(path: Path, num_interactions: int, num_users: int, num_it
         The folder `path`, with interactions.parquet (user_id, item_id, timestamp, session_id, rating) and items.parquet
         (item_id, title, genre).
     """
+    return _write(path, num_interactions, num_users, num_items, seed, lambda table, _: table)
+
+
+def write_events(path: Path, num_events: int, num_users: int, num_items: int, seed: int) -> Path:
+    """Write a synthetic log of events, as `write_interactions` does.
+
+    Returns:
+        The folder `path`, with interactions.parquet (user_id, item_id, timestamp, session_id, action, query) and
+        items.parquet. Of ten events six are "view", one "cart", "buy" and "save", with an item, and one is "search",
+        with a query of two words in place of it.
+    """
+    return _write(path, num_events, num_users, num_items, seed, _as_events)
+
+
+def _as_events(table: pa.Table, generator: np.random.Generator) -> pa.Table:
+    """Interactions with actions, and searches among them."""
+    drawn = generator.integers(0, 10, table.num_rows)
+    actions = pa.array(["view"] * 6 + ["cart", "buy", "save", "search"]).take(pa.array(drawn))
+    searches = pa.array(drawn == 9)
+    words = pa.array([f"{adjective} {noun}".lower() for adjective in _ADJECTIVES for noun in _NOUNS])
+    query = words.take(pa.array(generator.integers(0, len(words), table.num_rows)))
+    item = pc.if_else(searches, pa.scalar(None, pa.int64()), table["item_id"])
+    table = table.drop_columns("rating").set_column(table.schema.get_field_index("item_id"), "item_id", item)
+    return table.append_column("action", actions).append_column("query", pc.if_else(searches, query, ""))
+
+
+def _write(
+    path: Path,
+    num_interactions: int,
+    num_users: int,
+    num_items: int,
+    seed: int,
+    finish: Callable[[pa.Table, np.random.Generator], pa.Table],
+) -> Path:
+    """Write the log in batches, each as `finish` makes it of interactions."""
     generator = np.random.default_rng(seed)
     with files.replacing_folder(Path(path)) as folder:
         _write_items(folder / "items.parquet", num_items)
@@ -46,7 +84,7 @@ def write_interactions(path: Path, num_interactions: int, num_users: int, num_it
         writer = None
         for start in range(0, num_interactions, _BATCH):
             rows = np.arange(start, min(start + _BATCH, num_interactions))
-            table = _batch(generator, rows, num_interactions, num_users, popularity, shuffled)
+            table = finish(_batch(generator, rows, num_interactions, num_users, popularity, shuffled), generator)
             writer = writer or pq.ParquetWriter(folder / "interactions.parquet", table.schema)
             writer.write_table(table)
         if writer:

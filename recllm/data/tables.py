@@ -11,8 +11,8 @@ import difflib
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -60,6 +60,8 @@ class Table:
     names: list[str]
     path: str  # as given in the recipe
     line: Callable[[int], str]  # row number from 0 → "line 17"
+    events: str | None = None  # of lines that are sessions: the key of their list
+    json: Mapping[str, str] = field(default_factory=dict)  # a name that goes into objects → the column that holds JSON
 
 
 def open_table(path: str, source: Source, unquoted: str = "") -> Table:
@@ -73,13 +75,7 @@ def open_table(path: str, source: Source, unquoted: str = "") -> Table:
     Raises:
         UserError: no such file, a folder in place of a file, one that cannot be read as that format.
     """
-    file = offline.resolve(path)
-    if not file.exists():
-        raise UserError(f"{path} does not exist: check the path in the recipe (relative to {Path.cwd()})")
-    kind = _format(file) if source.format == "auto" else source.format
-    if file.is_dir() != (kind == "hf"):
-        expected = "a folder written by datasets.save_to_disk" if kind == "hf" else "a file"
-        raise UserError(f"{path}: is {'a folder' if file.is_dir() else 'a file'}, format {kind} expects {expected}")
+    file, kind = _existing(path, source.format)
     if kind == "recbole":
         return _recbole(path, str(file))
     if kind == "parquet":
@@ -91,6 +87,17 @@ def open_table(path: str, source: Source, unquoted: str = "") -> Table:
     tab = ending_of(file) == ".tsv" and source.separator == ","
     separator = "\t" if tab else source.separator
     return csv_table(path, str(file), separator, source.header, quote=None if separator in unquoted else '"')
+
+
+def _existing(path: str, kind: str) -> tuple[Path, str]:
+    file = offline.resolve(path)
+    if not file.exists():
+        raise UserError(f"{path} does not exist: check the path in the recipe (relative to {Path.cwd()})")
+    kind = _format(file) if kind == "auto" else kind
+    if file.is_dir() != (kind == "hf"):
+        expected = "a folder written by datasets.save_to_disk" if kind == "hf" else "a file"
+        raise UserError(f"{path}: is {'a folder' if file.is_dir() else 'a file'}, format {kind} expects {expected}")
+    return file, kind
 
 
 def _format(file: Path) -> str:
@@ -162,9 +169,112 @@ def _jsonl(path: str, file: str) -> Table:
         texts = {name: pl.String for name, dtype in schema.items() if not dtype.is_nested()}  # 7 and "7" both read
         frame = pl.scan_ndjson(file, schema={**schema, **texts})
     except pl.exceptions.PolarsError as error:
-        _refuse_encoding(path, file)
-        raise UserError(_broken_json(path, file, error)) from None
+        raise _unreadable_json(path, file, error) from None
     return Table(frame, _names(frame, path), path, lambda row: f"line {_json_line(file, row)}")
+
+
+def open_sessions(path: str, events: str) -> Table:
+    """Open lines that are sessions: JSON objects, each with a list of events under the key `events`.
+
+    A row an event, in the order of the file. Columns are what the session says, under its own keys, and what the event
+    says, as "events.KEY"; of objects inside, as "events.KEY.KEY". Every value is text; keys are those of the first 1000
+    lines. A session with an empty list has no row; one without the list has one, with no value in the event's columns.
+
+    Raises:
+        UserError: no such file, a line that is no JSON object, a list that is none.
+    """
+    file = str(_existing(path, "jsonl_sessions")[0])
+    try:
+        inferred = pl.scan_ndjson(file, infer_schema_length=1000).collect_schema()
+        schema = {name: _all_text(dtype) for name, dtype in inferred.items()}
+        if events in schema and isinstance(schema[events], pl.List):
+            frame = pl.scan_ndjson(file, schema=schema)
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable_json(path, file, error, events) from None
+    if not isinstance(schema.get(events), pl.List) or not isinstance(schema[events].inner, pl.Struct):
+        raise UserError(
+            _json_fault(path, file, events)
+            or f'{path}: no line has events under "{events}", keys there: {", ".join(schema)}: set '
+            "data.interactions.events"
+        )
+    frame = frame.filter(pl.col(events).list.len().ne_missing(0)).explode(events)
+    table = Table(frame, list(schema), path, lambda row: _event_of(file, events, row), events)
+    return _with_fields(table)
+
+
+def _all_text(dtype: Any) -> Any:
+    """The type with text in place of everything that is neither object nor list."""
+    if isinstance(dtype, pl.Struct):
+        return pl.Struct({part.name: _all_text(part.dtype) for part in dtype.fields})
+    return pl.List(_all_text(dtype.inner)) if isinstance(dtype, pl.List) else pl.String
+
+
+def _event_of(file: str, events: str, row: int) -> str:
+    """Which line, and which event of its list, both from 1."""
+    with opened_text(file) as handle:
+        for number, text in enumerate(handle, 1):
+            if not text.strip():
+                continue
+            found = json.loads(text).get(events)
+            rows = len(found) if isinstance(found, list) else 1
+            if row < rows:
+                return f"line {number}, event {row + 1}" if isinstance(found, list) else f"line {number}"
+            row -= rows
+    return f"event {row + 1} after the last"
+
+
+def with_paths(table: Table, names: Iterable[str | int | None]) -> Table:
+    """The table with a column more for each of the names that goes into objects, a.b.c, and is no column itself.
+
+    Of objects in the file a field; of text that is JSON what it holds there, as text, and Table.json says where that
+    stands. A name that leads nowhere gets no column.
+    """
+    wanted = [name for name in names if isinstance(name, str) and "." in name and name not in table.names]
+    if not wanted:
+        return table
+    table = _with_fields(table)
+    schema = table.frame.collect_schema()
+    found: dict[str, str] = {}
+    for name in wanted:
+        ends = [place for place, letter in enumerate(name) if letter == "."]
+        prefixes = [name[:end] for end in reversed(ends) if schema.get(name[:end]) == pl.String]
+        if name not in table.names and prefixes:
+            found[name] = prefixes[0]
+    columns = [
+        pl.col(column).str.json_path_match(_json_path(name[len(column) + 1 :])).alias(name)
+        for name, column in found.items()
+    ]
+    return replace(table, frame=table.frame.with_columns(columns), names=[*table.names, *found], json=found)
+
+
+def _with_fields(table: Table) -> Table:
+    """With a column for each field of objects, named by its way."""
+    fields = [
+        (way, field)
+        for name, dtype in table.frame.collect_schema().items()
+        for way, field in _fields(name, pl.col(name), dtype)
+        if way not in table.names
+    ]
+    columns = [field.alias(way) for way, field in fields]
+    return replace(table, frame=table.frame.with_columns(columns), names=[*table.names, *(way for way, _ in fields)])
+
+
+def _fields(way: str, value: pl.Expr, dtype: Any) -> Iterator[tuple[str, pl.Expr]]:
+    for part in dtype.fields if isinstance(dtype, pl.Struct) else ():
+        inner = value.struct.field(part.name)
+        yield f"{way}.{part.name}", inner
+        yield from _fields(f"{way}.{part.name}", inner, part.dtype)
+
+
+def _json_path(way: str) -> str:
+    keys = (key.replace("\\", "\\\\").replace("'", "\\'") for key in way.split("."))
+    return "$" + "".join(f"['{key}']" for key in keys)
+
+
+def broken_json(column: str) -> pl.Expr:
+    """Rows where a column of text holds something that is not JSON; blank is nothing."""
+    text = pl.col(column).str.strip_chars()
+    return text.str.json_path_match("$").is_null() & ~text.fill_null("").is_in(["", "null"])
 
 
 def _json_line(file: str, row: int) -> int:
@@ -173,15 +283,33 @@ def _json_line(file: str, row: int) -> int:
         return next(islice(filled, row, None), row + 1)
 
 
-def _broken_json(path: str, file: str, error: Exception) -> str:
+def _unreadable_json(path: str, file: str, error: Exception, events: str | None = None) -> UserError:
+    _refuse_encoding(path, file)
+    return UserError(
+        _json_fault(path, file, events)
+        or f"{path}: cannot be read as JSON lines ({_first_line(error)}): values of one key must be of one kind"
+    )
+
+
+def _json_fault(path: str, file: str, events: str | None = None) -> str | None:
+    """What is wrong with the first line that is no JSON object, or whose `events` are no list of objects."""
     with opened_text(file) as handle:
         for number, text in enumerate(handle, 1):
+            if not text.strip():
+                continue
             try:
-                if text.strip() and not isinstance(json.loads(text), dict):
-                    return f"{path}, line {number}: holds {text.strip()[:60]!r}, one JSON object a line is expected"
+                line = json.loads(text)
             except json.JSONDecodeError as broken:
                 return f"{path}, line {number}: not valid JSON ({broken.msg}): mend or drop the line"
-    return f"{path}: cannot be read as JSON lines ({error})"
+            if not isinstance(line, dict):
+                return f"{path}, line {number}: holds {text.strip()[:60]!r}, one JSON object a line is expected"
+            found = line.get(events, []) if events else []
+            if not isinstance(found, list):
+                return f'{path}, line {number}: "{events}" is {str(found)[:60]!r}, a list of events is expected'
+            wrong = next((place for place, event in enumerate(found, 1) if not isinstance(event, dict)), None)
+            if wrong:
+                return f"{path}, line {number}: event {wrong} is {str(found[wrong - 1])[:60]!r}, an object is expected"
+    return None
 
 
 def _hf(path: str, folder: Path) -> Table:
@@ -242,28 +370,31 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f'did you mean "{match}"?' if match else f"known: {', '.join(known)}"
 
 
-def collect(frame: pl.LazyFrame, paths: Sequence[str]) -> pl.DataFrame:
-    """Run a lazy frame with the streaming engine; what its files make fail is a UserError that names them."""
-    with _named(paths):
+def collect(frame: pl.LazyFrame, paths: Sequence[str], events: str | None = None) -> pl.DataFrame:
+    """Run a lazy frame with the streaming engine; what its files make fail is a UserError that names them.
+
+    `events`: the key of the list in lines that are sessions.
+    """
+    with _named(paths, events):
         return frame.collect(engine="streaming")
 
 
-def batches(frame: pl.LazyFrame, paths: Sequence[str], rows: int) -> Iterator[pl.DataFrame]:
+def batches(frame: pl.LazyFrame, paths: Sequence[str], rows: int, events: str | None = None) -> Iterator[pl.DataFrame]:
     """The same in pieces of about `rows` rows, in any order; memory holds a few of them."""
-    with _named(paths):
+    with _named(paths, events):
         yield from frame.collect_batches(chunk_size=rows, maintain_order=False, engine="streaming")
 
 
 @contextlib.contextmanager
-def _named(paths: Sequence[str]) -> Iterator[None]:
+def _named(paths: Sequence[str], events: str | None = None) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, OSError) as error:
         for path in paths:
             file = offline.resolve(path)
             _refuse_encoding(path, str(file))
-            if len(paths) == 1 and _ENDINGS.get(ending_of(file)) == "jsonl":
-                raise UserError(_broken_json(path, str(file), error)) from None
+            if len(paths) == 1 and (events or _ENDINGS.get(ending_of(file)) == "jsonl"):
+                raise _unreadable_json(path, str(file), error, events) from None
         raise UserError(
             f"{', '.join(paths)}: cannot be read ({_first_line(error)}): check the format and separator"
         ) from None
@@ -345,14 +476,15 @@ def check(table: Table, checks: Sequence[tuple[str, str, pl.Expr]], complaint: C
         checks: our name, the file's column, and what is true where its value cannot be used.
         complaint: (our name, the file's column, the value, whether it is stored as a time) → what is wrong, next step.
     """
-    counts = collect(table.frame.select(bad.sum().alias(name) for name, _, bad in checks), [table.path])
+    sums = table.frame.select(bad.sum().alias(name) for name, _, bad in checks)
+    counts = collect(sums, [table.path], table.events)
     for name, column, bad in checks:
         if not (count := counts[name][0]):
             continue
         stored = table.frame.collect_schema()[column].is_temporal()  # as a number: Python's dates end in 9999
         value = pl.col(column).to_physical() if stored else pl.col(column)
         row = table.frame.with_row_index("__row").filter(bad).select("__row", value).head(1)
-        found = collect(row, [table.path]).row(0)
+        found = collect(row, [table.path], table.events).row(0)
         raise UserError(
             f"{table.path}, {table.line(found[0])}: {complaint(name, column, found[1], stored)}"
             + (f" ({count} such rows)" if count > 1 else "")

@@ -8,6 +8,7 @@ from recllm.data.candidates import CandidateSampler
 from recllm.data.randomness import mix
 from recllm.errors import UserError
 from recllm.recipe import CandidatesSection
+from recllm.schema import NO_ITEM
 
 UNIFORM = [[9, 17, 22, 20, 1], [12, 17, 28, 25, 4], [23, 21, 26, 19, 20]]
 POPULAR = [[22, 26, 28, 27, 1], [24, 26, 29, 28, 4], [20, 26, 28, 19, 21]]
@@ -110,6 +111,16 @@ def test_another_seed_draws_others():
     assert not np.array_equal(draw(sampler(1000, 20, seed=0), *arguments), draw(sampler(1000, 20, seed=1), *arguments))
 
 
+def test_events_without_item_are_nothing_that_anybody_had():
+    """Of 5 items a user had 1 and 3, with three events without an item between: 0, 2 and 4 are left."""
+    sample = sampler(5, 4)
+    taken = sample.taken(*flat([[NO_ITEM, 1, NO_ITEM, 3, NO_ITEM], [NO_ITEM], []]))
+    assert taken.tolist() == [1, 3]
+    assert np.array_equal(taken, sample.taken(*flat([[1, 3], [], []])))
+    drawn = draw(sample, mix(0, np.arange(50)), np.full(50, 1, np.int32), [[NO_ITEM, 1, 3]] * 50)
+    assert {tuple(sorted(row)) for row in drawn.tolist()} == {(0, 1, 2, 4)}
+
+
 def test_no_rows():
     assert draw(sampler(5, 2), mix(0, np.arange(0)), np.zeros(0, dtype=np.int32), []).shape == (0, 2)
 
@@ -150,7 +161,8 @@ def test_frozen_candidates():
 
 
 @pytest.mark.parametrize(
-    ("target", "history", "name"), [(8, 0, "target item_index 8"), (0, -1, "history item_index -1")]
+    ("target", "history", "name"),
+    [(8, 0, "target item_index 8"), (-1, 0, "target item_index -1"), (0, -2, "history item_index -2")],
 )
 def test_items_outside_the_catalogue(target, history, name):
     with pytest.raises(UserError, match=f"{name} is outside the catalogue of 8 items"):

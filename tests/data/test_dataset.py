@@ -205,6 +205,124 @@ def test_large_lists_read_alike(folder):
     assert np.array_equal(Dataset.open(folder).sequences.items, [0, 1, 2, 3, 2, 2])
 
 
+LABELS = ["view", "search"]
+
+
+@pytest.fixture
+def events(folder):
+    """An event dataset of three users: views of items, searches without one."""
+    items = [[0, -1, 2], [-1], [2, 2]]
+    actions = [["view", "search", "view"], ["search"], ["view", "view"]]
+    sessions = [[0, 0, 1], [0], [0, 1]]
+    table = sequences_table(items)
+    table = table.set_column(6, "actions", pa.array(actions, pa.list_(pa.string())))
+    table = table.set_column(7, "sessions", pa.array(sessions, pa.list_(pa.int32())))
+    table = table.append_column("attribute:typed", pa.array([["", "tea", ""], ["x"], ["", ""]]))
+    pq.write_table(table, folder / "sequences.parquet", row_group_size=2)
+    words = {"view": "view", "search": "search for"}
+    manifest = {"items_sha256": schema.vocabulary_sha256(ITEM_IDS), "events": True}
+    manifest["actions"] = {"labels": LABELS, "words": words}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_events_have_actions_and_sessions(events):
+    dataset = Dataset.open(events)
+    assert dataset.is_events
+    assert (dataset.actions, dataset.words) == (LABELS, ["view", "search for"])
+    sequences = dataset.sequences
+    assert sequences.items.tolist() == [0, -1, 2, -1, 2, 2]
+    assert sequences.actions.tolist() == [0, 1, 0, 1, 0, 0]
+    assert sequences.sessions.tolist() == [0, 0, 1, 0, 0, 1]
+    assert (sequences.actions.dtype, sequences.sessions.dtype) == (np.int32, np.int32)
+
+
+def test_other_datasets_have_neither(folder):
+    dataset = Dataset.open(folder)
+    assert not dataset.is_events
+    assert (dataset.actions, dataset.words) == ([], [])
+    assert dataset.sequences.actions is dataset.sequences.sessions is None
+    assert np.array_equal(dataset.read(0, 3, 2), dataset.history(0, 3, 2))
+    assert dataset.read(0, 3, 2).dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("user", "end", "most", "history", "read"),
+    [
+        (0, 3, 9, [0, 2], [(0, 0), (-1, 1), (2, 0)]),
+        (0, 3, 2, [0, 2], [(-1, 1), (2, 0)]),  # two items, though they lie three events back
+        (0, 3, 1, [2], [(2, 0)]),
+        (0, 2, 1, [0], [(-1, 1)]),
+        (0, 3, 0, [], []),
+        (1, 1, 5, [], [(-1, 1)]),
+        (2, 0, 5, [], []),
+    ],
+)
+def test_history_is_of_items_and_read_of_events(events, user, end, most, history, read):
+    dataset = Dataset.open(events)
+    assert dataset.history(user, end, most).tolist() == history
+    codes = dataset.read(user, end, most)
+    assert codes.dtype == np.int64
+    assert codes.tolist() == [item + 1 + (4 + 1) * action for item, action in read]
+    found = schema.items_of(codes, dataset.num_items).tolist(), schema.actions_of(codes, dataset.num_items).tolist()
+    assert list(zip(*found)) == read
+    with pytest.raises(UserError, match="history_end 9 is outside"):
+        dataset.read(user, 9, most)
+
+
+def test_the_vocabulary_of_events_is_of_items_and_actions(events, folder):
+    found = Dataset.open(events).vocabulary_sha256
+    assert found == schema.event_vocabulary_sha256(ITEM_IDS, LABELS)
+    assert found != schema.event_vocabulary_sha256(ITEM_IDS, LABELS[::-1])
+    assert found != schema.vocabulary_sha256(ITEM_IDS)
+
+
+def test_actions_outside_the_vocabulary(events):
+    manifest = json.loads((events / "manifest.json").read_text())
+    manifest["actions"]["labels"] = ["view", "leave"]
+    (events / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r'sequences.parquet: action "search" is none of .*convert again'):
+        _ = Dataset.open(events).sequences
+
+
+@pytest.mark.parametrize("wrong", [-2, 4])
+def test_items_of_events_outside_the_vocabulary(events, wrong):
+    table = pq.read_table(events / "sequences.parquet")
+    items = pa.array([[0, wrong, 2], [-1], [2, 2]], pa.list_(pa.int32()))
+    pq.write_table(table.set_column(3, "items", items), events / "sequences.parquet")
+    with pytest.raises(UserError, match=rf"item_index {wrong} in items is outside the vocabulary of 4 items"):
+        _ = Dataset.open(events).sequences
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "values"),
+    [
+        (6, "actions", pa.array([["view", "view"], ["view", "view"], ["view", "view"]])),
+        (6, "actions", pa.nulls(3, pa.list_(pa.string()))),
+        (7, "sessions", pa.array([[0, 0], [0, 0], [0, 0]], pa.list_(pa.int32()))),
+    ],
+)
+def test_actions_and_sessions_of_unequal_length(events, place, name, values):
+    table = pq.read_table(events / "sequences.parquet")
+    pq.write_table(table.set_column(place, name, values), events / "sequences.parquet")
+    with pytest.raises(UserError, match=r"items, actions and sessions of a user differ in length: convert again"):
+        _ = Dataset.open(events).sequences
+
+
+def test_a_catalogue_without_items(events):
+    items = pq.read_table(events / "items.parquet").slice(0, 0)
+    pq.write_table(items, events / "items.parquet")
+    table = pq.read_table(events / "sequences.parquet")
+    nothing = pa.array([[-1, -1, -1], [-1], [-1, -1]], pa.list_(pa.int32()))
+    pq.write_table(table.set_column(3, "items", nothing), events / "sequences.parquet")
+    manifest = json.loads((events / "manifest.json").read_text()) | {"items_sha256": schema.vocabulary_sha256([])}
+    (events / "manifest.json").write_text(json.dumps(manifest))
+    dataset = Dataset.open(events)
+    assert dataset.num_items == 0
+    assert dataset.read(0, 3, 9).tolist() == [0, 1, 0]  # the action's number is the code
+    assert dataset.history(0, 3, 9).tolist() == []
+
+
 def test_imports_without_torch():
     code = "import sys, recllm.data.dataset, recllm.data.sequences; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

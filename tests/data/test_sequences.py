@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recllm import schema
+from recllm.data import rows as reading
 from recllm.data import sequences, spool, synthetic
 from recllm.data.randomness import text_keys
 from recllm.data.sequences import prepare, source_paths
@@ -249,7 +250,7 @@ def test_size_of_buckets_and_chunks_changes_nothing(prepare_rows, rows, bucket, 
     one = outcome()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sequences, "GROUP_POSITIONS", bucket)
-        patch.setattr(sequences, "_BATCH", chunk)
+        patch.setattr(reading, "_BATCH", chunk)
         patch.setattr(spool, "CHUNK", chunk)
         two = outcome()
     if isinstance(one, str):
@@ -329,7 +330,7 @@ def test_no_more_than_a_bucket_and_a_batch_are_in_memory(tmp_path, monkeypatch):
     """20,000 rows of 300 users pass in pieces: memory does not grow with the log."""
     folder = synthetic.write_interactions(tmp_path / "log", 20_000, 300, 500, seed=0)
     monkeypatch.setattr(sequences, "GROUP_POSITIONS", 1000)
-    monkeypatch.setattr(sequences, "_BATCH", 500)
+    monkeypatch.setattr(reading, "_BATCH", 500)
     monkeypatch.setattr(spool, "CHUNK", 700)
     sizes = {"batch": [], "chunk": [], "bucket": []}
     batches, chunks, read = sequences.tables.batches, spool.Spool.chunks, spool.Spool.read

@@ -1,3 +1,4 @@
+import datetime
 import itertools
 import json
 import tempfile
@@ -74,16 +75,7 @@ def audit(log, codes, section, parts=1):
 
 
 def part_of(log, first, end):
-    positions = slice(log.offsets[first], log.offsets[end])
-    return Log(
-        user_ids=log.user_ids[first:end],
-        user_keys=log.user_keys[first:end],
-        offsets=log.offsets[first : end + 1] - log.offsets[first],
-        items=log.items[positions],
-        order_us=log.order_us[positions],
-        sessions=None if log.sessions is None else log.sessions[positions],
-        session_keys=None if log.session_keys is None else log.session_keys[positions],
-    )
+    return log.users_between(int(first), int(end))
 
 
 def codes_of(log, section, seed=0):
@@ -217,6 +209,95 @@ def test_every_split_keeps_its_promises(users, method, targets, min_history, tes
     if method == "user_holdout":
         trained, held_out = set(log.users[codes == TRAIN]), set(log.users[codes != TRAIN])
         assert not trained & held_out
+
+
+SESSIONS = st.lists(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=12).map(sorted),
+    min_size=3,
+    max_size=10,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    SESSIONS, st.sampled_from(["temporal", "dates"]), st.sampled_from(["first", "last", "all"]), st.integers(1, 3),
+    st.sampled_from([0.1, 0.3, 0.5]), st.integers(1, 4),
+)  # fmt: skip
+def test_whole_sessions_lie_on_one_side_and_end_at_the_next(users, method, targets, min_history, test, parts):
+    """Sessions interleave, as those of two windows do. What a session holds beyond the next cut-off is unused."""
+    day = 86_400
+    log = log_from([[time * day for time, _ in row] for row in users], [numbered(row) for row in users])
+    dates = (
+        {"valid_from": datetime.date(1970, 1, 11), "test_from": datetime.date(1970, 1, 21)} if method == "dates" else {}
+    )
+    section = SplitSection(
+        method=method, whole_sessions=True, targets=targets, min_history=min_history, test_fraction=test,
+        valid_fraction=0.3, **dates,
+    )  # fmt: skip
+    rules = rules_of(log, section)
+    try:
+        codes = assign(log, section)
+    except UserError:
+        return
+    cutoffs, trimmed = rules.cutoffs, splits.trimmed(log, rules)
+    bounds = {
+        TRAIN: (-1, cutoffs["valid"]),
+        VALID: (cutoffs["valid"], cutoffs["test"]),
+        TEST: (cutoffs["test"], 31 * day),
+    }
+    for user, session in set(zip(log.users.tolist(), log.sessions.tolist())):
+        own = (log.users == user) & (log.sessions == session)
+        begin = log.seconds[own].min()
+        side = TEST if begin >= cutoffs["test"] else VALID if begin >= cutoffs["valid"] else TRAIN
+        assert set(codes[own].tolist()) <= {UNUSED, side}
+        assert (trimmed[own] == (log.seconds[own] >= bounds[side][1])).all()
+        if side == TRAIN:
+            assert ((codes[own] == TRAIN) == ~trimmed[own]).all()
+    for code, (first, end) in bounds.items():
+        assert ((log.seconds[codes == code] >= first) & (log.seconds[codes == code] < end)).all()
+    report = audit(log, codes, section, parts)
+    assert report["shared_sessions"] == 0
+    assert report["train_histories_with_test_targets"] == report["valid_histories_with_test_targets"] == 0
+    assert report["test_older_than_last_train"] == 0
+    plain = assign_anyway(log, section.model_copy(update={"whole_sessions": False}))
+    assert ((codes == TRAIN) <= (plain == TRAIN)).all()  # it only takes away
+
+
+def numbered(row):
+    """Sessions by first appearance, from (time, session)."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(session, len(seen)) for _, session in row]
+
+
+def assign_anyway(log, section):
+    return splits.assign(log, rules_of(log, section))
+
+
+@settings(deadline=None, max_examples=100)
+@given(SESSIONS, st.sampled_from(["session_holdout", "user_holdout"]), st.integers(0, 5))
+def test_no_position_of_a_held_out_session_is_trained(users, method, seed):
+    log = log_from([[time for time, _ in row] for row in users], [numbered(row) for row in users])
+    section = SplitSection(method=method, targets="all", test_fraction=0.3, valid_fraction=0.3)
+    codes = splits.assign(log, rules_of(log, section, seed))
+    for user, session in set(zip(log.users.tolist(), log.sessions.tolist())):
+        own = set(codes[(log.users == user) & (log.sessions == session)].tolist()) - {UNUSED}
+        assert len(own) <= 1
+    if (codes == TEST).any():
+        assert audit(log, codes, section)["shared_sessions"] == 0
+
+
+def test_audit_counts_what_events_do():
+    """Two sessions of three: the times 5, 5 are of one session, 7 and 7 of two."""
+    log = log_from([[1, 5, 5, 7, 7, 9]], [[0, 0, 0, 0, 1, 1]])
+    codes = np.array([1, 1, 1, 0, 2, 3], dtype=np.int8)
+    with tempfile.TemporaryDirectory() as folder:
+        found = Audit(SplitSection(method="temporal", whole_sessions=True), Path(folder) / "times", events=True)
+        found.add(log, codes, trimmed=1, disordered=2)
+        report = found.finish()
+    assert (report["trimmed_events"], report["out_of_order_events"], report["simultaneous_events"]) == (1, 2, 1 / 6)
+    assert report["shared_sessions"] == 1
+    assert any(text.startswith("2 events stand in the files behind a later one") for text in report["warnings"])
+    assert any(text.startswith("16.7% of the events have the time") for text in report["warnings"])
 
 
 @settings(deadline=None, max_examples=60)

@@ -34,6 +34,24 @@ def test_a_synthetic_log_looks_like_a_log_and_prepares(tmp_path, monkeypatch):
     assert (prepared.counts["users"], prepared.counts["items"], prepared.counts["interactions"]) == (300, 500, 20_000)
 
 
+def test_a_synthetic_log_of_events(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "_BATCH", 999)
+    folder = synthetic.write_events(tmp_path / "log", 20_000, 300, 500, seed=0)
+    frame = pl.read_parquet(folder / "interactions.parquet")
+    assert frame.columns == ["user_id", "item_id", "timestamp", "session_id", "action", "query"]
+    shares = dict(frame.group_by("action").len().with_columns(pl.col("len") / 20_000).iter_rows())
+    assert shares.keys() == {"view", "cart", "buy", "save", "search"}
+    assert abs(shares["view"] - 6 / 10) < 0.02
+    searches = frame.filter(pl.col("action") == "search")
+    assert searches["item_id"].null_count() == searches.height
+    assert (searches["query"].str.split(" ").list.len() == 2).all()
+    others = frame.filter(pl.col("action") != "search")
+    assert (others["item_id"].null_count(), (others["query"] != "").sum()) == (0, 0)
+    assert frame.group_by("session_id").len()["len"].max() == 8
+    again = synthetic.write_events(tmp_path / "again", 20_000, 300, 500, seed=0)
+    assert pl.read_parquet(again / "interactions.parquet").equals(frame)
+
+
 def test_the_seed_decides(tmp_path):
     one, same, other = (
         pl.read_parquet(synthetic.write_interactions(tmp_path / name, 500, 10, 20, seed) / "interactions.parquet")
