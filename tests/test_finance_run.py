@@ -17,14 +17,17 @@ from recllm.convert.pipeline import convert
 from recllm.data.dataset import Dataset
 from recllm.data.far_trans import read_far_trans
 from recllm.data.far_trans_synthetic import Bank, write_far_trans
-from recllm.data.prices import DAY_S, day_of
+from recllm.data.prices import DAY_S, day_of, price_features
 from recllm.errors import UserError
+from recllm.evaluate.asset_rankings import AssetRankings
 from recllm.evaluate.recommendations import Recommendations
 from recllm.recipe import load_recipe
 
 SIZES = {"num_customers": 40, "num_assets": 12, "first": "2019-01-01", "last": "2020-12-31", "purchases": 15.0}
 WINDOW = 60
 TASK = {"task": "assets", "template": "assets/customers"}
+RANK = {"task": "rank_assets", "template": "rank_assets/customers"}
+RANKING = [f"tasks=[{json.dumps(RANK)}]", "graph=null", "finance.lookback_days=60", "finance.min_choices=15"]
 DATE = re.compile(r"\b\d{4}-\d\d-\d\d\b")
 
 
@@ -149,7 +152,7 @@ def test_examples_ask_on_dates_and_answer_with_what_is_bought_and_rises(bank_rec
         assert len(listed) == len(set(listed)) == min(len(good), 3)
         assert set(listed) <= good
     counts = manifest["counts"]["examples"]
-    assert {split: entry["examples"] for split, entry in manifest["finance"]["splits"].items()} == {
+    assert {split: entry["examples"] for split, entry in manifest["finance"]["assets"]["splits"].items()} == {
         split: counts[f"{split}/assets"] for split in ("train", "valid", "test")
     }
 
@@ -336,3 +339,191 @@ def test_a_report_needs_what_happened(bank_recipe, tmp_path):
     (tmp_path / "dataset" / "finance" / "test_windows.parquet").unlink()
     with pytest.raises(UserError, match=r"finance cannot be read .*convert again"):
         Recommendations(dataset, "test", names)
+
+
+# ---- rank_assets ----
+
+
+def test_a_run_ranks_assets_by_utility_and_reports_it(bank_recipe, capsys):
+    assert main(["run", str(bank_recipe), *RANKING]) == 0
+    assert "undcg/rank" in capsys.readouterr().out
+    run = load_recipe(bank_recipe, RANKING).output
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    systems = {system["name"]: system for system in metrics["systems"]}
+    assert {"ilora", "ilora_uniform", "ilora_shuffled", "base_model"} <= set(systems)
+    assert {"random", "popularity", "item_to_item", "sasrec"} <= set(systems)
+    assert {"momentum", "safety", "fitted_utility", "chance"} <= set(systems)
+    rates = {"undcg/rank", "undcg/utility", "mrr", "hit_rate@1", "hit_rate@3"}
+    taus = {"tau/utility", "tau/momentum", "tau/safety"}
+    for name, system in systems.items():
+        found = system["metrics"]
+        assert rates | taus <= set(found)
+        for metric in rates | taus:
+            low, value, high = (found[metric][name] for name in ("low", "value", "high"))
+            assert -1 <= low <= value + 1e-9 <= high + 2e-9 <= 1 + 3e-9
+            assert metric in taus or low >= 0
+        assert ("nats" in found) == (system["kind"] != "baseline")
+        if system["kind"] == "baseline" and name != "chance":
+            assert found["permutation_valid"]["value"] == found["json_valid"]["value"] == 1
+            assert found["hit_rate@3"]["value"] == 1  # of three candidates
+    utility = systems["fitted_utility"]["metrics"]
+    assert utility["undcg/rank"]["value"] == utility["undcg/utility"]["value"] == 1
+    assert utility["tau/utility"]["value"] > 0.99  # candidates of equal utility are no pair
+    assert systems["momentum"]["metrics"]["tau/momentum"]["value"] > 0.99
+    assert systems["chance"]["metrics"]["tau/utility"] == {"value": 0, "low": 0, "high": 0}
+    assert systems["chance"]["metrics"]["mrr"]["value"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    ilora = systems["ilora"]["metrics"]  # eight bytes end no list
+    assert all(ilora[metric]["value"] == 0 for metric in rates | taus | {"permutation_valid", "finished"})
+    assert ilora["tau/utility"]["low"] == -ilora["permutation_valid"]["high"] < 0
+    compared = {test["metric"] for test in metrics["comparisons"]}
+    assert compared == {"undcg/rank", "mrr", "tau/utility", "nats"}
+    segments = metrics["segments"]["rank_assets"]
+    assert set(segments) == {"history length", "user", "taste", "target popularity"}
+    assert set(segments["taste"]) == {"of their own", "of all customers"}
+    report = (run / "report" / "report.md").read_text()
+    for text in ("Ranked assets", "3 candidates", "ceiling", "held every candidate once"):
+        assert text in report
+    assert "None" not in report
+
+    predictions = pl.read_parquet(run / "report" / "predictions.parquet")
+    dataset = Dataset.open(run / "dataset")
+    for name, system in systems.items():
+        rows = predictions.filter(pl.col("system") == name)
+        assert rows.height == system["num_examples"]
+        mean = np.mean([row["undcg/rank"] for row in rows["figures"].to_list()])
+        assert mean == pytest.approx(system["metrics"]["undcg/rank"]["value"])
+        assert all(dataset.titles[row["target"]] in json.loads(row["label"]) for row in rows.to_dicts())
+    taught = predictions.filter(pl.col("system") == "fitted_utility")
+    assert taught["text"].to_list() == taught["label"].to_list()
+    report = str(run / "report")
+    assert main(["compare", report, report]) == 0
+    assert "rank_assets, tau/utility" in capsys.readouterr().out
+
+
+def test_candidates_are_shown_with_what_their_prices_did_and_ranked_by_utility(bank_recipe, tmp_path):
+    manifest, rows = converted(bank_recipe, tmp_path / "dataset", *RANKING)
+    data = read_far_trans(bank_recipe.parent / "bank")
+    dataset = Dataset.open(tmp_path / "dataset")
+    line = re.compile(r"^(.+): mean ([+-][\d.]+)%, variance ([\d.]+), drawdown ([\d.]+)%$", re.MULTILINE)
+    judged = {row["example_id"]: row for split in ("train", "valid", "test") for row in stored(tmp_path, split)}
+    for row in rows:
+        customer, date = named(row)
+        known = price_features(data.prices, day_of(date) - 60, day_of(date))
+        shown = line.findall(asked(row))
+        assert [title for title, *_ in shown] == [dataset.titles[item] for item in row["candidates"]]
+        for title, *figures in shown:
+            asset = dataset.titles.index(title)
+            expected = (known.mean[asset] * 100, known.variance[asset] * 1e4, known.drawdown[asset] * 100)
+            assert [float(figure) for figure in figures] == pytest.approx(expected, abs=0.06)
+        own = judged[f"{customer}/{date}"]
+        parts = (np.array(own[name]) for name in ("mean", "variance", "drawdown"))
+        mean, variance, drawdown = ((part - part.mean()) / (part.std() or 1) for part in parts)
+        utility = mean - own["taste_variance"] * variance - own["taste_drawdown"] * drawdown
+        order = [dataset.titles.index(title) for title in json.loads(answer(row))]
+        places = [row["candidates"].index(asset) for asset in order]
+        assert sorted(order) == sorted(row["candidates"])
+        assert np.diff(utility[places]).max() <= 1e-9
+        bought = data.transactions.filter(
+            (pl.col("customer_id") == customer) & (pl.col("day") >= day_of(date)) & (pl.col("side") == "Buy")
+        )
+        assert row["target"] == next(asset for asset in bought["asset"] if not np.isnan(known.mean[asset]))
+        assert answer(row) == row["label"]
+        assert row["gate_end"] == row["history_end"] > 0
+    counts, entry = manifest["counts"]["examples"], manifest["finance"]["rank_assets"]
+    assert {split: part["examples"] for split, part in entry["splits"].items()} == {
+        split: counts[f"{split}/rank_assets"] for split in ("train", "valid", "test")
+    }
+    assert all(0 < part["own_taste"] < part["examples"] for part in entry["splits"].values())
+    assert entry["splits"]["train"]["first"] >= "2019-03-02"  # the first price and 60 days
+
+
+def stored(folder: Path, split: str) -> list[dict]:
+    return pl.read_parquet(folder / "dataset" / "finance" / f"{split}_rankings.parquet").to_dicts()
+
+
+def test_prices_from_a_date_on_change_no_ranking_of_it(bank_recipe, tmp_path):
+    date = "2020-08-15"
+    other = write_far_trans(tmp_path / "other", Bank(**SIZES, seed=1))
+    mixed = write_far_trans(tmp_path / "mixed", Bank(**SIZES))
+    _replace_future(mixed / "close_prices.csv", other / "close_prices.csv", date)
+    _, rows = converted(bank_recipe, tmp_path / "a", *RANKING)
+    _, changed = converted(bank_recipe, tmp_path / "b", *RANKING, f"finance.folder={mixed}")
+    before, after = ({row["example_id"]: row for row in found if named(row)[1] <= date} for found in (rows, changed))
+    assert len({name for name, row in before.items() if row["split"] == "test"}) > 10
+    assert before == after
+    assert rows != changed
+    for row in rows:
+        shown = DATE.findall(asked(row))
+        assert shown.count(named(row)[1]) == asked(row).count(named(row)[1]) >= 1
+        assert all(day <= named(row)[1] for day in shown)
+
+
+def test_orders_are_judged_strictly(bank_recipe, tmp_path):
+    _, rows = converted(bank_recipe, tmp_path / "dataset", *RANKING)
+    dataset = Dataset.open(tmp_path / "dataset")
+    held_out = [row for row in rows if row["split"] == "test"]
+    judge = AssetRankings(dataset, "test", [row["example_id"] for row in held_out])
+    assert judge.candidates.tolist() == [row["candidates"] for row in held_out]
+    assert np.take_along_axis(judge.candidates, judge.chosen[:, None], 1)[:, 0].tolist() == [
+        row["target"] for row in held_out
+    ]
+    right = judge.figures([(answer(row), True) for row in held_out], [1, 3])
+    assert right["undcg/rank"].min() == right["hit_rate@3"].min() == right["permutation_valid"].min() == 1
+    for wrong in (
+        [(answer(row), False) for row in held_out],
+        [("Here: " + answer(row), True) for row in held_out],
+        [(json.dumps(json.loads(answer(row))[:2]), True) for row in held_out],
+        [(json.dumps([*json.loads(answer(row)), "x"]), True) for row in held_out],
+    ):
+        assert not any(
+            values.any()
+            for name, values in judge.figures(wrong, [1, 3]).items()
+            if name not in ("json_valid", "finished")
+        )
+    lots = np.random.default_rng(0)
+    many = AssetRankings(dataset, "test", [row["example_id"] for row in held_out for _ in range(200)])
+    found = many.figures(many.write(lots.permuted(many.candidates, axis=1)), [1, 3])
+    for name, expected in judge.chance([1, 3]).items():
+        assert found[name].mean() == pytest.approx(expected.mean(), abs=0.03)
+    (tmp_path / "dataset" / "finance" / "test_rankings.parquet").unlink()
+    with pytest.raises(UserError, match=r"rankings.parquet cannot be read .*convert again"):
+        AssetRankings(dataset, "test", [])
+    with pytest.raises(UserError, match=r"holds \d+ of the \d+ evaluated examples: convert again"):
+        AssetRankings(dataset, "valid", [row["example_id"] for row in held_out])
+
+
+def test_both_tasks_of_a_bank_ask_in_one_recipe(bank_recipe, tmp_path, monkeypatch):
+    from recllm.convert import pipeline
+
+    monkeypatch.setattr(pipeline, "SHARD_POSITIONS", 100)
+    overrides = [f"tasks={json.dumps([TASK, RANK])}"]
+    one = converted(bank_recipe, tmp_path / "one", *overrides)
+    assert one == converted(bank_recipe, tmp_path / "two", *overrides, workers=2)
+    alone = [converted(bank_recipe, tmp_path / name, f"tasks=[{json.dumps(task)}]")[1] for name, task in
+             (("assets", TASK), ("rank_assets", RANK))]  # fmt: skip
+    by_id = {row["example_id"]: row for row in one[1]}
+    assert by_id == {row["example_id"]: row for rows in alone for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["finance=null", "data={interactions: {path: a}, items: {path: b}}"], "rank_assets asks a bank's customers"),
+        (["protocol.split={method: temporal}"], "rank_assets asks on dates, protocol.split.method is temporal"),
+        (["protocol.candidates.method=popularity"], "rank_assets draws its candidates uniformly"),
+        (["protocol.candidates.count=12"], r"assets have three prices|buys \d+ of the \d+ assets on offer"),
+        (["protocol.candidates.count=13"], "candidates.count is 13, the catalogue has 12 items"),
+        (
+            ["finance.lookback_days=3"],
+            r"on \d{4}-\d\d-\d\d 0 assets have three prices in the 3 days .* finance.train_from",
+        ),
+        (["finance.lookback_days=2"], r"finance\.lookback_days"),
+        (["finance.min_history=100000"], "give no example"),
+        (["filter.item_core=60"], "the task rank_assets needs them all"),
+        (["tasks.0.template=assets/customers"], 'is for the task "assets"'),
+    ],
+)
+def test_bad_input_of_a_ranking_is_an_error_that_names_it(bank_recipe, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        converted(bank_recipe, tmp_path / "dataset", *RANKING, *overrides)
+    assert not (tmp_path / "dataset").exists()

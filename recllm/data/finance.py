@@ -1,7 +1,7 @@
-"""The task of FLARKO: from a bank's data to examples, completions for KTO, and choices for fitted utilities.
+"""The task of FLARKO: from a bank's data to examples, and completions for KTO.
 
 A `FarTrans` enters. Leave, as tables: examples (a customer, a cut-off, what was bought and what rose in the window
-behind it), good and bad completions, and choices among candidates. "Which assets for the next six months?"
+behind it), and good and bad completions. "Which assets for the next six months?"
 
 Cut-offs are midnights, the beginning of a day in UTC. What is shown for a cut-off is of days before it. Labels look
 into the window [cut-off, cut-off + 180 days), and nothing else does.
@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import polars as pl
 
 from recllm.data.far_trans import BUY, FarTrans, read_far_trans
 from recllm.data.finance_triples import CATEGORIES, market_triples, stamp
-from recllm.data.prices import DAY_S, date_of, price_features, rose
+from recllm.data.prices import DAY_S, date_of, rose
 from recllm.data.randomness import mix, text_keys
 from recllm.errors import UserError
 
@@ -212,66 +212,6 @@ def _drawn(assets: Sequence[int], seed: int, key: np.uint64, cutoff: int, most: 
     numbers = np.asarray(assets, dtype=np.int64)
     order = np.argsort(mix(seed, np.array([key]), np.array([cutoff]), numbers), kind="stable")
     return [int(asset) for asset in numbers[order[:most]]]
-
-
-# ---- choices among candidates, for fitted utilities: a library, no task of a recipe asks for them yet ----
-
-
-class Choices(NamedTuple):
-    """N purchases as choices among C candidates, for `evaluate.finance.fit_taste` and its views."""
-
-    customer_ids: list[str]
-    cutoffs: Ints  # (N,) seconds: midnight before the purchase
-    candidates: Ints  # (N, C) asset numbers
-    chosen: Ints  # (N,) column of the purchase
-    mean: Floats  # (N, C) features of the prices of the window before the cut-off
-    variance: Floats
-    drawdown: Floats
-
-
-def draw_choices(data: FarTrans, num_candidates: int = 10, window_days: int = 70, seed: int = 0) -> Choices:
-    """Every purchase of an asset with prices before it, among others that had prices too; by day, then customer.
-
-    The others are drawn uniformly by a hash of (seed, customer, day, purchase, asset), and so is the candidates' order.
-    Purchases on days with fewer assets to choose from are left out.
-    """
-    buys = data.transactions.filter(pl.col("side") == BUY).unique(["customer_id", "day", "asset"])
-    buys = buys.sort("day", "customer_id", "asset")
-    days, assets = buys["day"].to_numpy(), buys["asset"].to_numpy()
-    keys = text_keys(buys["customer_id"].to_list())
-    found = [
-        _choices_on(data, int(day), days, assets, keys, num_candidates, window_days, seed) for day in np.unique(days)
-    ]
-    parts = [part for part in found if len(part[0])]
-    rows = np.concatenate([part[0] for part in parts] or [np.zeros(0, np.int64)])
-    candidates = np.concatenate([part[1] for part in parts] or [np.zeros((0, num_candidates), np.int64)])
-    features = np.concatenate([part[2] for part in parts] or [np.zeros((3, 0, num_candidates))], axis=1)
-    chosen = (candidates == assets[rows][:, None]).argmax(axis=1)
-    return Choices(buys["customer_id"].gather(rows).to_list(), days[rows] * DAY_S, candidates, chosen, *features)
-
-
-def _choices_on(
-    data: FarTrans,
-    day: int,
-    days: Ints,
-    assets: Ints,
-    keys: npt.NDArray[np.uint64],
-    num_candidates: int,
-    window_days: int,
-    seed: int,
-) -> tuple[Ints, Ints, Floats]:
-    """Of one day's purchases: their rows (n,), candidates (n, C), features (3, n, C)."""
-    found = price_features(data.prices, day - window_days, day)
-    able = np.flatnonzero(~np.isnan(found.mean))
-    rows = np.arange(*np.searchsorted(days, [day, day + 1]))
-    rows = rows[np.isin(assets[rows], able)] if len(able) >= num_candidates else rows[:0]
-    own, key = assets[rows][:, None], keys[rows][:, None]
-    lots = np.where(able == own, np.uint64(0), mix(seed, key, np.array([[day]]), own, able[None]))  # own comes first
-    picked = able[np.argsort(lots, axis=1, kind="stable")[:, :num_candidates]]  # (n, C)
-    order = np.argsort(mix(seed + 1, key, np.array([[day]]), own, picked), axis=1, kind="stable")
-    candidates = np.take_along_axis(picked, order, axis=1)
-    features = [values[candidates] for values in (found.mean, found.variance, found.drawdown)]
-    return rows, candidates, np.stack(features)
 
 
 # ---- files ----

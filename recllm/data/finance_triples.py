@@ -1,8 +1,8 @@
-"""What a bank's data says as triples with times, which `recllm.graph` reads: the market, and the customers.
+"""What a bank's data says of the market as triples with times, which `recllm.graph` reads.
 
 A `FarTrans` enters; `Triples` leave. A triple carries the last second of the newest day that it tells of: whoever shows
-triples of a time < a cut-off shows nothing of the cut-off's day or later. After FLARKO's market and transaction graphs
-(Spadea & Seneviratne 2025, arXiv 2511.11583), whose price summaries are of ten weeks too.
+triples of a time < a cut-off shows nothing of the cut-off's day or later. After FLARKO's market graph (Spadea &
+Seneviratne 2025, arXiv 2511.11583), whose price summaries are of ten weeks too.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from recllm.data.far_trans import BUY, FarTrans
+from recllm.data.far_trans import FarTrans
 from recllm.data.prices import Features, date_of, known_at, price_features
 from recllm.errors import UserError
 
@@ -22,12 +22,6 @@ SUMMARY_WEEKS = 10
 _MONDAY = 4  # 1970-01-05: summaries end on Sundays, whatever the data's first day
 _TRADING_DAYS = 252  # a year
 CATEGORIES = {"MTF": "mutual fund", "Stock": "stock", "Bond": "bond"}
-_CAPACITIES = {
-    "LT30K": "under 30,000 EUR",
-    "30K_80K": "30,000 to 80,000 EUR",
-    "80K_300K": "80,000 to 300,000 EUR",
-    "GT300K": "over 300,000 EUR",
-}
 
 
 class Triples(NamedTuple):
@@ -108,66 +102,3 @@ def _said(found: Features, weeks: int) -> list[tuple[str, Floats, Callable[[floa
         (f"{weeks}-week drawdown", found.drawdown, lambda value: f"{value:.1%}"),
         ("last price", found.last, lambda value: f"{value:.2f} EUR" if value >= 1 else f"{value:.3g} EUR"),
     ]
-
-
-def personal_triples(data: FarTrans, values: bool = False) -> Triples:
-    """What is known of customers: risk level, type and capacity as they were updated, and every transaction.
-
-    A customer's entity is "customer:" and the id, and is called "customer", for an id says nothing. A transaction is
-    (customer, bought or sold, asset) with its time; with `values` it is an entity that says what it was worth, between
-    the two: (customer, bought, transaction), (transaction, of, asset).
-    """
-    profile, profile_names = _profiles(data)
-    stamped = data.transactions.with_columns(
-        _customer(),
-        pl.when(pl.col("side") == BUY).then(pl.lit("bought")).otherwise(pl.lit("sold")).alias("relation"),
-        pl.Series("isin", data.isins)[data.transactions["asset"]],
-        stamp(),
-    ).with_row_index("row")
-    people = pl.concat([profile.select("head"), stamped.select("head")])
-    names = [profile_names, people.select(pl.col("head").alias("entity_id"), pl.lit("customer").alias("name"))]
-    if not values:
-        parts = [stamped.select("head", "relation", pl.col("isin").alias("tail"), "timestamp")]
-    else:
-        node = pl.format("transaction:{}", pl.coalesce("transaction_id", pl.col("row").cast(pl.String)))
-        parts = [
-            stamped.select("head", "relation", node.alias("tail"), "timestamp"),
-            stamped.select(
-                node.alias("head"), pl.lit("of").alias("relation"), pl.col("isin").alias("tail"), "timestamp"
-            ),
-        ]
-        worth = pl.Series("name", [_worth(value) for value in stamped["value"].to_list()], dtype=pl.String)
-        names.append(stamped.select(node.alias("entity_id"), worth))
-    assets = pl.DataFrame({"entity_id": data.isins, "name": data.titles})
-    named = pl.concat([assets, *names]).unique("entity_id", keep="first", maintain_order=True)
-    return Triples(pl.concat([profile, *parts]), named)
-
-
-def _worth(value: float | None) -> str:
-    return "unknown value" if value is None else f"{value:,.0f} EUR"
-
-
-def _customer() -> pl.Expr:
-    return pl.concat_str(pl.lit("customer:"), pl.col("customer_id")).alias("head")
-
-
-def _profiles(data: FarTrans) -> tuple[pl.DataFrame, pl.DataFrame]:
-    relations = {"risk_level": "risk level", "customer_type": "customer type", "investment_capacity": "can invest"}
-    parts, names = [], []
-    for column, relation in relations.items():
-        known = data.customer_versions.filter(pl.col(column).is_not_null() & (pl.col(column) != "Not_Available"))
-        tail = pl.concat_str(pl.lit(f"{column}:"), pl.col(column))
-        parts.append(known.select(_customer(), pl.lit(relation).alias("relation"), tail.alias("tail"), stamp()))
-        texts = pl.Series("name", [_level(value) for value in known[column].to_list()], dtype=pl.String)
-        names.append(known.select(tail.alias("entity_id"), texts))
-    return pl.concat(parts), pl.concat(names)
-
-
-def _level(value: str) -> str:
-    """
-    >>> _level("Predicted_CAP_30K_80K"), _level("Income")
-    ('30,000 to 80,000 EUR (predicted)', 'Income')
-    """
-    plain = value.removeprefix("Predicted_")
-    text = _CAPACITIES.get(plain.removeprefix("CAP_").replace("LT_", "LT").replace("GT_", "GT"), plain)
-    return text if plain == value else f"{text} (predicted)"

@@ -1,6 +1,6 @@
-"""Metrics of financial recommendation: hits of FLARKO's task, and the rankings and utilities of Conv-FinRe.
+"""Metrics of financial recommendation: hits of FLARKO's task, and the rankings of Conv-FinRe.
 
-Answers as text, labels and price features enter; one value an example leaves (N,), as in `metrics`. N examples, A
+Answers as text, labels and utilities enter; one value an example leaves (N,), as in `metrics`. N examples, A
 assets, C candidates of a ranking, L entries of the longest answer.
 
 An answer is read strictly (`read_answers`): the whole text is one JSON list, and an entry is an asset only if it equals
@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
+from recllm.data.finance_utility import Views, finite
 from recllm.evaluate import metrics
 
 Floats = NDArray[np.float64]
@@ -30,7 +30,6 @@ Integers = NDArray[np.int64]
 Booleans = NDArray[np.bool_]
 
 UNKNOWN = -1  # an entry of an answer that is no asset, or one that stood there before
-PENALTY, LARGEST_TASTE = 0.01, 20.0  # of Conv-FinRe's fit
 _THOUGHT, _THINKING = "</think>", "<think>"
 
 
@@ -180,7 +179,7 @@ def recommendation(answers: Answers, labels: Mapping[str, Booleans], cutoffs: Se
     }
 
 
-# ---- rankings: Conv-FinRe, a library: no task of a recipe asks for them yet ----
+# ---- rankings: Conv-FinRe ----
 
 
 class Orders(NamedTuple):
@@ -234,12 +233,20 @@ def utility_ndcg(order: Orders, utility: Floats, gain: Literal["rank", "utility"
     >>> utility_ndcg(order, np.array([[5.0, 1.0]])).tolist() == [(1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3))]
     True
     """
-    utility = _finite(utility)
-    gains = _rank_gains(utility) if gain == "rank" else utility - utility.min(axis=1, keepdims=True)
-    discount = 1 / np.log2(2 + np.arange(utility.shape[1]))
-    found = np.take_along_axis(gains, order.columns, axis=1) @ discount
-    ideal = -np.sort(-gains, axis=1) @ discount
+    gains = _gains(finite(utility), gain)
+    found = _discounted(np.take_along_axis(gains, order.columns, axis=1))
+    ideal = _discounted(-np.sort(-gains, axis=1))
     return np.where(order.valid, np.where(ideal > 0, found / np.where(ideal > 0, ideal, 1), 1.0), 0.0)
+
+
+def _gains(utility: Floats, gain: str) -> Floats:
+    return _rank_gains(utility) if gain == "rank" else utility - utility.min(axis=1, keepdims=True)
+
+
+def _discounted(gains: Floats) -> Floats:
+    """Σ_p gain at place p / log2(1 + p): (N, C) → (N,)."""
+    discount: Floats = 1 / np.log2(2 + np.arange(gains.shape[1]))
+    return gains @ discount
 
 
 def _rank_gains(utility: Floats) -> Floats:
@@ -259,93 +266,11 @@ def kendall_tau(order: Orders, scores: Floats) -> Floats:
     >>> kendall_tau(order, np.array([[3.0, 1.0, 2.0]])).tolist() == [(2 - 1) / 3]
     True
     """
-    scores = _finite(scores)
+    scores = finite(scores)
     ranked = np.take_along_axis(scores, order.columns, axis=1)
     first, second = np.triu_indices(scores.shape[1], 1)
     signs = np.sign(ranked[:, first] - ranked[:, second]).sum(axis=1)
     return np.where(order.valid, signs / max(1, len(first)), 0.0)
-
-
-# ---- utilities ----
-
-
-class Views(NamedTuple):
-    """What three advisers think of C candidates: scores (N, C), higher is better."""
-
-    utility: Floats
-    momentum: Floats
-    safety: Floats
-
-
-class Taste(NamedTuple):
-    """What a user's choices say of risk: U = z(μ) − λ z(σ²) − γ z(drawdown)."""
-
-    variance: float  # λ
-    drawdown: float  # γ
-
-
-def standardise(values: Floats) -> Floats:
-    """z of each row of (N, C): (x − mean) / population deviation; 0 where a row is constant.
-
-    >>> standardise(np.array([[1.0, 3.0], [2.0, 2.0]])).tolist()
-    [[-1.0, 1.0], [0.0, 0.0]]
-    """
-    values = _finite(values)
-    centred = values - values.mean(axis=1, keepdims=True)
-    widest = np.abs(centred).max(axis=1, keepdims=True)
-    flat = widest <= 1e-12 * np.abs(values).max(axis=1, keepdims=True)
-    scaled = np.where(flat, 0.0, centred / np.where(flat, 1.0, widest))  # first, for squares of tiny numbers are 0
-    return scaled / np.where(flat, 1.0, scaled.std(axis=1, keepdims=True))
-
-
-def views(mean: Floats, variance: Floats, drawdown: Floats, tastes: Sequence[Taste]) -> Views:
-    """The three orders of Conv-FinRe, from features (N, C) of prices before the cut-off and each example's taste (N).
-
-    utility = z(μ) − λ z(σ²) − γ z(drawdown); momentum = μ; safety = −(λ z(σ²) + γ z(drawdown)), the same risk terms. A
-    user whose λ and γ are both 0 fears nothing: all are equally safe.
-
-    >>> one = views(*np.array([[[1.0, 3.0]], [[2.0, 4.0]], [[0.0, 0.0]]]), [Taste(0.5, 1.0)])
-    >>> one.utility.tolist(), one.safety.tolist()
-    ([[-0.5, 0.5]], [[0.5, -0.5]])
-    """
-    lam, gamma = np.array(tastes, dtype=np.float64).reshape(-1, 2).T[:, :, None]  # (N, 1) each
-    safety = -(lam * standardise(variance) + gamma * standardise(drawdown))
-    return Views(standardise(mean) + safety, _finite(mean), safety)
-
-
-def fit_taste(mean: Floats, variance: Floats, drawdown: Floats, chosen: Integers) -> Taste:
-    """λ and γ of one user from T choices among C candidates: features (T, C), chosen columns (T,).
-
-    Minimises −Σ_t log softmax(U_t)[chosen_t] + 0.01 (λ² + γ²) within 0 ≤ λ, γ ≤ 20 by L-BFGS-B from (1, 1): a
-    multinomial logit on standardised features, as in Conv-FinRe's released calibration. The objective is strictly
-    convex: the minimum is one, and no generator has a part in it. Without choices both are 0.
-
-    The released calibration reads the very choices that are scored afterwards. Give this the choices before an
-    example's cut-off, or say that the utility is fitted in hindsight.
-
-    >>> steady = np.array([[0.0, 0.0]] * 9), np.array([[1.0, 2.0]] * 9), np.array([[0.0, 0.0]] * 9)
-    >>> taste = fit_taste(*steady, np.zeros(9, int))
-    >>> taste.variance > 1, round(taste.drawdown, 6)
-    (True, 0.0)
-    """
-    if not len(chosen):
-        return Taste(0.0, 0.0)
-    base = standardise(mean)
-    risks = np.stack([standardise(variance), standardise(drawdown)])  # (2, T, C)
-    rows, chosen = np.arange(len(chosen)), np.asarray(chosen)
-
-    def loss(taste: Floats) -> tuple[float, Floats]:
-        utility = base - np.tensordot(taste, risks, 1)
-        shifted = utility - utility.max(axis=1, keepdims=True)
-        total = np.exp(shifted).sum(axis=1, keepdims=True)
-        share = np.exp(shifted) / total
-        gradient = (risks[:, rows, chosen] - (share * risks).sum(axis=2)).sum(axis=1) + 2 * PENALTY * taste
-        nats = float((np.log(total[:, 0]) - shifted[rows, chosen]).sum())
-        return nats + PENALTY * float(taste @ taste), gradient
-
-    options = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 1000}
-    found = minimize(loss, np.ones(2), jac=True, method="L-BFGS-B", bounds=[(0.0, LARGEST_TASTE)] * 2, options=options)
-    return Taste(float(found.x[0]), float(found.x[1]))
 
 
 def ranking(
@@ -375,8 +300,26 @@ def ranking(
     }
 
 
-def _finite(values: Floats) -> Floats:
-    values = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("a candidate has no price features (NaN): candidates need prices before the cut-off")
-    return values
+def expected_ranking(seen: Views, cutoffs: Sequence[int] = (1, 3)) -> dict[str, Floats]:
+    """What `ranking` gives on average over all orders of the C candidates; each (N,).
+
+    undcg: (Σ gains / C) · Σ_p 1 / log2(1 + p) over that of the ideal order; mrr: (1 + 1/2 + … + 1/C) / C; hit_rate@k:
+    k / C; each τ: 0.
+
+    >>> table = expected_ranking(Views(*np.array([[[2.0, 1.0]]] * 3)), [1])
+    >>> table["undcg/rank"].tolist() == [(3 / 2) * (1 + 1 / np.log2(3)) / (2 + 1 / np.log2(3))]
+    True
+    >>> table["mrr"].tolist(), table["hit_rate@1"].tolist(), table["tau/utility"].tolist()
+    ([0.75], [0.5], [0.0])
+    """
+    count, width = seen.utility.shape
+    places = np.arange(1, width + 1)
+    table = {}
+    for name in ("rank", "utility"):
+        gains = _gains(finite(seen.utility), name)
+        ideal = _discounted(-np.sort(-gains, axis=1))
+        found = gains.mean(axis=1) * _discounted(np.ones((count, width)))
+        table[f"undcg/{name}"] = np.where(ideal > 0, found / np.where(ideal > 0, ideal, 1), 1.0)
+    table["mrr"] = np.full(count, float((1 / places).mean()))
+    table |= {f"hit_rate@{k}": np.full(count, min(k, width) / width) for k in cutoffs}
+    return table | {f"tau/{name}": np.zeros(count) for name in Views._fields}

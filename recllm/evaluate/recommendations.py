@@ -44,10 +44,19 @@ class Recommendations:
 
     def __init__(self, dataset: Dataset, split: str, example_ids: Sequence[str]) -> None:
         labels = _task(dataset, split, [name.partition("/")[2] for name in example_ids]).labels()
+        self.groups: dict[str, npt.NDArray] = {}  # segments of its own
         self.offered = labels.pop("offered")  # (N, A) had a price before the date
         self.labels = {name: labels[name] for name in LABELS}  # (N, A) each
         self._titles = dataset.titles
         self._assets = finance.vocabulary(dataset.items["item_id"].to_pylist(), dataset.titles)
+
+    def leading(self, cutoffs: Sequence[int]) -> list[str]:
+        """The metrics that are compared."""
+        return hits_names(max(cutoffs))
+
+    def listed(self, cutoffs: Sequence[int]) -> int:
+        """How many assets a baseline lists."""
+        return max(cutoffs)
 
     def figures(self, written: Written, cutoffs: Sequence[int]) -> dict[str, npt.NDArray[np.float64]]:
         """hits@k/LABEL, and what became of the answers as text; each (N,)."""
@@ -64,8 +73,21 @@ class Recommendations:
 
     def write(self, assets: npt.NDArray[np.int64]) -> list[tuple[str, bool]]:
         """Lists of asset numbers (N, C), best first, NO_ITEM for none, as the answers that a model would write."""
-        lists = ([self._titles[asset] for asset in row if asset != NO_ITEM] for row in assets.tolist())
-        return [(json.dumps(titles, ensure_ascii=False), True) for titles in lists]
+        return written_lists(assets, self._titles)
+
+    def advisers(self) -> dict[str, list[tuple[str, bool]]]:
+        """What answers beside the baselines: nobody."""
+        return {}
+
+
+def written_lists(assets: npt.NDArray[np.int64], titles: Sequence[str]) -> list[tuple[str, bool]]:
+    """Lists of asset numbers (N, C), best first, NO_ITEM for none, as the answers that a model would write.
+
+    >>> written_lists(np.array([[1, 0], [0, NO_ITEM]]), ["A", "B"])
+    [('["B", "A"]', True), ('["A"]', True)]
+    """
+    lists = ([titles[asset] for asset in row if asset != NO_ITEM] for row in assets.tolist())
+    return [(json.dumps(names, ensure_ascii=False), True) for names in lists]
 
 
 def _task(dataset: Dataset, split: str, names: Sequence[str]) -> examples.Task:

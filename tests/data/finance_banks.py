@@ -71,5 +71,10 @@ def drawn_bank(**arguments: float) -> FarTrans:
         return read_far_trans(write_far_trans(Path(folder) / "bank", Bank(**(sizes | arguments))))
 
 
+def replaced(data: FarTrans, **changes: object) -> FarTrans:
+    """The same bank with other parts."""
+    return FarTrans(**(vars(data) | changes))
+
+
 def dates(*days: int) -> list[str]:
     return [date_of(day) for day in days]

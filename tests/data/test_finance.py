@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from recllm.data import offline
 from recllm.data.far_trans_synthetic import Bank, write_far_trans
-from recllm.data.finance import build_task, completions, draw_choices, ledger, schedule
-from recllm.data.finance_triples import market_triples, personal_triples
+from recllm.data.finance import build_task, completions, ledger, schedule
+from recllm.data.finance_triples import market_triples
 from recllm.data.prices import DAY_S, Prices, date_of, day_of, known_at, price_features
 from recllm.errors import UserError
 from recllm.evaluate import finance as metrics
@@ -125,12 +125,11 @@ def shown(triples, cutoff_s):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seeds, cutoffs, st.integers(0, DAY_S - 1), st.sampled_from([(10, None), (10, 2), (3, 5)]), st.booleans())
-def test_no_triple_shown_for_a_cutoff_knows_its_day_or_later(seed, day, second, weeks, values):
+@given(seeds, cutoffs, st.integers(0, DAY_S - 1), st.sampled_from([(10, None), (10, 2), (3, 5)]))
+def test_no_triple_shown_for_a_cutoff_knows_its_day_or_later(seed, day, second, weeks):
     data = banks.drawn_bank(seed=seed)
     past, cutoff_s = data.until(day), day * DAY_S + second
-    for build in (lambda data: market_triples(data, *weeks), lambda data: personal_triples(data, values)):
-        assert shown(build(data), cutoff_s) == shown(build(past), cutoff_s)
+    assert shown(market_triples(data, *weeks), cutoff_s) == shown(market_triples(past, *weeks), cutoff_s)
 
 
 @settings(max_examples=25, deadline=None)
@@ -143,7 +142,7 @@ def test_what_happens_from_the_cutoff_on_changes_labels_only(seed, day):
         pl.when(future).then((pl.col("asset") + 7) % 25).otherwise(pl.col("asset")).alias("asset"),
         pl.when(future).then(pl.lit("Buy")).otherwise(pl.col("side")).alias("side"),
     )
-    other = _replaced(data, prices=Prices(data.prices.days, close), transactions=moved)
+    other = banks.replaced(data, prices=Prices(data.prices.days, close), transactions=moved)
     one, two = (build_task(bank, [day], keep="all") for bank in (data, other))
     same = ["example_id", "customer_id", "cutoff", "history_end"]
     assert one.examples.select(same).equals(two.examples.select(same))
@@ -152,14 +151,6 @@ def test_what_happens_from_the_cutoff_on_changes_labels_only(seed, day):
     for customer, end in one.examples.select("customer_id", "history_end").iter_rows():
         assert books[0][customer][:end] == books[1][customer][:end]
     assert shown(market_triples(data), day * DAY_S) == shown(market_triples(other), day * DAY_S)
-    first, second = (draw_choices(bank, 5) for bank in (data, other))
-    kept = [choices.cutoffs < day * DAY_S for choices in (first, second)]
-    for name in ("candidates", "chosen", "mean", "variance", "drawdown"):
-        np.testing.assert_array_equal(getattr(first, name)[kept[0]], getattr(second, name)[kept[1]])
-
-
-def _replaced(data, **changes):
-    return type(data)(**(vars(data) | changes))
 
 
 def test_a_summary_is_of_its_ten_weeks():
@@ -188,10 +179,7 @@ def test_facts_of_an_asset_appear_with_the_version_that_first_says_them(tmp_path
             {"ISIN": "A", "sector": "Energy", "timestamp": "2020-01-01"},
             {"ISIN": "A", "sector": "Utilities", "timestamp": "2020-03-01"},
         ],
-        customer_information=[
-            {"customerID": "u", "riskLevel": "Not_Available", "investmentCapacity": "Predicted_CAP_80K_300K"},
-            {"customerID": "u", "riskLevel": "Aggressive", "timestamp": "2020-05-01"},
-        ],
+        customer_information=[{"customerID": "u"}],
         markets=[{"marketID": "M", "name": "Main Exchange"}],
         close_prices=[{"ISIN": "A", "timestamp": "2020-01-02", "closePrice": 1}],
         transactions=[{"customerID": "u", "ISIN": "A", "timestamp": "2020-01-02", "totalValue": 1234.5}],
@@ -207,20 +195,6 @@ def test_facts_of_an_asset_appear_with_the_version_that_first_says_them(tmp_path
         ("A", "in sector", "Utilities", "2020-03-01"),
         ("A", "traded on", "Main Exchange", "2020-01-01"),
     ]
-    personal = personal_triples(data, values=True)
-    names = dict(personal.names.iter_rows())
-    assert [
-        (names[h], relation, names[t], date_of(time // DAY_S)) for h, relation, t, time in personal.triples.rows()
-    ] == [
-        ("customer", "risk level", "Aggressive", "2020-05-01"),
-        ("customer", "customer type", "Mass", "2020-01-01"),
-        ("customer", "customer type", "Mass", "2020-05-01"),
-        ("customer", "can invest", "80,000 to 300,000 EUR (predicted)", "2020-01-01"),
-        ("customer", "can invest", "under 30,000 EUR", "2020-05-01"),
-        ("customer", "bought", "1,234 EUR", "2020-01-02"),
-        ("1,234 EUR", "of", "A", "2020-01-02"),
-    ]
-    assert personal_triples(data).triples.tail(1).row(0)[:3] == ("customer:u", "bought", "A")
 
 
 def test_equal_numbers_do_not_link_assets():
@@ -275,35 +249,6 @@ def test_completions_hang_on_seed_customer_and_cutoff_only():
     without = {name for name, both in empty.examples.select("example_id", "both").iter_rows() if not both}
     assert without
     assert not without & set(completions(data, empty, seed=1)["example_id"])
-
-
-# ---- choices ----
-
-
-def test_choices_are_purchases_among_assets_with_prices():
-    data = banks.drawn_bank()
-    choices = draw_choices(data, 6, seed=3)
-    count = len(choices.customer_ids)
-    assert count > 300
-    assert np.isfinite(choices.mean).all()
-    bought = set(data.transactions.filter(pl.col("side") == "Buy").select("customer_id", "day", "asset").iter_rows())
-    for row in range(count):
-        picked = int(choices.candidates[row, choices.chosen[row]])
-        day = int(choices.cutoffs[row]) // DAY_S
-        assert (choices.customer_ids[row], day, picked) in bought
-        assert len(set(choices.candidates[row].tolist())) == 6
-    found = price_features(data.prices, day - 70, day)
-    np.testing.assert_array_equal(choices.drawdown[-1], found.drawdown[choices.candidates[-1]])
-    places = np.bincount(choices.chosen, minlength=6) / count
-    assert abs(places - 1 / 6).max() < 0.08  # where the purchase stands says nothing
-    assert len(draw_choices(data, 26).customer_ids) == 0  # fewer assets than candidates
-
-
-def test_a_taste_can_be_fitted_to_a_customers_choices():
-    choices = draw_choices(banks.drawn_bank(num_customers=10, purchases=40.0), 6)
-    mine = np.array(choices.customer_ids) == max(set(choices.customer_ids), key=choices.customer_ids.count)
-    taste = metrics.fit_taste(choices.mean[mine], choices.variance[mine], choices.drawdown[mine], choices.chosen[mine])
-    assert all(0 <= value <= metrics.LARGEST_TASTE for value in taste)
 
 
 # ---- files ----

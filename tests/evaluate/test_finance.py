@@ -4,12 +4,13 @@ from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
+from recllm.data.finance_utility import Taste, Views, views
 from recllm.evaluate import finance, metrics
-from recllm.evaluate.finance import Orders, Taste, read_answers
+from recllm.evaluate.finance import Orders, read_answers
 
 ASSETS = finance.vocabulary(["GR1", "GR10", "GR2"], ["Alpha", "Alpha Beta", "Bond"])
 
@@ -248,77 +249,9 @@ def test_kendall_tau_without_ties_is_scipys(row, scores):
     assert finance.kendall_tau(order_of(row), np.array([scores], dtype=float)) == pytest.approx([expected])
 
 
-# ---- utilities ----
-
-
-def test_the_three_views_by_hand():
-    mean, variance, drawdown = (np.array([row]) for row in ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0], [0.0, 0.3, 0.0]))
-    seen = finance.views(mean, variance, drawdown, [Taste(5.0, 2.0)])
-    z_mean = [-1 / math.sqrt(2 / 3), 0, 1 / math.sqrt(2 / 3)]
-    spread = math.sqrt((2 * 0.1**2 + 0.2**2) / 3)
-    z_drawdown = [-0.1 / spread, 0.2 / spread, -0.1 / spread]
-    assert seen.utility[0] == pytest.approx([m - 2 * d for m, d in zip(z_mean, z_drawdown)])
-    assert seen.safety[0] == pytest.approx([-2 * d for d in z_drawdown])
-    assert seen.momentum.tolist() == mean.tolist()
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6), st.floats(0.1, 100), st.floats(-100, 100))
-def test_standardised_rows_have_mean_zero_and_deviation_one(row, scale, shift):
-    z = finance.standardise(np.array([row]))[0]
-    assert z.mean() == pytest.approx(0, abs=1e-9)
-    assert z.std() == pytest.approx(1, abs=1e-6) or (z == 0).all()
-    if np.ptp(row) > 1e-3:
-        assert finance.standardise(scale * np.array([row]) + shift)[0] == pytest.approx(z, abs=1e-3)
-
-
-def loss(taste, features, chosen):
-    """The objective, one choice after the other."""
-    total = 0.01 * (taste[0] ** 2 + taste[1] ** 2)
-    for mean, variance, drawdown, choice in zip(*(finance.standardise(part).tolist() for part in features), chosen):
-        utility = [m - taste[0] * v - taste[1] * d for m, v, d in zip(mean, variance, drawdown)]
-        total += math.log(sum(math.exp(u) for u in utility)) - utility[choice]
-    return total
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
-def test_no_point_of_a_grid_fits_better(seed, count):
-    rng = np.random.default_rng(seed)
-    features = rng.normal(size=(3, count, 4))
-    chosen = rng.integers(4, size=count)
-    taste = finance.fit_taste(*features, chosen)
-    assert taste == finance.fit_taste(*features, chosen)
-    assert all(0 <= value <= finance.LARGEST_TASTE for value in taste)
-    best = loss(taste, features, chosen)
-    around = [(max(0, taste[0] + a), max(0, taste[1] + b)) for a in (-0.01, 0, 0.01) for b in (-0.01, 0, 0.01)]
-    grid = [(a, b) for a in (0, 0.3, 1, 3, 20) for b in (0, 0.3, 1, 3, 20)]
-    assert best <= min(loss(point, features, chosen) for point in around + grid) + 1e-8
-
-
-def test_a_taste_is_found_again():
-    rng = np.random.default_rng(1)
-    features = rng.normal(size=(3, 4000, 6))
-    true = Taste(1.5, 0.4)
-    utility = finance.views(*features, [true] * 4000).utility
-    chosen = (utility + rng.gumbel(size=utility.shape)).argmax(axis=1)  # a multinomial logit, McFadden 1974
-    assert finance.fit_taste(*features, chosen) == pytest.approx(true, abs=0.1)
-
-
-def test_who_seeks_risk_is_given_no_negative_taste():
-    variance = np.tile([1.0, 2.0, 3.0], (20, 1))
-    taste = finance.fit_taste(np.zeros((20, 3)), variance, np.zeros((20, 3)), np.full(20, 2))
-    assert taste == (0, 0)
-    assert finance.fit_taste(*np.zeros((3, 0, 3)), np.zeros(0, int)) == (0, 0)
-
-
-def test_candidates_without_prices_are_refused():
-    with pytest.raises(ValueError, match="prices before the cut-off"):
-        finance.standardise(np.array([[1.0, np.nan]]))
-
-
 def test_all_figures_of_a_ranking():
     mean, variance, drawdown = (np.array([row] * 3) for row in ([3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0]))
-    seen = finance.views(mean, variance, drawdown, [Taste(1, 1)] * 3)
+    seen = views(mean, variance, drawdown, [Taste(1, 1)] * 3)
     answers = read(
         *('{"final_rank": ["GR1", "GR10", "GR2"]}', '{"final_rank": ["GR1"]}', '["GR1", "GR10", "GR2"]'),
         key="final_rank",
@@ -337,3 +270,19 @@ def test_all_figures_of_a_ranking():
         "permutation_valid": [1, 0, 0],
         "finished": [1, 1, 1],
     }
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=5), st.integers(0, 2**32 - 1))
+def test_the_expected_ranking_is_the_mean_over_all_orders(utility, seed):
+    width = len(utility)
+    rows = np.array(list(permutations(range(width))))
+    momentum, safety = np.random.default_rng(seed).normal(size=(2, 1, width))
+    seen = Views(np.array([utility], dtype=float), momentum, safety)
+    everywhere = Views(*(np.repeat(scores, len(rows), axis=0) for scores in seen))
+    texts = [json.dumps([str(column) for column in row]) for row in rows.tolist()]
+    answers = read_answers(texts, [True] * len(rows), {str(column): column for column in range(width)})
+    table = finance.ranking(answers, np.tile(np.arange(width), (len(rows), 1)), np.zeros(len(rows), int), everywhere)
+    expected = finance.expected_ranking(seen)
+    assert set(table) - set(expected) == {"json_valid", "permutation_valid", "finished"}
+    for name, values in expected.items():
+        assert values == pytest.approx([table[name].mean()], abs=1e-12)
