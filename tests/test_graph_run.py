@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from recllm import assets, stages
 from recllm.cli import main
 from recllm.convert.pipeline import convert
 from recllm.errors import UserError
+from recllm.evaluate.evaluation import evaluate
 from recllm.graph import explain
 from recllm.recipe import load_recipe
 
@@ -102,8 +104,11 @@ def test_run_goes_from_triples_to_the_report(graph_recipe, capsys):
     by_task = {task: [s for s in metrics["systems"] if s["task"] == task] for task in metrics["tasks"]}
     for task in ("next_item", "next_item_among", "attribute_to_item"):
         assert {"ilora", "ilora_uniform", "base_model", "popularity", "sasrec"} <= {s["name"] for s in by_task[task]}
-    for task in ("item_to_attribute", "explain"):  # answers are no items: only language models have them
-        assert {s["kind"] for s in by_task[task]} == {"adapter", "control", "base_model"}
+    for task, baselines in (("item_to_attribute", {"most_frequent_answer", "random"}), ("explain", {"constant_path"})):
+        assert {s["kind"] for s in by_task[task]} == {"adapter", "control", "base_model", "baseline"}
+        assert {s["name"] for s in by_task[task] if s["kind"] == "baseline"} == baselines  # answers are no items
+        compared = {(test["a"], test["b"]) for test in metrics["comparisons"] if test["task"] == task}
+        assert compared >= {("ilora", name) for name in baselines}
     for system in by_task["item_to_attribute"]:
         assert 0 <= system["metrics"]["hit_rate@1"]["value"] <= 1
     for system in by_task["explain"]:
@@ -119,6 +124,54 @@ def test_run_goes_from_triples_to_the_report(graph_recipe, capsys):
     triples.write_text(triples.read_text() + "e1,made by,maker 7,\n")
     assert main(["run", str(graph_recipe)]) == 0
     assert capsys.readouterr().out.count("up to date") == 0
+
+
+def test_baselines_answer_questions_and_explain_by_what_training_says(graph_recipe, tmp_path, capsys):
+    only = ["evaluate.baselines=[random]", "evaluate.max_examples=null"]
+    _, rows = converted(graph_recipe, tmp_path / "dataset", *only)
+    recipe = load_recipe(graph_recipe, only)
+    metrics = evaluate(recipe, tmp_path / "dataset", tmp_path / "encoder", None, tmp_path / "report")
+    train, test = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
+    systems = {(system["task"], system["name"]): system for system in metrics["systems"]}
+    told = {row["system"]: {} for row in _rows(tmp_path / "report" / "predictions.parquet")}
+    for row in _rows(tmp_path / "report" / "predictions.parquet"):
+        told[row["system"]][row["example_id"]] = row
+
+    counts, hits = Counter((row["relation"], row["label"]) for row in of_task(train, "item_to_attribute")), []
+    for row in of_task(test, "item_to_attribute"):
+        scores = [counts[row["relation"], choice] for choice in row["choices"]]
+        assert told["most_frequent_answer"][row["example_id"]]["scores"] == scores
+        hits.append(sorted(scores)[-1] == counts[row["relation"], row["label"]] > sorted(scores)[-2])
+    assert systems["item_to_attribute", "most_frequent_answer"]["metrics"]["hit_rate@1"]["value"] == np.mean(hits)
+    assert max(counts.values()) > 1
+    assert systems["item_to_attribute", "random"]["kind"] == "baseline"
+
+    forms = Counter(re.sub(r"Film \d+", "…", row["label"]) for row in of_task(train, "explain"))
+    relation, hub = re.fullmatch(r"… -\[(.+)\]-> (.+) <-\[\1\]- …", forms.most_common(1)[0][0]).groups()
+    verdicts = Counter()
+    for row in of_task(test, "explain"):
+        written = told["constant_path"][row["example_id"]]
+        start, through, end = explain.read(written["text"])[0]
+        assert re.sub(r"Film \d+", "…", written["text"]) in forms
+        assert through == hub
+        assert end in asked(row)
+        ties = {"made by": (f"maker {number(start) % MAKERS}", f"maker {number(end) % MAKERS}")}
+        ties["has colour"] = (COLOURS[number(start) % 4], COLOURS[number(end) % 4])
+        assert (written["predicted"] == "supported") == (ties[relation] == (hub, hub))
+        verdicts[written["predicted"]] += 1
+    assert systems["explain", "constant_path"]["verdicts"] == verdicts
+    assert 0 < verdicts["supported"] < sum(verdicts.values())
+
+    for task in ("item_to_attribute", "explain"):
+        trained = {row["target"] for row in of_task(train, task)}
+        sizes = Counter("yes" if row["target"] in trained else "no" for row in of_task(test, task))
+        segment = metrics["segments"][task]["asked in training"]
+        assert {value: found[metrics["main_system"][task]]["num_examples"] for value, found in segment.items()} == sizes
+    report, table = (tmp_path / "report" / "report.md").read_text(), capsys.readouterr().out
+    assert "asked in training" in report
+    for name in ("most_frequent_answer", "constant_path"):
+        assert name in report
+        assert name in table
 
 
 def test_no_prompt_knows_what_is_newer_than_its_cut_off(graph_recipe, tmp_path):

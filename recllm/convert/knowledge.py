@@ -5,6 +5,8 @@ examples at once. Where an item is an entity, the entity is called what the prom
 processes: each maps the arrays into its memory when it first asks.
 """
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -23,7 +25,7 @@ from recllm.data.randomness import Keys
 from recllm.errors import UserError
 from recllm.graph import attributes as graph_attributes
 from recllm.graph import explain
-from recllm.graph.attributes import Attributes
+from recllm.graph.attributes import NO_NAME, Attributes
 from recllm.graph.budget import Budget, Fitted
 from recllm.graph.build import ENTITIES, LINKS, RELATION_ID, RELATIONS
 from recllm.graph.paths import Candidates, Paths, paths
@@ -88,11 +90,45 @@ class Written(NamedTuple):
 
 
 class Question(NamedTuple):
-    """An item's attribute as text."""
+    """An item's attribute as text. No other choice is called as one of the item's attributes is."""
 
     relation: str
     answer: str
     choices: list[str]  # with the answer, in seeded order
+
+
+def names_it(name: str, title: str) -> bool:
+    """Whether a name holds a title, or what is left of it without an end like "(1995)" and an article.
+
+    Whole words count, in any case and with any signs between them.
+
+    >>> [names_it(name, "Heat (1995)") for name in ("Heat", "Michael Mann's HEAT", "Heather", "1995")]
+    [True, True, False, False]
+    >>> names_it("The Usual Suspects (score)", "Usual Suspects, The (1995)"), names_it("Matrix trilogy", "The Matrix")
+    (True, True)
+    """
+    short = _ADDITIONS.sub("", title)
+    wanted = _in_words(_ARTICLE_BEHIND.sub("", short)) or _in_words(title)
+    wanted = _ARTICLE_BEFORE.sub("", wanted) or wanted
+    if not wanted:  # a title without a letter
+        return name.strip() == title.strip()
+    before, behind = ("" if _is_uncased(end) else edge for end, edge in ((wanted[0], r"\b"), (wanted[-1], r"\b")))
+    return re.search(f"{before}{re.escape(wanted)}{behind}", _in_words(name)) is not None
+
+
+_ADDITIONS = re.compile(r"(?:\s*\([^()]*\))+\s*$")
+_ARTICLE_BEHIND = re.compile(r",\s*(?:the|an?|les?|la|l'|il|lo|gli|el|los|las|une?|una|der|die|das)\s*$", re.IGNORECASE)
+_ARTICLE_BEFORE = re.compile(r"^(?:the|an?) ")
+
+
+def _in_words(text: str) -> str:
+    """Its words in lower case, a blank between them."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def _is_uncased(letter: str) -> bool:
+    """Whether a letter is of a script without case, some of which put no blank between words."""
+    return letter.isalpha() and letter.lower() == letter.upper()
 
 
 @dataclass(frozen=True)
@@ -175,11 +211,10 @@ class Knowledge:
         return found, ages
 
     def _question(self, asked: graph_attributes.Question) -> Question | None:
-        """None where a wrong answer is called as a right one is, or an answer is no name but a text."""
+        """None where names that differ are written the same, and a wrong answer would look like a right one."""
         names = [self._name(choice) for choice in asked.choices]
         answer, right = self._name(asked.tail), {self._name(tail) for tail in asked.right}
-        is_clear = len(set(names)) == len(names) and set(names) & right == {answer}
-        if not is_clear or max(map(len, names)) > LONGEST_NAME:
+        if len(set(names)) < len(names) or set(names) & right != {answer}:
             return None
         return Question(self._shown_relations[asked.relation], answer, names)
 
@@ -188,20 +223,26 @@ class Knowledge:
     ) -> tuple[list[str | None], Ages]:
         """Some attributes of each item, one relation a line; None without a link or an attribute.
 
-        What is called as the item is would be the answer, and is left out.
+        What names the item (`names_it`) would give the answer away, and other attributes stand in its place.
         """
         attributes, found, ages = self._attributes(tuple(relations)), list[str | None](), Ages()
         for item, cutoff, key in zip(items.tolist(), moments.cutoffs.tolist(), moments.keys.tolist()):
-            entity, title = int(self.linked[item]), self.item_texts[item].as_py()
-            told = [] if entity == NO_LINK else attributes.described(entity, cutoff, key, *DESCRIBED)
-            lines = []
-            for relation, tails, newest in told:
-                names = [name for name in map(self._name, tails) if name != title and len(name) <= LONGEST_NAME]
-                if names:
-                    lines.append(f"{self._shown_relations[relation]}: {', '.join(map(plain, names))}")
-                    ages += Ages.of(newest, cutoff)
+            entity, lines = int(self.linked[item]), list[str]()
+            for relation, tails, newest in [] if entity == NO_LINK else self._told(attributes, item, cutoff, key):
+                lines.append(f"{self._shown_relations[relation]}: {', '.join(plain(self._name(t)) for t in tails)}")
+                ages += Ages.of(newest, cutoff)
             found.append("\n".join(lines) or None)
         return found, ages
+
+    def _told(self, attributes: Attributes, item: int, cutoff: int, key: int) -> list[graph_attributes.Described]:
+        """Attributes of a linked item that do not name it."""
+        entity, title = int(self.linked[item]), self.item_texts[item].as_py()
+        called = [title, self._own_names[entity].as_py()]
+
+        def may_be_told(tail: int) -> bool:
+            return not any(names_it(self._name(tail), one) for one in called)
+
+        return attributes.described(entity, cutoff, key, *DESCRIBED, may_be_told)
 
     def check(self, relations: Sequence[str] = ()) -> None:
         """Find now what examples would stumble over.
@@ -229,14 +270,25 @@ class Knowledge:
     @cached_property
     def linked(self) -> Ids:
         """(num_items,) the entity of each item, NO_LINK without one."""
-        found: Ids = np.load(self.folder / LINKS, mmap_mode="r", allow_pickle=False)
+        found: Ids = np.asarray(np.load(self.folder / LINKS, mmap_mode="r", allow_pickle=False))
         return found
+
+    @cached_property
+    def _own_names(self) -> pa.Array:
+        """(E,) what the graph calls each entity."""
+        return pq.read_table(self.folder / ENTITIES, columns=[NAME])[NAME].combine_chunks().cast(pa.string())
+
+    @cached_property
+    def _name_numbers(self) -> Ints:
+        """(E,) entities that are called the same have one number; NO_NAME: what is longer than a name."""
+        numbers = pc.dictionary_encode(self._names).indices.to_numpy().astype(np.int64)
+        numbers[pc.utf8_length(self._names).to_numpy() > LONGEST_NAME] = NO_NAME
+        return numbers
 
     @cached_property
     def _names(self) -> pa.Array:
         """(E,) what each entity is called: its item's text, or its own name."""
-        names = pq.read_table(self.folder / ENTITIES, columns=[NAME])[NAME].combine_chunks().cast(pa.string())
-        linked = np.asarray(self.linked)
+        names, linked = self._own_names, np.asarray(self.linked)
         items = np.flatnonzero(linked != NO_LINK)[::-1]  # the first item of an entity goes last, and stays
         item_of = np.full(len(names), NO_LINK)
         item_of[linked[items]] = items
@@ -306,7 +358,9 @@ class Knowledge:
             except UserError as error:
                 raise UserError(str(error).replace("graph.retrieval.allow", "tasks[].relations")) from None
             allowed = np.ones(self.graph.num_relations, dtype=bool) if rules.allowed is None else rules.allowed
-            self._known_attributes[relations] = Attributes(self.graph, allowed[: self.graph.num_relations])
+            self._known_attributes[relations] = Attributes(
+                self.graph, allowed[: self.graph.num_relations], self._name_numbers
+            )
         return self._known_attributes[relations]
 
     @cached_property

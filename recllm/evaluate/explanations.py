@@ -14,10 +14,12 @@ import numpy as np
 
 from recllm.convert.knowledge import Knowledge
 from recllm.convert.pipeline import GRAPH
+from recllm.convert.titles import tokenizer_special_tokens
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate.tasks import Task
 from recllm.graph.explain import Checker, Verdict
+from recllm.recipe import Recipe
 
 NEW_TOKENS = 96  # of an explanation: a path of three triples has about 60
 SUPPORTED: Verdict = "supported"
@@ -43,6 +45,11 @@ class Explanations:
         self.dataset = dataset
         self._knowledge = Knowledge(dataset.folder / GRAPH, section, texts, tuple(special_tokens), tokenizer="")
 
+    @classmethod
+    def of(cls, recipe: Recipe, dataset: Dataset) -> "Explanations":
+        """By the graph of a recipe, with the names that its base model's tokenizer lets prompts write."""
+        return cls(dataset, recipe.graph, tokenizer_special_tokens(recipe.model.name_or_path))
+
     @cached_property
     def _checker(self) -> Checker:
         return self._knowledge.checker()
@@ -54,7 +61,7 @@ class Explanations:
         for row, (text, finished) in enumerate(written):
             user, end = int(task.users[row]), int(task.examples.history_end[row])
             begin = int(sequences.offsets[user])
-            starts = np.unique(linked[sequences.items[begin : begin + end]]).tolist()
+            starts = np.unique(linked[self.dataset.history(user, end, end)]).tolist()  # events without item have none
             cutoff, target = int(sequences.timestamps[begin + end]), int(linked[task.target[row]])
             verdict: Verdict = UNREADABLE
             if finished:

@@ -5,6 +5,8 @@ Entities with a cut-off and a random key each enter; leave: one of each one's at
 answer, right or wrong, is known from a later one.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,7 @@ from recllm.graph.store import ALWAYS, Graph, Ids, Ints
 Flags = npt.NDArray[np.bool_]
 
 RELATION_SALT, TAIL_SALT, WRONG_SALT, ORDER_SALT = 11, 12, 13, 14  # keep the choices of one question independent
+NO_NAME = -1  # in place of a name's number: what the entity is called is no name but a text
 TRIES = 8  # draws for each wrong answer, before all tails of the relation are looked at
 
 
@@ -24,7 +27,7 @@ class Question(NamedTuple):
 
     relation: int
     tail: int
-    choices: list[int]  # of entities; none but `tail` is, or becomes, one of the entity's tails
+    choices: list[int]  # of entities; none but `tail` is, becomes, or is called as, one of the entity's tails
     right: list[int]  # every tail older than the cut-off: all of them would be right
     newest: int  # time of the newest triple that the question knows, or ALWAYS
 
@@ -48,12 +51,15 @@ class Attributes:
     """The attributes of a graph's entities.
 
     Args:
-        graph: of R relations.
+        graph: of E entities and R relations.
         allowed: (R,) which relations are attributes.
+        names: (E,) a number for each entity's name: entities of one number are called the same, and NO_NAME ones are
+            never a tail. None: each its own.
     """
 
-    def __init__(self, graph: Graph, allowed: Flags) -> None:
+    def __init__(self, graph: Graph, allowed: Flags, names: Ints | None = None) -> None:
         self.graph, self.allowed = graph, allowed
+        self.names = np.arange(graph.num_entities) if names is None else names
         self._edges: dict[int, tuple[Ints, Ints]] = {}
 
     def question(self, entity: int, cutoff: int, key: int, count: int) -> Question | None:
@@ -75,17 +81,33 @@ class Attributes:
             return Question(relation, int(choices[0]), choices[order].tolist(), own.entities.tolist(), newest)
         return None
 
-    def described(self, entity: int, cutoff: int, key: int, num_relations: int, num_tails: int) -> list[Described]:
-        """At most so many relations with at most so many tails each, by `key`; relations in the graph's order."""
+    def described(
+        self,
+        entity: int,
+        cutoff: int,
+        key: int,
+        num_relations: int,
+        num_tails: int,
+        may_be_told: Callable[[int], bool] = lambda _: True,
+    ) -> list[Described]:
+        """At most so many relations with at most so many tails each, by `key`; relations in the graph's order.
+
+        Args:
+            may_be_told: of a tail; others give way to the next ones.
+        """
         runs = self._runs(entity, cutoff)
         order = np.argsort(mix(RELATION_SALT, np.uint64(key), self._relations(runs)), kind="stable")
-        found = []
-        for run in np.sort(runs[order[:num_relations]]).tolist():
+        found = dict[int, Described]()
+        for run in runs[order].tolist():
             own = self._tails(run, cutoff, entity)
-            kept = np.argsort(mix(TAIL_SALT, np.uint64(key), own.entities), kind="stable")[:num_tails]
-            relation = int(self.graph.run_relations[run])
-            found.append(Described(relation, own.entities[kept].tolist(), int(own.since[kept].max())))
-        return found
+            drawn = np.argsort(mix(TAIL_SALT, np.uint64(key), own.entities), kind="stable").tolist()
+            told = (place for place in drawn if may_be_told(int(own.entities[place])))
+            if kept := list(itertools.islice(told, num_tails)):
+                relation = int(self.graph.run_relations[run])
+                found[run] = Described(relation, own.entities[kept].tolist(), int(own.since[kept].max()))
+            if len(found) == num_relations:
+                break
+        return [found[run] for run in sorted(found)]
 
     def _relations(self, runs: Ints) -> Ids:
         relations: Ids = self.graph.run_relations[runs]
@@ -97,26 +119,39 @@ class Attributes:
         runs = np.arange(graph.run_offsets[entity], graph.run_offsets[entity + 1])
         runs = runs[graph.run_relations[runs] < graph.num_relations]
         runs = runs[self.allowed[graph.run_relations[runs]]]
-        has_tails = [len(self._tails(run, cutoff, entity).entities) > 0 for run in runs.tolist()]
-        return runs[np.array(has_tails, dtype=bool)]
+        tails = (graph.targets[self._open(run, cutoff)] for run in runs.tolist())
+        return runs[np.array([bool(self._is_tail(ends, entity).any()) for ends in tails], dtype=bool)]
+
+    def _is_tail(self, entities: Ids, of: int) -> Flags:
+        """Whether each of some entities is another one that has a name."""
+        usable: Flags = (entities != of) & (self.names[entities] != NO_NAME)
+        return usable
+
+    def _open(self, run: int, cutoff: int) -> slice:
+        """The edges of a run that are older than a cut-off."""
+        begin, end = int(self.graph.run_begins[run]), int(self.graph.run_begins[run + 1])
+        if self.graph.times is not None:
+            end = begin + int(np.searchsorted(self.graph.times[begin:end], cutoff))
+        return slice(begin, end)
 
     def _tails(self, run: int, cutoff: int, entity: int) -> _Tails:
         """Without the entity itself."""
-        graph = self.graph
-        begin, end = int(graph.run_begins[run]), int(graph.run_begins[run + 1])
-        if graph.times is not None:
-            end = begin + int(np.searchsorted(graph.times[begin:end], cutoff))
-        entities, first = np.unique(graph.targets[begin:end], return_index=True)  # the oldest stands first
-        since = np.full(len(entities), ALWAYS) if graph.times is None else graph.times[begin + first]
-        others = entities != entity
-        return _Tails(entities[others], since[others])
+        times, edges = self.graph.times, self._open(run, cutoff)
+        entities, first = np.unique(self.graph.targets[edges], return_index=True)  # the oldest stands first
+        since = np.full(len(entities), ALWAYS) if times is None else times[edges][first]
+        kept = self._is_tail(entities, entity)
+        return _Tails(entities[kept], since[kept])
 
     def _wrong(
         self, relation: int, run: int, entity: int, cutoff: int, key: int, count: int
     ) -> tuple[list[int], int] | None:
-        """So many different entities that the relation leads to elsewhere, and the time of the newest such triple."""
+        """So many entities of different names that the relation leads to elsewhere, and the time of the newest triple.
+
+        None is called as one of the entity's own tails is, or as itself.
+        """
         graph = self.graph
         own = np.append(graph.targets[graph.run_begins[run] : graph.run_begins[run + 1]], entity)  # of every time
+        own = np.append(self.names[own], NO_NAME)
         begins, behind = self._forward(relation)
         drawn = (mix(WRONG_SALT, np.uint64(key), np.arange(TRIES * count)) % np.uint64(behind[-1])).astype(np.int64)
         found = self._usable(self._places(begins, behind, drawn), own, cutoff)
@@ -131,12 +166,12 @@ class Attributes:
         newest = ALWAYS if graph.times is None or not count else int(graph.times[kept].max())
         return graph.targets[kept].tolist(), newest
 
-    def _usable(self, edges: Ints, own: Ids, cutoff: int) -> Ints:
-        """Of some edges those before the cut-off to entities outside `own`, one of each entity, in their order."""
+    def _usable(self, edges: Ints, own: Ints, cutoff: int) -> Ints:
+        """Of some edges those before the cut-off to entities of names outside `own`, one of each, in their order."""
         if self.graph.times is not None:
             edges = edges[self.graph.times[edges] < cutoff]
-        edges = edges[~np.isin(self.graph.targets[edges], own)]
-        _, first = np.unique(self.graph.targets[edges], return_index=True)
+        edges = edges[~np.isin(self.names[self.graph.targets[edges]], own)]
+        _, first = np.unique(self.names[self.graph.targets[edges]], return_index=True)
         return edges[np.sort(first)]
 
     def _forward(self, relation: int) -> tuple[Ints, Ints]:

@@ -30,6 +30,8 @@ from recllm.graph.store import ALWAYS
 from recllm.graph.subgraphs import Subgraphs
 from recllm.graph.verbalise import LAST, NEXT_LINE, NEXT_PART, NEXT_TAIL, Flags, Ints, Layout, Pieces, Verbaliser
 
+Small = npt.NDArray[np.int32]  # tokens of pieces: no text has 2^31
+
 _BEFORE = "a"  # a piece is measured behind this
 _SPANS = re.compile(r"[^\s] |\n\S")  # a token that holds this spans two pieces
 # What pieces may begin and end with: letters of several scripts and cases, marks, digits, punctuation, symbols.
@@ -54,10 +56,20 @@ class Fitted(NamedTuple):
 class _Costs(NamedTuple):
     """Tokens of the pieces of M triples."""
 
-    first: Ints  # (M,) header and head, where the text begins with it
-    head: Ints  # (M,) head of a later line
-    relation: Ints  # (M,)
-    tail: Ints  # (M + 1, 4) tail and date, by how it ends; the last row, which is of no triple, is 0
+    first: Small  # (M,) header and head, where the text begins with it
+    head: Small  # (M,) head of a later line
+    relation: Small  # (M,)
+    tail: Small  # (M + 1, 4) tail and date, by how it ends; the last row, which is of no triple, is 0
+
+    def least(self) -> Small:
+        """(M,) what each triple adds at the least: its tail, and what any other saves by another end.
+
+        Heads and relations add something or nothing, but of tokenizers that join them with what stands before.
+        """
+        low, high = self.tail.min(axis=1), self.tail.max(axis=1)
+        others = sum(min(int(column.min(initial=0)), 0) for column in (self.first, self.head, self.relation))
+        least: Small = low[:-1] + (low - high).min() + others
+        return least
 
 
 def fit(subgraphs: Subgraphs, verbaliser: Verbaliser, budget: int, tokenizer: Tokenizer) -> Fitted:
@@ -80,7 +92,7 @@ class Budget:
         last = _Words(self._measured, [(_BEFORE, " ", end) for end in ends])
         self._heads = _Table(verbaliser.heads, lambda texts: _by_first_word(texts, first, inner))
         self._tails = _Table(verbaliser.tails, lambda texts: _by_last_word(texts, inner, last))
-        self._relations = self._measured([(_BEFORE, text) for text in verbaliser.relations])
+        self._relations = self._measured([(_BEFORE, text) for text in verbaliser.relations]).astype(np.int32)
         self._dates: dict[int, Ints] = {}  # (4,) of each day, by how the triple ends
         self.is_additive = is_additive(tokenizer) and self._adds_up()
 
@@ -130,7 +142,7 @@ class Budget:
     def _costs(self, subgraphs: Subgraphs) -> _Costs:
         heads = self._heads.rows(subgraphs.heads)
         tails = self._tails.rows(subgraphs.tails)
-        costs = np.zeros((len(tails) + 1, 4), dtype=np.int64)
+        costs = np.zeros((len(tails) + 1, 4), dtype=np.int32)
         costs[:-1] = tails[:, :4]
         if self.verbaliser.dates:
             days = self.verbaliser.days(subgraphs)
@@ -218,16 +230,16 @@ class _Table:
 
     def __init__(self, pieces: Pieces, counted: Callable[[list[str]], Ints]) -> None:
         self._pieces, self._counted, self._generation = pieces, counted, pieces.generation
-        self._rows = counted([])
+        self._rows = counted([]).astype(np.int32)
 
-    def rows(self, numbers: npt.NDArray[np.integer]) -> Ints:
+    def rows(self, numbers: npt.NDArray[np.integer]) -> Small:
         """(len(numbers), C) tokens of the pieces of some numbers."""
         slots = self._pieces.slots(numbers)
         if self._generation != self._pieces.generation:
             self._rows, self._generation = self._rows[:0], self._pieces.generation
         if len(new := self._pieces.texts[len(self._rows) :]):
-            self._rows = np.concatenate([self._rows, self._counted(new.tolist())])
-        found: Ints = self._rows[slots]
+            self._rows = np.concatenate([self._rows, self._counted(new.tolist()).astype(np.int32)])
+        found: Small = self._rows[slots]
         return found
 
 
@@ -308,10 +320,10 @@ def _take(layout: Layout, costs: _Costs, offsets: Ints, limits: Ints, is_kept: F
     """
     begins, counts = offsets[prompts], offsets[prompts + 1] - offsets[prompts]
     is_kept[ranges(begins, counts)] = False
-    ends, left = _Ends(layout, len(limits)), limits.copy()
+    ends, left, least = _Ends(layout, len(limits)), limits.copy(), costs.least()
     for rank in range(int(counts.max(initial=0))):
         triples = begins[counts > rank] + rank
-        triples = triples[~layout.is_repeat[triples]]
+        triples = triples[~layout.is_repeat[triples] & (least[triples] <= left[layout.prompts[triples]])]
         added, here = ends.added(costs, triples), layout.prompts[triples]
         fits = added <= left[here]
         left[here[fits]] -= added[fits]

@@ -145,15 +145,13 @@ def _best(graph: Graph, chains: _Chains, candidates: Candidates, count: int) -> 
 
 
 def _legs(graph: Graph, frontier: Frontier, seeds: Seeds, rules: Rules) -> _Legs:
-    steps = follow(graph, frontier, seeds.cutoffs, rules)
-    sources = steps.sources()
-    times = graph.times
+    steps, times = follow(graph, frontier, seeds.cutoffs, rules), graph.times
     return _Legs(
-        steps.prompts[sources],
-        steps.entities[sources],
+        steps.of_edges(steps.prompts),
+        steps.of_edges(steps.entities),
         steps.targets.astype(np.int64),
         graph.run_relations[steps.runs[steps.edge_runs]].astype(np.int64),
-        np.full(len(sources), ALWAYS) if times is None else np.asarray(times[steps.positions]),
+        np.full(len(steps.targets), ALWAYS) if times is None else np.asarray(times[steps.positions]),
     )
 
 

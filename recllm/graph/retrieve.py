@@ -16,12 +16,13 @@ from functools import partial
 
 import numpy as np
 
-from recllm.data.randomness import Keys, mix, uniform
+from recllm.data.randomness import Keys, mix, mix_further, uniform
 from recllm.errors import UserError
+from recllm.graph.segments import best_places
 from recllm.graph.stages import parallel, two_stage
-from recllm.graph.store import Graph
-from recllm.graph.subgraphs import Ints, Seeds, Subgraphs
-from recllm.graph.walk import Doubles, Found, Rules, best, gathered, triples_of, walk
+from recllm.graph.store import ALWAYS, Graph
+from recllm.graph.subgraphs import Floats, Ints, Seeds, Subgraphs
+from recllm.graph.walk import Doubles, Found, Rules, Steps, around, best, gathered, merged, walk
 from recllm.recipe import RetrievalSection
 
 DAMPING = 0.85  # share of a random walk that goes on, the rest restarts at the seeds
@@ -103,12 +104,49 @@ def random_triples(graph: Graph, seeds: Seeds, rules: Rules, key: Keys) -> Subgr
     What is drawn hangs on nothing else: neither on the batch, nor on the order of the triples, nor on what else the
     graph holds, as a triple counts by the ids of its entities and relation and not by their numbers.
     """
-    found = walk(graph, seeds, rules)
-    heads, relations, tails, times = triples_of(graph, found.steps, found.edges)
-    ids = graph.entity_keys[heads], graph.relation_keys[relations], graph.entity_keys[tails]
-    numbers = uniform(mix(0, key[found.prompts], *ids, times))
-    drawn = Found(found.steps, found.edges, found.prompts, numbers.astype(np.float32))
-    return best(graph, drawn, seeds.num_prompts, rules.max_triples)
+    steps = around(graph, seeds, rules)
+    numbers = _drawn(graph, steps, key)
+    drawn = _highest(steps, numbers, seeds.num_prompts, 2 * rules.max_triples)  # a triple may be there from both ends
+    found = merged(graph, steps.only(drawn, numbers[drawn].astype(np.float64)))
+    once = Found(found.steps, found.edges, found.prompts, numbers[drawn[found.edges]])
+    return best(graph, once, seeds.num_prompts, rules.max_triples)
+
+
+def _drawn(graph: Graph, steps: Steps, key: Keys) -> Floats:
+    """(M,) of each edge the number of its triple, which is mix(0, key, head, relation, tail, time) from either end.
+
+    All that is the same for the edges of a run is hashed once for the run.
+    """
+    relations, owners = graph.run_relations[steps.runs], steps.owners
+    is_inverse = relations >= graph.num_relations
+    relation_keys = graph.relation_keys[relations % graph.num_relations]
+    sources = graph.entity_keys[steps.entities[owners]]
+    begun = mix(0, key[steps.prompts[owners]])
+    forward = mix_further(begun, sources, relation_keys)  # the source is the head
+    targets = graph.entity_keys[steps.targets]
+    found, is_back = np.empty(len(targets), dtype=np.uint64), is_inverse[steps.edge_runs]
+    there, back = np.flatnonzero(~is_back), np.flatnonzero(is_back)
+    times = ALWAYS if graph.times is None else np.asarray(graph.times[steps.positions])
+    runs = steps.edge_runs[there]
+    found[there] = mix_further(forward[runs], targets[there])
+    runs = steps.edge_runs[back]
+    found[back] = mix_further(begun[runs], targets[back], relation_keys[runs], sources[runs])
+    return uniform(mix_further(found, times)).astype(np.float32)
+
+
+def _highest(steps: Steps, numbers: Floats, num_prompts: int, count: int) -> Ints:
+    """Edges with each prompt's `count` highest of some uniform numbers (M,), rising; of equals the first ones."""
+    edges = np.bincount(steps.prompts, steps.followed, minlength=num_prompts)
+    likely = count + 8 * np.sqrt(count) + 8  # so many above its floor are expected: 8 deviations more than are needed
+    floors = (1 - likely / np.maximum(edges, 1)).astype(np.float32)
+    is_high = numbers >= steps.of_edges(floors[steps.prompts])
+    high = np.flatnonzero(is_high)
+    prompts = steps.prompts[steps.sources(high)]
+    too_few = np.bincount(prompts, minlength=num_prompts) < np.minimum(edges, count)
+    if too_few.any():  # chance, or numbers that are not uniform
+        high = np.flatnonzero(is_high | steps.of_edges(too_few[steps.prompts]))
+        prompts = steps.prompts[steps.sources(high)]
+    return np.sort(high[best_places(prompts, numbers[high], num_prompts, count)[1]])
 
 
 def pagerank(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:

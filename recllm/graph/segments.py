@@ -46,6 +46,31 @@ def stable_order(keys: Ints) -> Ints:
     return np.sort((keys << bits) | np.arange(len(keys))) & ((1 << bits) - 1)
 
 
+def packed(*columns: Ints) -> list[Ints]:
+    """Columns (M,) as fewer ones, in which the same rows are equal: a sort by each of them puts equal rows together.
+
+    Small numbers share an integer, as long as the row's place fits in beside them (`stable_order`); a column of one
+    value alone is none.
+
+    >>> [column.tolist() for column in packed(np.array([7, 7]), np.array([1, 0]), np.array([2, 3]))]
+    [[6, 3]]
+    """
+    found, free = list[Ints](), 0
+    place_bits = max(len(columns[0]) - 1, 0).bit_length()
+    for column in columns:
+        low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
+        if low == high:
+            continue
+        bits = high.bit_length()
+        if low < 0:
+            found, free = [*found, column], 0
+        elif bits <= free:
+            found[-1], free = (found[-1] << bits) | column, free - bits
+        else:
+            found, free = [*found, column], 63 - place_bits - bits
+    return found or [columns[0]]
+
+
 def by_prompt_and_score(prompts: Ints, scores: Floats) -> Ints:
     """The order that sorts by prompt, then by falling score; equals as they stand. Scores of 0 and above."""
     # bits of floats of 0 and above rise as the floats do

@@ -25,6 +25,7 @@ from recllm.graph.walk import (
     joined,
     keys_of,
     merged,
+    near_of,
     spread,
     walk,
 )
@@ -34,39 +35,48 @@ FUSION_RANK = 60  # k of reciprocal rank fusion
 
 def two_stage(graph: Graph, seeds: Seeds, rules: Rules) -> tuple[Subgraphs, Seeds]:
     """The subgraphs, and the entities that stage one chose for them with their weights, best first."""
-    chosen = behaviour(graph, seeds, rules)
-    found = context(graph, seeds, chosen, rules)
+    near = near_of(graph, seeds, rules)
+    chosen = behaviour(graph, seeds, rules, near)
+    found = context(graph, seeds, chosen, rules, near)
     return best(graph, found, seeds.num_prompts, rules.max_triples), chosen
 
 
-def behaviour(graph: Graph, seeds: Seeds, rules: Rules) -> Seeds:
+def behaviour(graph: Graph, seeds: Seeds, rules: Rules, near: Steps | None = None) -> Seeds:
     """Stage one: the `rules.entities` entities next to the user's items that say most of the user, items apart.
 
     With m the summed weight of the seeds that a triple ties to an entity, and d the entity's degree before the cut-off,
     its weight is m² / d ** hub_penalty, scaled to a sum of 1 a prompt. At a penalty of 1 that is the squared cosine
     between the user's items and all that the entity is tied to, but for a factor that all entities of a prompt share.
+
+    Args:
+        near: the edges from the seeds, where they are known.
     """
-    frontier = gathered(graph, seeds.prompts, seeds.entities, seeds.weights)
-    steps = follow(graph, frontier, seeds.cutoffs, rules)
-    shared = _shared(graph, steps)
-    known = is_in(keys_of(graph, shared.prompts, shared.entities), keys_of(graph, frontier.prompts, frontier.entities))
+    near = near or near_of(graph, seeds, rules)
+    shared = _shared(graph, near)
+    known = is_in(keys_of(graph, shared.prompts, shared.entities), keys_of(graph, near.prompts, near.entities))
     shared = Frontier(shared.prompts[~known], shared.entities[~known], shared.weights[~known])
     degrees = follow(graph, shared, seeds.cutoffs, replace(rules, fan_out=0)).degrees
     weights = shared.weights**2 / np.maximum(degrees, 1) ** rules.hub_penalty
     return _best_entities(seeds, shared, weights, rules.entities)
 
 
-def context(graph: Graph, seeds: Seeds, chosen: Seeds, rules: Rules) -> Found:
+def context(graph: Graph, seeds: Seeds, chosen: Seeds, rules: Rules, near: Steps | None = None) -> Found:
     """Stage two: the triples that tie the chosen entities to the user's items, and those around them.
 
     A chosen entity's weight flows back over the triples that tie it to the seeds, in equal parts, and on over
     those within `rules.hops` − 1 of it, as in `walk.py`: nothing is further than `rules.hops` from a seed, and without
     a chosen entity there is nothing.
+
+    Args:
+        near: the edges from the seeds, where they are known.
     """
-    ties = _ties(graph, seeds, chosen, rules)
-    frontier = gathered(graph, chosen.prompts, chosen.entities, chosen.weights)
-    around = spread(graph, frontier, seeds.cutoffs, rules, rules.hops - 1, first=2)
-    return merged(graph, joined([ties, *around]), rules.max_triples)
+    ties = _ties(graph, near or near_of(graph, seeds, rules), chosen, rules)
+    steps = [ties]
+    if rules.hops > 1:
+        frontier = gathered(graph, chosen.prompts, chosen.entities, chosen.weights)
+        beside = follow(graph, frontier, seeds.cutoffs, rules, hop=2)
+        steps += spread(graph, beside, seeds.cutoffs, rules, rules.hops - 1, first=2)
+    return merged(graph, joined(steps), rules.max_triples)
 
 
 def parallel(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:
@@ -75,8 +85,9 @@ def parallel(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:
     Merged by reciprocal rank fusion (Cormack, Clarke & Büttcher 2009): a triple's score is the sum of 1 / (60 + rank)
     over the lists that hold it, ranks from 1; its hop is the lower one, which is the same in both.
     """
-    ties = merged(graph, _ties(graph, seeds, behaviour(graph, seeds, rules), rules))
-    around = walk(graph, seeds, rules, rules.max_triples)
+    near = near_of(graph, seeds, rules)
+    ties = merged(graph, _ties(graph, near, behaviour(graph, seeds, rules, near), rules))
+    around = walk(graph, seeds, rules, rules.max_triples, near)
     lists = [best(graph, found, seeds.num_prompts, rules.max_triples) for found in (ties, around)]
     return fused(graph, lists, rules.max_triples)
 
@@ -95,23 +106,20 @@ def fused(graph: Graph, lists: list[Subgraphs], max_triples: int) -> Subgraphs:
     return Subgraphs(offsets, scores=scores[kept], **{name: column[places[kept]] for name, column in columns.items()})
 
 
-def _ties(graph: Graph, seeds: Seeds, chosen: Seeds, rules: Rules) -> Steps:
-    """The edges from seeds to chosen entities; over each flows its part of the chosen entity's weight."""
-    frontier = gathered(graph, seeds.prompts, seeds.entities, seeds.weights)
-    steps = follow(graph, frontier, seeds.cutoffs, rules)
-    sources = steps.sources()
-    keys = keys_of(graph, steps.prompts[sources], steps.targets)
+def _ties(graph: Graph, near: Steps, chosen: Seeds, rules: Rules) -> Steps:
+    """Of the edges from the seeds those to chosen entities; over each flows its part of the chosen entity's weight."""
+    keys = keys_of(graph, near.of_edges(near.prompts), near.targets)
     chosen_keys = keys_of(graph, chosen.prompts, chosen.entities)
     order = np.argsort(chosen_keys)
     edges = np.flatnonzero(is_in(keys, chosen_keys[order]))
     which = order[np.searchsorted(chosen_keys[order], keys[edges])]
-    degrees = follow(graph, _frontier(chosen), seeds.cutoffs, replace(rules, fan_out=0)).degrees
+    degrees = follow(graph, _frontier(chosen), chosen.cutoffs, replace(rules, fan_out=0)).degrees
     flows = (
         chosen.weights
         / np.maximum(degrees, 1) ** rules.hub_penalty
         / np.maximum(np.bincount(which, minlength=len(order)), 1)
     )
-    return steps.only(edges, flows[which])
+    return near.only(edges, flows[which])
 
 
 def _frontier(seeds: Seeds) -> Frontier:
@@ -120,11 +128,12 @@ def _frontier(seeds: Seeds) -> Frontier:
 
 def _shared(graph: Graph, steps: Steps) -> Frontier:
     """What the edges reach, with the summed weight of the different entities that each is reached from."""
-    sources = steps.sources()
+    sources = steps.of_edges(np.arange(len(steps.prompts)))
     keys = sources * graph.num_entities + steps.targets
-    keys = keys[stable_order(keys)]
-    sources, targets = np.divmod(keys[starts(keys)], max(graph.num_entities, 1))
-    return gathered(graph, steps.prompts[sources], targets, steps.weights[sources])
+    order = stable_order(keys)
+    once = order[starts(keys[order])]
+    sources = sources[once]
+    return gathered(graph, steps.prompts[sources], steps.targets[once], steps.weights[sources])
 
 
 def _best_entities(seeds: Seeds, reached: Frontier, weights: Doubles, count: int) -> Seeds:

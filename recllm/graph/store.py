@@ -175,6 +175,6 @@ def write_meta(folder: Path, num_entities: int, num_relations: int, num_triples:
 
 def _mapped(path: Path) -> npt.NDArray[np.generic]:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # still mapped; np.memmap is slow to cut
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: is no readable array ({error}): convert again") from None

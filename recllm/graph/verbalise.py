@@ -38,6 +38,7 @@ import pyarrow as pa
 
 from recllm.data.prices import DAY_S
 from recllm.errors import UserError
+from recllm.graph.segments import stable_order
 from recllm.graph.store import ALWAYS
 from recllm.graph.subgraphs import Subgraphs
 from recllm.recipe import GraphFormat
@@ -237,7 +238,9 @@ class Verbaliser:
         prompts, places = subgraphs.prompts, np.arange(len(subgraphs.heads))
         keys = (prompts * len(self.entity_names) + subgraphs.heads) * max(len(self._same), 1)
         keys += self._same[subgraphs.relations]
-        order = np.lexsort((*((self.days(subgraphs),) if self.dates else ()), subgraphs.tails, keys))
+        order = np.argsort(self.days(subgraphs), kind="stable") if self.dates else places
+        for column in (subgraphs.tails.astype(np.int64), keys):
+            order = order[stable_order(column[order])]
         lines, parts, wholes = np.empty_like(places), np.empty_like(places), np.empty_like(places)
         keys = keys[order]
         new_part = _differ(keys)

@@ -17,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from recllm.data.randomness import GOLDEN
-from recllm.graph.segments import Flags, best_places, by_prompt_and_score, is_in, ranges, stable_order, starts
+from recllm.graph.segments import (
+    Flags,
+    best_places,
+    by_prompt_and_score,
+    is_in,
+    packed,
+    ranges,
+    stable_order,
+    starts,
+)
 from recllm.graph.store import ALWAYS, Graph
 from recllm.graph.subgraphs import Floats, Ids, Ints, Seeds, Subgraphs
 
@@ -64,9 +73,13 @@ class Steps:
     positions: Ints  # (M,) edges of the graph
     targets: Ids  # (M,)
 
-    def sources(self, edges: Ints | slice = slice(None)) -> Ints:
-        """Which of the F each edge starts from."""
+    def sources(self, edges: Ints) -> Ints:
+        """Which of the F some edges start from."""
         return self.owners[self.edge_runs[edges]]
+
+    def of_edges(self, column: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(M,) what each edge's source has in a column (F,): edges stand in the order of their sources."""
+        return np.repeat(column, self.followed)
 
     def only(self, edges: Ints, flows: Doubles) -> "Steps":
         """Some of the edges, with another flow over each: every edge has a source and a run of its own."""
@@ -99,10 +112,10 @@ def gathered(
     """Pairs of prompt and entity, each once, with the sum of its weights in the order given."""
     keys = keys_of(graph, prompts, entities)
     order = stable_order(keys)
-    keys = keys[order]
-    new = starts(keys)
+    new = starts(keys[order])
     sums = np.bincount(np.cumsum(new) - 1, weights[order], minlength=int(new.sum())).astype(np.float64)
-    return Frontier(*np.divmod(keys[new], max(graph.num_entities, 1)), sums)
+    first = order[new]
+    return Frontier(prompts[first], entities[first].astype(np.int64), sums)
 
 
 def follow(graph: Graph, frontier: Frontier, cutoffs: Ints, rules: Rules, hop: int = 1) -> Steps:
@@ -136,19 +149,31 @@ def follow(graph: Graph, frontier: Frontier, cutoffs: Ints, rules: Rules, hop: i
     )
 
 
-def walk(graph: Graph, seeds: Seeds, rules: Rules, only_best: int | None = None) -> Found:
-    """The triples within `rules.hops` of the seeds; with `only_best` as `merged` leaves them."""
-    frontier = gathered(graph, seeds.prompts, seeds.entities, seeds.weights)
-    return merged(graph, joined(spread(graph, frontier, seeds.cutoffs, rules, rules.hops)), only_best)
+def walk(graph: Graph, seeds: Seeds, rules: Rules, only_best: int | None = None, near: Steps | None = None) -> Found:
+    """The triples within `rules.hops` of the seeds; with `only_best` as `merged` leaves them.
+
+    Args:
+        near: the edges from the seeds, where they are known.
+    """
+    return merged(graph, around(graph, seeds, rules, near), only_best)
 
 
-def spread(graph: Graph, frontier: Frontier, cutoffs: Ints, rules: Rules, hops: int, first: int = 1) -> list[Steps]:
-    """Breadth first from a frontier, `hops` steps, counted from `first`."""
-    steps: list[Steps] = []
-    for hop in range(first, first + hops):
-        if steps:
-            frontier = _next_frontier(graph, steps)
-        steps.append(follow(graph, frontier, cutoffs, rules, hop))
+def around(graph: Graph, seeds: Seeds, rules: Rules, near: Steps | None = None) -> Steps:
+    """The edges within `rules.hops` of the seeds; `near`: those from the seeds, where they are known."""
+    near = near_of(graph, seeds, rules) if near is None else near
+    return joined(spread(graph, near, seeds.cutoffs, rules, rules.hops))
+
+
+def near_of(graph: Graph, seeds: Seeds, rules: Rules) -> Steps:
+    """The edges from the seeds."""
+    return follow(graph, gathered(graph, seeds.prompts, seeds.entities, seeds.weights), seeds.cutoffs, rules)
+
+
+def spread(graph: Graph, near: Steps, cutoffs: Ints, rules: Rules, hops: int, first: int = 1) -> list[Steps]:
+    """Breadth first on from `near`, which is the first of `hops` steps, counted from `first`."""
+    steps = [near]
+    for hop in range(first + 1, first + hops):
+        steps.append(follow(graph, _next_frontier(graph, steps), cutoffs, rules, hop))
     return steps
 
 
@@ -168,18 +193,16 @@ def merged(graph: Graph, steps: Steps, only_best: int | None = None) -> Found:
     followed from its other end, too, where that was followed at all. That is asked first of a filter (one hash a pair;
     Bloom 1970) and then, of the few that pass, exactly.
     """
-    sources = steps.sources()
-    prompts = steps.prompts[sources]
-    twice = _followed_at_both_ends(graph, steps, prompts)
-    order, new = grouped(graph, prompts[twice], *triples_of(graph, steps, twice))
+    twice = _followed_at_both_ends(graph, steps)
+    order, new = grouped(graph, steps.prompts[steps.sources(twice)], *triples_of(graph, steps, twice))
     first = twice[order[new]]
-    kept = np.ones(len(sources), dtype=bool) if only_best is None else _may_be_best(steps, only_best)[sources]
+    may = np.ones(len(steps.prompts), dtype=bool) if only_best is None else _may_be_best(steps, only_best)
+    kept = steps.of_edges(may)
     kept[twice] = False
     kept[first] = True
-    edges = np.flatnonzero(kept)
-    scores = steps.flows[sources[edges]]
-    scores[np.searchsorted(edges, first)] = np.bincount(np.cumsum(new) - 1, steps.flows[sources[twice[order]]])
-    return Found(steps, edges, prompts[edges], scores.astype(np.float32))
+    flows, edges = steps.of_edges(steps.flows), np.flatnonzero(kept)
+    flows[first] = np.bincount(np.cumsum(new) - 1, flows[twice[order]])
+    return Found(steps, edges, steps.prompts[steps.sources(edges)], flows[edges].astype(np.float32))
 
 
 def best(graph: Graph, found: Found, num_prompts: int, max_triples: int) -> Subgraphs:
@@ -215,7 +238,7 @@ def triples_of(graph: Graph, steps: Steps, edges: Ints) -> tuple[Ints, Ints, Int
 
 def grouped(graph: Graph, prompts: Ints, heads: Ints, relations: Ints, tails: Ints, times: Ints) -> tuple[Ints, Flags]:
     """The order that puts the same triples of a prompt together, equals as they stand, and where each group begins."""
-    columns = (times, relations, keys_of(graph, prompts, heads), tails)
+    columns = packed(times, relations, keys_of(graph, prompts, heads), tails)
     order = np.arange(len(prompts))
     for column in columns:
         order = order[stable_order(column[order])]
@@ -225,8 +248,7 @@ def grouped(graph: Graph, prompts: Ints, heads: Ints, relations: Ints, tails: In
 def _next_frontier(graph: Graph, steps: list[Steps]) -> Frontier:
     """What the last step reached and none before had followed."""
     last = steps[-1]
-    sources = last.sources()
-    reached = gathered(graph, last.prompts[sources], last.targets, last.flows[sources])
+    reached = gathered(graph, last.of_edges(last.prompts), last.targets, last.of_edges(last.flows))
     seen = np.concatenate([keys_of(graph, step.prompts, step.entities) for step in steps])
     new = ~is_in(keys_of(graph, reached.prompts, reached.entities), np.sort(seen))
     return Frontier(reached.prompts[new], reached.entities[new], reached.weights[new])
@@ -250,15 +272,21 @@ def _may_be_best(steps: Steps, count: int) -> Flags:
     return may
 
 
-def _followed_at_both_ends(graph: Graph, steps: Steps, prompts: Ints) -> Ints:
+def _followed_at_both_ends(graph: Graph, steps: Steps) -> Ints:
     """Edges whose target was followed, too, in the same prompt."""
-    followed = np.sort(keys_of(graph, steps.prompts, steps.entities))
-    keys = keys_of(graph, prompts, steps.targets)
+    followed = keys_of(graph, steps.prompts, steps.entities)
+    keys = keys_of(graph, steps.of_edges(steps.prompts), steps.targets)
     shift = np.uint64(64 - int(FILTER_SPREAD * len(followed) + 1).bit_length())
-    table = np.zeros(1 << (64 - int(shift)), dtype=bool)
-    table[_hashes(followed, shift)] = True
-    passed = np.flatnonzero(table[_hashes(keys, shift)])
-    return passed[is_in(keys[passed], followed)]
+    places, table = _hashes(followed, shift), np.zeros(1 << (64 - int(shift)), dtype=bool)
+    table[places] = True
+    holds = np.empty(len(table), dtype=np.int64)  # the last of the pairs of each place; nothing where there is none
+    holds[places] = followed
+    hashes = _hashes(keys, shift)
+    passed = np.flatnonzero(table[hashes])
+    is_followed = holds[hashes[passed]] == keys[passed]
+    unsure = np.flatnonzero(~is_followed)  # another pair of the same hash, or a pair that gave way to it
+    is_followed[unsure] = is_in(keys[passed[unsure]], np.sort(followed))
+    return passed[is_followed]
 
 
 def _hashes(keys: Ints, shift: np.uint64) -> Ints:

