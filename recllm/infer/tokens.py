@@ -3,13 +3,14 @@
 Chat messages and texts enter; token ids leave (model/chat.py says how an answer is tokenised and ended).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from recllm.errors import UserError
+from recllm.infer.constrained import Grammar, compile_grammar
 from recllm.infer.item_trie import ItemTrie
 from recllm.model.chat import answer_ids, prompt_ids
 
@@ -104,6 +105,14 @@ class Tokens:
         self.check_lengths([len(row) + max_new_tokens for row in rows], f"{advice} again")
         return rows
 
+    def grammar(self, json_schema: Mapping[str, Any] | None) -> Grammar | None:
+        """What holds answers to a JSON schema, compiled once for a tokenizer; None without a schema.
+
+        Raises:
+            UserError: xgrammar is not installed; a schema or a tokenizer that it does not take (constrained.py).
+        """
+        return None if json_schema is None else compile_grammar(json_schema, self.tokenizer, self.vocabulary)
+
     def check_lengths(self, lengths: list[int], advice: str = "lower prompt.max_items and convert again") -> None:
         """Refuse rows beyond the context.
 
@@ -125,6 +134,41 @@ class Tokens:
         if listed and "\n" in text:
             text, finished = text.split("\n", 1)[0], True
         return Generation(text, finished)
+
+    def read_held(self, tokens: Ids, grammar: Grammar) -> Generation:
+        """Tokens that were held to a grammar, up to eos, letter by letter as they stand.
+
+        Raises:
+            RuntimeError: a finished text that is none of the grammar's: the engine did not hold it.
+        """
+        finished = grammar.end in tokens
+        kept = tokens[: tokens.index(grammar.end)] if finished else tokens
+        # a special token within a string was allowed as the text that it is
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if finished and not grammar.accepts(text):
+            raise RuntimeError(f"the engine wrote {text!r}, which its JSON schema does not allow")
+        return Generation(text, finished)
+
+
+def continued(prompts: Sequence[Prompt], lines: Sequence[str]) -> list[Prompt]:
+    """Prompts whose answers have begun with a line each: what follows it is scored or generated next.
+
+    An answer with a rationale is asked for in two steps, with the same tokens as in training (model/chat.py):
+
+        rationales = engine.generate(prompts, listed=[True] * len(prompts), …)      up to its newline, or cut off
+        engine.score(continued(prompts, [made.text for made in rationales]), labels, …)
+
+    A rationale that was cut off is ended here, as the answer has to begin somewhere: count those not `finished`.
+
+    >>> continued([[{"role": "user", "content": "Next?"}]], ["They compared two."])[0][-1]
+    {'role': 'assistant', 'content': 'They compared two.\\n'}
+    """
+    longer: list[Prompt] = []
+    for prompt, line in zip(prompts, lines, strict=True):
+        begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+        turns = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+        longer.append([*turns, {"role": "assistant", "content": f"{begun}{line}\n"}])
+    return longer
 
 
 def per_token(scores: np.ndarray, candidates: Sequence[Sequence[Ids]]) -> np.ndarray:

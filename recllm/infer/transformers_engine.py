@@ -14,13 +14,17 @@ A 4D attention mask says who sees whom. An answer's last token is predicted and 
 (prompt, answer), which `TransformersEngine(…, share_prompts=False)` does: the way that is left for attention that
 takes no such mask (flash attention, sliding windows, state-space layers).
 
+With `one_forward` prompt and trie stand in one row and are read in one forward, under one mask. A closed set of short
+answers costs then what reading its prompt does; the mask grows with the square of the row, so that long prompts with
+many answers are cheaper in two.
+
 Ranking a whole catalogue is a beam search over the trie of its titles (item_trie.py, beams.py). There the trie grows as
 the search goes, and its tokens are appended to the prompt's keys and values depth by depth, under the same mask.
 """
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +32,18 @@ import numpy.typing as npt
 import torch
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from recllm.data.dataset import pad_left
 from recllm.errors import UserError
 from recllm.infer.beams import Beam, Ranking, search
+from recllm.infer.constrained import Grammar, Held
 from recllm.infer.item_trie import ItemTrie
 from recllm.infer.tokens import Generation, Prompt, Tokens, listed_by_default, per_token
 from recllm.model.adapter import accepts_history
@@ -68,6 +79,7 @@ class TransformersEngine:
         self.config = model.config.get_text_config()
         self.tokens = Tokens.of(tokenizer, self.config)
         self.share_prompts = takes_tree_mask(self.config) if share_prompts is None else share_prompts
+        self._separate_by_choice = share_prompts is False
         if self.share_prompts and not takes_tree_mask(self.config):
             raise UserError(
                 f"share_prompts needs full attention with a mask of our own, this model has "
@@ -87,6 +99,7 @@ class TransformersEngine:
         representations: np.ndarray | None = None,
         length_normalised: bool = False,
         progress: str | None = None,
+        one_forward: bool = False,
     ) -> np.ndarray:
         """Log-likelihood in nats of each answer after its prompt, terminator included: (N, C) float64.
 
@@ -101,16 +114,19 @@ class TransformersEngine:
             gate_weights: (N, K) or (N, layers, K), instead of histories.
             representations: (N, D) of the sequence encoder, instead of histories.
             progress: name for the progress bar; None shows none.
+            one_forward: read each prompt together with all of its answers, in exactly one forward a batch: for closed
+                sets. An engine made with share_prompts=False keeps to one row an answer.
 
         Raises:
-            UserError: a prompt with its longest answer exceeds the model's context.
+            UserError: a prompt with its longest answer exceeds the model's context; one_forward for a model whose
+                attention takes no mask of ours.
         """
         rows, candidates = self.tokens.pairs(prompts, answers)
         gates = self._gates(len(rows), histories, gate_weights, representations)
         scores = np.full((len(rows), max(map(len, candidates), default=0)), np.nan)
-        score_batch = self._score_shared if self.share_prompts else self._score_separately
+        score_batch = self._way(one_forward)
         with tqdm(total=len(rows), desc=progress, disable=progress is None, unit="prompt") as bar:
-            for batch in self._batches(rows, candidates):
+            for batch in self._batches(rows, candidates, one_forward):
                 values = score_batch([rows[i] for i in batch], [candidates[i] for i in batch], gates, batch)
                 for i, row in zip(batch, values, strict=True):
                     scores[i, : len(row)] = row
@@ -196,12 +212,21 @@ class TransformersEngine:
         max_new_tokens: int = 32,
         listed: Sequence[bool] | None = None,
         progress: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
     ) -> list[Generation]:
         """Greedy answers, one a prompt, in the order of the prompts; the model's own generation settings do not count.
 
         A `listed` answer (by default that of a prompt that ends in an assistant message) stops at its newline too, any
         other only at eos; neither is part of the text. One that reaches `max_new_tokens` first is not `finished`.
+
+        With a `json_schema` each answer is held to what json.dumps(…, ensure_ascii=False) writes of the schema's
+        values (json_grammar.py); it is one line and ends at eos, so `listed` does not matter.
+
+        Raises:
+            UserError: a prompt that with max_new_tokens exceeds the model's context; xgrammar is not installed, or a
+                schema that cannot be kept.
         """
+        grammar = self.tokens.grammar(json_schema)
         rows = self.tokens.for_generation(prompts, max_new_tokens)
         gates = self._gates(len(rows), histories, gate_weights, representations)
         listed = listed_by_default(prompts) if listed is None else listed
@@ -211,7 +236,7 @@ class TransformersEngine:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 made = self._generate(
-                    [rows[i] for i in batch], [listed[i] for i in batch], gates, batch, max_new_tokens
+                    [rows[i] for i in batch], [listed[i] for i in batch], gates, batch, max_new_tokens, grammar
                 )
                 for i, generation in zip(batch, made, strict=True):
                     texts[i] = generation
@@ -224,13 +249,15 @@ class TransformersEngine:
         answers: Sequence[Sequence[str]],
         max_new_tokens: int = 0,
         num_generated: int = 0,
+        json_schema: Mapping[str, Any] | None = None,
     ) -> None:
         """Find now what `score`, and `generate` for the first `num_generated` prompts, would refuse.
 
         Raises:
             UserError: a prompt without answers; a prompt that with its longest answer, or with max_new_tokens, exceeds
-                the model's context.
+                the model's context; a schema that cannot be kept.
         """
+        self.tokens.grammar(json_schema)
         self.tokens.pairs(prompts, answers)
         self.tokens.for_generation(prompts[:num_generated], max_new_tokens)
 
@@ -264,17 +291,35 @@ class TransformersEngine:
             return {"history_items": torch.from_numpy(items).to(self.device)}  # (B, L)
         return {}
 
-    def _batches(self, rows: list[list[int]], candidates: list[list[list[int]]]) -> Iterator[list[int]]:
-        """Prompts of similar length together, as many as the batch size and the memory for logits allow."""
+    def _way(self, one_forward: bool) -> Callable[..., list[list[float]]]:
+        """How a batch is scored."""
+        if one_forward and not (self.share_prompts or self._separate_by_choice):
+            raise UserError(
+                f"one_forward needs full attention with a mask of our own, this model has "
+                f"{self.config._attn_implementation}: set model.attn_implementation to sdpa, or ask for one row an "
+                "answer (share_prompts=False)"
+            )
+        if not self.share_prompts:
+            return self._score_separately
+        return self._score_at_once if one_forward else self._score_shared
+
+    def _batches(
+        self, rows: list[list[int]], candidates: list[list[list[int]]], one_forward: bool = False
+    ) -> Iterator[list[int]]:
+        """Prompts of similar length together, as many as the batch size and the memory for logits and mask allow.
+
+        That memory bounds each of the two. In two forwards the mask is small: it has a row for each node of the tries.
+        """
         vocabulary = self.config.vocab_size
         widths = [sum(len(answer) for answer in answers) for answers in candidates]
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), widths[i]))
         batch: list[int] = []
         for i in order:
             widest = max([widths[j] for j in batch] + [widths[i]])
-            if batch and (
-                len(batch) == self.batch_size or (len(batch) + 1) * widest * vocabulary * 4 > self._logits_bytes
-            ):
+            row_bytes = 4 * widest * vocabulary
+            if one_forward:  # the newest row is the longest
+                row_bytes = max(row_bytes, (len(rows[i]) + widest) ** 2 * (self.model.dtype.itemsize + 2))
+            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * row_bytes > self._logits_bytes):
                 yield batch
                 batch = []
             batch.append(i)
@@ -305,6 +350,35 @@ class TransformersEngine:
             **given,
         ).logits  # (B, S, V): column n is what trie node n predicts
         return [_sums(logits[b], trie.steps) for b, trie in enumerate(tries)]
+
+    def _score_at_once(
+        self, rows: list[list[int]], candidates: list[list[list[int]]], gates: dict[str, Any], batch: Sequence[int]
+    ) -> list[list[float]]:
+        """One forward for all prompts of a batch and all of their answers.
+
+        A row is padding, prompt, trie without its root: right-aligned, so that logits are kept of the last columns.
+        """
+        tries = [self._trie(row[-1], answers) for row, answers in zip(rows, candidates, strict=True)]
+        lengths = [len(row) + len(trie.tokens) - 1 for row, trie in zip(rows, tries, strict=True)]
+        width, keep = max(lengths), max(len(trie.tokens) for trie in tries)
+        input_ids = pad_left([np.array(row[:-1] + trie.tokens.tolist()) for row, trie in zip(rows, tries)], 0)
+        positions = np.zeros((len(rows), width), dtype=np.int64)
+        sees = np.broadcast_to(np.eye(width, dtype=bool), (len(rows), width, width)).copy()  # padding too: no row is 0
+        for b, (row, trie) in enumerate(zip(rows, tries, strict=True)):
+            begin, root = width - lengths[b], width - len(trie.tokens)
+            positions[b, begin:root], positions[b, root:] = np.arange(len(row) - 1), len(row) - 1 + trie.depths
+            sees[b, begin:root, begin:root] = np.tri(len(row) - 1, dtype=bool)
+            sees[b, root:, begin:root] = True
+            sees[b, root:, root:] = trie.visible
+        logits = self.model(
+            input_ids=torch.from_numpy(input_ids).to(self.device),
+            attention_mask=self._additive(sees),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            logits_to_keep=keep,
+            use_cache=False,
+            **self._gates_of(gates, batch),
+        ).logits  # (B, S, V): the last of the S columns are the trie's
+        return [_sums(logits[b, keep - len(trie.tokens) :], trie.steps) for b, trie in enumerate(tries)]
 
     def _trie(self, root: int, answers: list[list[int]]) -> Trie:
         """build_trie; the newest is kept, for prompts that are all asked about the same answers."""
@@ -372,7 +446,13 @@ class TransformersEngine:
             yield order[start : start + size]
 
     def _generate(
-        self, rows: list[list[int]], listed: list[bool], gates: dict[str, Any], batch: Sequence[int], limit: int
+        self,
+        rows: list[list[int]],
+        listed: list[bool],
+        gates: dict[str, Any],
+        batch: Sequence[int],
+        limit: int,
+        grammar: Grammar | None,
     ) -> list[Generation]:
         eos = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (eos or 0)
@@ -384,10 +464,13 @@ class TransformersEngine:
                 input_ids=torch.from_numpy(input_ids).to(self.device),
                 attention_mask=torch.from_numpy(mask).to(self.device),
                 generation_config=settings,
+                logits_processor=LogitsProcessorList([] if grammar is None else [Held(grammar, len(rows))]),
                 stopping_criteria=StoppingCriteriaList([_Newline(self.tokenizer, listed)]),
                 **self._gates_of(gates, batch),
             )
         answers = output[:, input_ids.shape[1] :].tolist()
+        if grammar is not None:
+            return [self.tokens.read_held(tokens, grammar) for tokens in answers]
         return [self.tokens.read(tokens, is_listed) for tokens, is_listed in zip(answers, listed, strict=True)]
 
 

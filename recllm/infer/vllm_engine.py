@@ -5,7 +5,7 @@ with one adapter, or with none. The methods are those of `TransformersEngine`, a
 
     score         a request for each answer; they share the prompt's keys and values through the prefix cache
     rank_titles   beam search over the item trie: a request for each node of each beam's frontier, many prompts at once
-    generate      greedy
+    generate      greedy; under a JSON schema held to the same grammar as by Transformers
 
 The engine's settings follow from the adapters, the prompts and the machine (`settings`). Imports vLLM when a model is
 started, and not before.
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from recllm.errors import UserError
 from recllm.infer.beams import Beam, Ranking
+from recllm.infer.constrained import Grammar
 from recllm.infer.item_trie import ItemTrie
 from recllm.infer.tokens import Generation, Prompt, Tokens, listed_by_default, per_token
 from recllm.infer.vllm_plugin import CPU_RUNS, PER_LAYER
@@ -188,6 +189,7 @@ class VllmModel:
             arguments["enable_trace_replay"] = True
         else:
             arguments["logits_processors"] = ["recllm.infer.vllm_requests:ForcedTokens"]
+        arguments["structured_outputs_config"] = {"backend": "xgrammar"}  # and no other where it refuses a grammar
         if adapters:
             arguments["worker_extension_cls"] = WORKER_EXTENSION
         self.llm = llm_class(**arguments)
@@ -287,7 +289,9 @@ class VllmEngine:
     ) -> np.ndarray:
         """Log-likelihood in nats of each answer after its prompt, terminator included: (N, C) float64.
 
-        As `TransformersEngine.score`; a gated adapter needs gate_weights, (N, K) or (N, layers, K).
+        As `TransformersEngine.score`; a gated adapter needs gate_weights, (N, K) or (N, layers, K). An answer is a
+        request of as many steps as it has tokens; the answers of many prompts share each step, and those of one prompt
+        its cached keys and values.
 
         Raises:
             UserError: a prompt with its longest answer exceeds what the engine was started for; no gates for a gated
@@ -353,12 +357,15 @@ class VllmEngine:
         max_new_tokens: int = 32,
         listed: Sequence[bool] | None = None,
         progress: str | None = None,
+        json_schema: Mapping[str, Any] | None = None,
     ) -> list[Generation]:
-        """Greedy answers, one a prompt; as `TransformersEngine.generate`."""
+        """Greedy answers, one a prompt; as `TransformersEngine.generate`, of which a `json_schema` allows the same."""
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         from recllm.infer.vllm_plugin.gates import GATE_WEIGHTS
 
+        grammar = self.tokens.grammar(json_schema)
         rows = self.tokens.for_generation(prompts, max_new_tokens)
         gates = self._gates(len(rows), gate_weights)
         listed = listed_by_default(prompts) if listed is None else listed
@@ -366,12 +373,16 @@ class VllmEngine:
             SamplingParams(
                 temperature=0,
                 max_tokens=max_new_tokens,
-                stop=["\n"] if is_listed else None,
+                stop=["\n"] if is_listed and grammar is None else None,
+                # one each: vLLM writes into it
+                structured_outputs=None if grammar is None else StructuredOutputsParams(grammar=grammar.text),
                 extra_args=None if gate is None else {GATE_WEIGHTS: gate},
             )
             for is_listed, gate in zip(listed, gates, strict=True)
         ]
         outputs = self._run(rows, params, progress)
+        if grammar is not None:
+            return [_read_held(self.tokens, output, grammar) for output in outputs]
         return [
             self.tokens.read(list(output.outputs[0].token_ids), is_listed)
             for output, is_listed in zip(outputs, listed, strict=True)
@@ -404,6 +415,18 @@ class VllmEngine:
             self.model.check_gates(used=True)
             self._gates_seen = True
         return outputs
+
+
+def _read_held(tokens: Tokens, output: Any, grammar: Grammar) -> Generation:
+    """An answer under a grammar.
+
+    Raises:
+        RuntimeError: vLLM gave up on it: no token was allowed, or the grammar was not kept.
+    """
+    (written,) = output.outputs
+    if written.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended an answer under a JSON schema with {written.finish_reason}: {written.text!r}")
+    return tokens.read_held(list(written.token_ids), grammar)
 
 
 def _blocks(order: list[int], size: int) -> Iterator[list[int]]:

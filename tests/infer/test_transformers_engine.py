@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from recllm.errors import UserError
+from recllm.infer.tokens import continued
 from recllm.infer.transformers_engine import TransformersEngine, build_trie, takes_tree_mask
 from recllm.model.adapter import build_adapter, fit_gate_statistics
-from recllm.model.chat import answer_ids, prompt_ids
+from recllm.model.chat import answer_ids, encode, prompt_ids
 from recllm.model.sequence_encoder import SASRec
 from recllm.recipe import AdapterSection
 
@@ -84,6 +85,117 @@ def test_the_way_without_shared_prompts_gives_the_same_scores(gated, tiny_tokeni
     shared = TransformersEngine(gated, tiny_tokenizer, 2).score(PROMPTS, ANSWERS, HISTORIES)
     separate = TransformersEngine(gated, tiny_tokenizer, 2, share_prompts=False).score(PROMPTS, ANSWERS, HISTORIES)
     assert shared == pytest.approx(separate, abs=TOLERANCE)
+
+
+# ---- in one forward ----
+
+ACTIONS = ["add to cart", "add to list", "add", "buy", "b", "leave"]  # several tokens each, some begin alike
+TOGETHER = [ACTIONS, ["view\n", "view all\n"], ACTIONS]
+METHODS = {"ilora": {"r": 8, "num_experts": 4}, "soft_token": {"r": 8}, "lora": {"r": 8}}
+CLOSE = 1e-5  # nats, of answers of 3 to 12 tokens, fp32
+
+
+@pytest.fixture(params=METHODS)
+def adapted(request, tiny_llama):
+    """A model with each kind of adapter and random weights, and what its prompts are given."""
+    torch.manual_seed(0)
+    encoder = None if request.param == "lora" else SASRec(20, 16, num_layers=1, max_items=8).eval()
+    section = AdapterSection(method=request.param, **METHODS[request.param])
+    model = build_adapter(tiny_llama(initializer_range=0.1), section, encoder).eval()
+    if encoder is not None:
+        fit_gate_statistics(model, encoder(torch.arange(20)[:, None]).detach())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("lora_", "gate.", "soft_token.")):
+                parameter.normal_(std=0.2)
+    return model, None if encoder is None else HISTORIES
+
+
+def forwards(model):
+    """A list that grows by one with each forward of the model."""
+    seen = []
+    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder.register_forward_hook(lambda _, __, output: seen.append(tuple(output.logits.shape)))
+    return seen
+
+
+@pytest.mark.parametrize("answers", [ANSWERS, TOGETHER], ids=["each its own", "beginnings shared"])
+def test_one_forward_gives_the_scores_of_two_and_of_one_an_answer(adapted, tiny_tokenizer, answers):
+    model, histories = adapted
+    engine = TransformersEngine(model, tiny_tokenizer, 3)
+    scores = engine.score(PROMPTS, answers, histories, one_forward=True)
+    assert scores == pytest.approx(engine.score(PROMPTS, answers, histories), abs=CLOSE, nan_ok=True)
+    separate = TransformersEngine(model, tiny_tokenizer, 3, share_prompts=False).score(PROMPTS, answers, histories)
+    assert scores == pytest.approx(separate, abs=CLOSE, nan_ok=True)
+    for row, (prompt, texts) in enumerate(zip(PROMPTS, answers)):
+        given = {} if histories is None else {"history_items": torch.tensor([[-1, *histories[row].tolist()]])}
+        expected = [one_by_one(model, tiny_tokenizer, prompt, text, **given) for text in texts]
+        assert scores[row, : len(texts)] == pytest.approx(expected, abs=CLOSE)
+
+
+def test_one_forward_with_eager_attention(tiny_llama, tiny_tokenizer):
+    model = tiny_llama(attn_implementation="eager", initializer_range=0.1)
+    scores = TransformersEngine(model, tiny_tokenizer, 3).score(PROMPTS, ANSWERS, one_forward=True)
+    expected = [[one_by_one(model, tiny_tokenizer, p, a) for a in row] for p, row in zip(PROMPTS, ANSWERS)]
+    assert scores == pytest.approx(np.array(expected), abs=CLOSE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 19])
+def test_a_batch_is_one_forward_whatever_the_number_of_answers(adapted, tiny_tokenizer, count):
+    model, histories = adapted
+    seen = forwards(model)
+    answers = [[f"action number {i}" for i in range(count)]] * 3
+    TransformersEngine(model, tiny_tokenizer, 3).score(PROMPTS, answers, histories, one_forward=True)
+    assert len(seen) == 1
+    shared = len("action number ")  # tokens, a byte each: read once; then a node a digit but the last before eos
+    assert seen[0][:2] == (3, 1 + shared + min(count, 10) + max(0, count - 10))
+    seen.clear()
+    TransformersEngine(model, tiny_tokenizer, 2).score(PROMPTS, answers, histories, one_forward=True)
+    assert len(seen) == 2  # batches of two and of one
+    seen.clear()
+    TransformersEngine(model, tiny_tokenizer, 3).score(PROMPTS, answers, histories)
+    assert len(seen) == 2  # the prompts, then their answers
+
+
+def test_an_answers_last_token_is_never_read(tiny_llama, tiny_tokenizer):
+    model, read = tiny_llama(), []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(args[0].tolist()))
+    (prompt,) = prompts = [[{"role": "user", "content": "hello"}]]
+    TransformersEngine(model, tiny_tokenizer, 1).score(prompts, [["x", "y\n"]], one_forward=True)
+    (x,), (y, _) = answer_ids(tiny_tokenizer, "x")[:-1], answer_ids(tiny_tokenizer, "y\n")
+    assert read == [[[*prompt_ids(tiny_tokenizer, prompt), x, y]]]
+
+
+def test_batches_of_one_forward_are_cut_by_the_memory_for_their_mask(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    seen = forwards(model)
+    engine = TransformersEngine(model, tiny_tokenizer, 4)
+    prompts = [[{"role": "user", "content": "x" * 200}]] * 4
+    whole = engine.score(prompts, [["ab", "c"]] * 4, one_forward=True)
+    assert len(seen) == 1
+    seen.clear()
+    row = len(prompt_ids(tiny_tokenizer, prompts[0])) + 3 + 2  # with the tokens of both answers: none is left out
+    engine._logits_bytes = 2 * row**2 * (4 + 2)  # two rows: numbers of the mask, and it as booleans twice
+    np.testing.assert_allclose(engine.score(prompts, [["ab", "c"]] * 4, one_forward=True), whole, atol=CLOSE)
+    assert len(seen) == 2
+    seen.clear()
+    engine._logits_bytes -= 1
+    engine.score(prompts, [["ab", "c"]] * 4, one_forward=True)
+    assert len(seen) == 4
+
+
+def test_one_forward_is_refused_where_attention_takes_no_such_mask(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UserError, match=r"flash_attention_2: set model\.attn_implementation to sdpa"):
+        TransformersEngine(model, tiny_tokenizer, 1).score(PROMPTS, ANSWERS, one_forward=True)
+    model = tiny_llama()
+    seen = forwards(model)
+    TransformersEngine(model, tiny_tokenizer, 1, share_prompts=False).score(PROMPTS, ANSWERS, one_forward=True)
+    assert len(seen) == 3 * 3  # asked for: a row an answer
+
+
+# ---- many answers ----
 
 
 def test_many_answers_are_cut_by_the_memory_for_their_logits(tiny_llama, tiny_tokenizer, monkeypatch):
@@ -215,3 +327,44 @@ def test_a_prompt_without_answers_is_refused(tiny_llama, tiny_tokenizer):
 def test_an_instance_wise_adapter_without_histories_is_refused(gated, tiny_tokenizer):
     with pytest.raises(UserError, match="representations or gate weights"):
         TransformersEngine(gated, tiny_tokenizer, 1).score(PROMPTS, ANSWERS)
+
+
+# ---- an answer behind a rationale ----
+
+RATIONALES = ["They compared two. So!", "", 'Heat 2 is "dear"']
+LABELS = [["view", "add to cart", "add to list"]] * 3
+
+
+def test_a_prompt_goes_on_with_its_line_exactly_as_in_training(tiny_tokenizer):
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    for prompt, longer, line in zip(prompts, continued(prompts, RATIONALES[1:]), RATIONALES[1:]):
+        trained = encode(tiny_tokenizer, prompt, [{"role": "assistant", "content": f"{line}\nadd to cart"}])
+        asked = prompt_ids(tiny_tokenizer, longer), answer_ids(tiny_tokenizer, "add to cart")
+        assert asked[0] + asked[1] == trained[0] + trained[1]
+        assert longer[:-1] == prompt
+    (listed,) = continued([PROMPTS[1]], ["Up"])
+    assert listed == [PROMPTS[1][0], {"role": "assistant", "content": "Heat\nSpeed\nUp\n"}]
+    assert PROMPTS[1][-1]["content"] == "Heat\nSpeed\n"  # the prompt given is left as it was
+
+
+@pytest.mark.parametrize("one_forward", [False, True])
+def test_labels_behind_a_rationale_are_scored_as_the_whole_answer(adapted, tiny_tokenizer, one_forward):
+    model, histories = adapted
+    engine = TransformersEngine(model, tiny_tokenizer, 3)
+    lines = engine.score(PROMPTS, [[f"{line}\n"] for line in RATIONALES], histories)
+    labels = engine.score(continued(PROMPTS, RATIONALES), LABELS, histories, one_forward=one_forward)
+    for row, (prompt, line) in enumerate(zip(PROMPTS, RATIONALES)):
+        given = {} if histories is None else {"history_items": torch.tensor([[-1, *histories[row].tolist()]])}
+        whole = [one_by_one(model, tiny_tokenizer, prompt, f"{line}\n{label}", **given) for label in LABELS[row]]
+        assert lines[row, 0] + labels[row] == pytest.approx(whole, abs=3 * CLOSE)
+
+
+def test_what_was_generated_is_continued_with_the_tokens_that_were_generated(tiny_llama, tiny_tokenizer):
+    model = speak(tiny_llama(), tiny_tokenizer, "They saw it.\n")
+    engine = TransformersEngine(model, tiny_tokenizer, 1)
+    (made,) = engine.generate(PROMPTS[:1], max_new_tokens=20, listed=[True])
+    assert made == ("They saw it.", True)
+    (longer,) = continued(PROMPTS[:1], [made.text])
+    assert prompt_ids(tiny_tokenizer, longer) == prompt_ids(tiny_tokenizer, PROMPTS[0]) + answer_ids(
+        tiny_tokenizer, "They saw it.\n"
+    )

@@ -49,6 +49,7 @@ PROCESSES: dict[str, dict[str, str]] = {  # the longest first
     "sharded": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     "server": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
     "shared": {},
+    "held": {},
     "layered": {"RECLLM_GATE_LAYERS": "2", "RECLLM_CPU_LORA_RUNS": "1"},
     "stock": {"VLLM_PLUGINS": ""},
     "real": {},
@@ -334,4 +335,5 @@ def _of(name: str) -> Any:
     return figures
 
 
-sharded, server, shared, layered, stock, real = map(_of, ("sharded", "server", "shared", "layered", "stock", "real"))
+NAMES = ("sharded", "server", "shared", "held", "layered", "stock", "real")
+sharded, server, shared, held, layered, stock, real = map(_of, NAMES)

@@ -461,6 +461,104 @@ def beams(engine: Engine) -> dict[str, Any]:
     return {"searches": [asked._asdict() | {"beams": end} for asked, end in zip(requests, ends, strict=True)]}
 
 
+# ---- answers under a JSON schema ----
+
+
+class Own(Engine):
+    """The engine as recllm starts it."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        from recllm.infer.vllm_engine import VllmModel
+        from recllm.recipe import ModelSection
+
+        self.folder, self.out = folder, out
+        section = ModelSection(name_or_path=str(folder / "model"), dtype="float32")
+        self.model = VllmModel(section, [folder / "ad", folder / "plain"], longest=256)
+        self.llm = self.model.llm
+
+    def ask(self, adapter: str | None) -> Any:
+        """With an adapter, or none."""
+        from recllm.infer.vllm_engine import VllmEngine
+
+        return VllmEngine(self.model, None if adapter is None else self.folder / adapter)
+
+
+HELD_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "action": {"type": "string", "enum": ["view", "add to cart", 'say "hi"', "nächste/日本"]},
+        "item": {"type": "string", "maxLength": 3},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 2}, "maxItems": 2},
+        "sure": {"type": "boolean"},
+    },
+    "required": ["action", "sure"],
+    "additionalProperties": False,
+}
+HELD_TOKENS = 100  # enough for any of them
+
+
+def held_prompts() -> list[list[dict[str, str]]]:
+    """Chats that begin alike, some with an answer that has begun."""
+    begun = [{"role": "assistant", "content": "They compared two.\n"}]
+    return [
+        [{"role": "user", "content": f"{'a shop. ' * 8}What does user {i} do next?"}, *(begun if i % 3 == 0 else [])]
+        for i in range(9)
+    ]
+
+
+def held_gates() -> npt.NDArray[np.float64]:
+    """(9, K) of the adapter."""
+    rng = np.random.default_rng(11)
+    return np.array([softmax(rng, 4) for _ in held_prompts()])
+
+
+LABELS = ["view", "add to cart", "add to list", "buy"]
+
+
+def held(engine: Own) -> dict[str, Any]:
+    """Answers under a schema: each adapter and none, again from the cache, cut off, and beside free ones."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    prompts, gates, found = held_prompts(), held_gates(), {}
+    own = {"max_new_tokens": HELD_TOKENS, "json_schema": HELD_SCHEMA}
+    found["ad"] = engine.ask("ad").generate(prompts, gate_weights=gates, **own)
+    found["again"] = engine.ask("ad").generate(prompts, gate_weights=gates, **own)
+    found["plain"] = engine.ask("plain").generate(prompts, **own)
+    found["base"] = engine.ask(None).generate(prompts, **own)
+    found["cut"] = engine.ask(None).generate(prompts, **own | {"max_new_tokens": 15})
+    scores = engine.ask("ad").score(prompts, [LABELS] * len(prompts), gate_weights=gates)
+    grammar = engine.model.tokens.grammar(HELD_SCHEMA)
+    rows = engine.model.tokens.for_generation(prompts, HELD_TOKENS)
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=HELD_TOKENS,
+            extra_args={"gate_weights": gate.tolist()},
+            structured_outputs=StructuredOutputsParams(grammar=grammar.text) if i % 2 else None,
+        )
+        for i, gate in enumerate(gates)
+    ]
+    given = [{"prompt_token_ids": row} for row in rows]
+    mixed = engine.llm.generate(given, params, lora_request=engine.lora("ad"), use_tqdm=False)
+    beside = [list(output.outputs[0].token_ids) for output in mixed]
+    free = engine.ask("ad").generate(prompts, gate_weights=gates, max_new_tokens=HELD_TOKENS, listed=[False] * 9)
+    asked = {"prompts": prompts, "gates": gates.tolist(), "labels": LABELS, **own}
+    return asked | {"found": found, "scores": scores.tolist(), "beside": beside, "free": free} | _refused(engine)
+
+
+def _refused(engine: Own) -> dict[str, Any]:
+    from recllm.errors import UserError
+
+    before = engine.llm.llm_engine.has_unfinished_requests()
+    try:
+        engine.ask(None).generate(held_prompts(), json_schema={"type": "string", "pattern": "a"})
+    except UserError as error:
+        assert before == engine.llm.llm_engine.has_unfinished_requests()
+        return {"refused": str(error)}
+    return {"refused": "served"}
+
+
 # ---- other engines ----
 
 
@@ -503,7 +601,7 @@ SHARDED = {
     "max_loras": 5,  # one more than there are: vLLM's own CPU kernels need an empty slot for requests without a LoRA
     "worker_extension_cls": "recllm.infer.vllm_plugin.worker.GateReport",
 }
-PROCESSES: dict[str, tuple[dict[str, Any], list[Callable[[Engine], dict[str, Any]]]]] = {
+PROCESSES: dict[str, tuple[dict[str, Any], list[Callable[[Any], dict[str, Any]]]]] = {
     "stock": (
         {},
         [
@@ -518,6 +616,7 @@ PROCESSES: dict[str, tuple[dict[str, Any], list[Callable[[Engine], dict[str, Any
         {},
         [plain_answers, mixed, every_position, locks, concurrent, logprobs_apart, preempted, malformed, needs_layers],
     ),
+    "held": ({}, [held]),
     "layered": ({"logprobs_mode": "raw_logprobs"}, [mixed_layers, beams]),
     "sharded": (SHARDED, [sharded]),
     "real": ({"num_gpu_blocks_override": 200}, [real]),
@@ -527,7 +626,7 @@ PROCESSES: dict[str, tuple[dict[str, Any], list[Callable[[Engine], dict[str, Any
 def main(name: str, folder: str, out: str) -> None:
     """Run the cases of a process, write their figures."""
     options, cases = PROCESSES[name]
-    engine = Engine(Path(folder), Path(out), **options)
+    engine = Own(Path(folder), Path(out)) if name == "held" else Engine(Path(folder), Path(out), **options)
     figures: dict[str, Any] = {}
     for case in cases:
         try:
