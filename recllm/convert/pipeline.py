@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,25 +27,27 @@ from tqdm import tqdm
 
 import recllm
 from recllm import files, schema
+from recllm.convert import classes
+from recllm.convert.events import Events, check_events
 from recllm.convert.examples import Converter, Task, draws_candidates, iterate_examples, targets_of
 from recllm.convert.finance import ask_customers
 from recllm.convert.knowledge import Knowledge
 from recllm.convert.targets import Sequences
-from recllm.convert.templates import ASSETS, GRAPH_TASKS, GRAPH_VARIABLES, load_template
+from recllm.convert.templates import ACTION_TASKS, BANK_TASKS, GRAPH_TASKS, GRAPH_VARIABLES, RANK_ASSETS, load_template
 from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
 from recllm.data.candidates import CandidateSampler
 from recllm.data.sequences import Prepared, prepare
 from recllm.data.stored import SHARD_POSITIONS, USER, StoredSequences, shards
 from recllm.errors import UserError
 from recllm.graph.build import build_graph, check_times
-from recllm.recipe import GraphSection, Recipe, TaskSection
+from recllm.recipe import GraphSection, PromptSection, Recipe, TaskSection
 
 IN_FLIGHT = 2  # shards handed out for each worker: bounds what waits in memory
 GRAPH = "graph"  # folder of a dataset
 TOKENIZER = "tokenizer.json"
 MOST_WORKERS = 8  # unless more are asked for: each takes some 200 MiB
 READ: dict[str, Any] = {  # the part of the recipe that convert reads; beside it the tokenizer's special tokens
-    **dict.fromkeys(("seed", "data", "graph", "finance", "filter", "history", "prompt", "tasks"), True),
+    **dict.fromkeys(("seed", "data", "graph", "finance", "actions", "filter", "history", "prompt", "tasks"), True),
     "protocol": {"name", "split", "candidates"},
 }
 DICTIONARY = ["task", "label", "prompt.list.element.role", "completion.list.element.role"]
@@ -62,7 +65,21 @@ class Written(NamedTuple):
     """What shards held."""
 
     examples: Counter[str]  # by "split/task name"
-    graph: Counter[str]  # what they show of the graph, by "split/task name/what"
+    graph: Counter[str]  # what they show of the graph, and why sessions have none, by "split/task name/what"
+    labels: Counter[tuple[str, str]]  # of the tasks about actions, by "split/task name" and label
+    sessions: Counter[str]  # of event datasets, by split
+
+    @classmethod
+    def nothing(cls) -> "Written":
+        """No shard yet."""
+        return cls(Counter(), Counter(), Counter(), Counter())
+
+    def add(self, other: "Written") -> None:
+        """One more shard."""
+        self.examples.update(other.examples)
+        self.graph.update(other.graph)
+        self.labels.update(other.labels)
+        self.sessions.update(other.sessions)
 
 
 def convert(recipe: Recipe, output: Path, workers: int | None = None, tokenizer: str | None = None) -> dict[str, Any]:
@@ -99,12 +116,15 @@ def set_up(recipe: Recipe, folder: Path, tokenizer: str | None = None) -> tuple[
     """All that comes before the first example: templates, data, texts, and every check that needs no example.
 
     sequences.parquet is written to `folder`, and graph/ and finance/ where the recipe has one. With prompt.user the
-    batches of sequences have a further column `user`, for the task assets the columns of convert/finance.py.
+    batches of sequences have a further column `user`, for a bank's tasks the columns of convert/finance.py.
 
     Raises:
         UserError: anything wrong with recipe, templates or data; an empty split.
     """
     tasks = load_tasks(recipe)
+    _check_prompt(recipe)
+    special_tokens = tokenizer_special_tokens(recipe.model.name_or_path)
+    events = Events.of(recipe, special_tokens) if recipe.actions else None
     if recipe.prompt.user and recipe.data.users is None:
         raise UserError(
             f'prompt.user is "{recipe.prompt.user}", but data.users is not set: name the file with the attributes of '
@@ -112,15 +132,16 @@ def set_up(recipe: Recipe, folder: Path, tokenizer: str | None = None) -> tuple[
         )
     if recipe.graph is not None:
         tokenizer = tokenizer or _tokenizer(recipe.model.name_or_path)
-    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder)
+    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder, recipe.actions)
     check_labels(prepared.actions, tasks)
-    converter, graph, finance = make_converter(recipe, prepared, tasks), None, None
+    check_sessions(prepared, tasks)
+    converter, graph, finance = make_converter(recipe, prepared, tasks, events), None, None
     further: dict[str, pa.Array] = {}
     if recipe.prompt.user and prepared.users is not None:
-        texts = user_texts(prepared.users, recipe.prompt.user, tokenizer_special_tokens(recipe.model.name_or_path))
+        texts = user_texts(prepared.users, recipe.prompt.user, special_tokens)
         further[USER] = pa.array(texts, pa.string())
-    if any(task.task == ASSETS for task in tasks):
-        columns, finance = ask_customers(recipe, prepared, converter.texts.to_pylist(), folder)
+    if bank_tasks := {task.task for task in tasks} & set(BANK_TASKS):
+        columns, finance = ask_customers(recipe, prepared, converter.texts.to_pylist(), folder, bank_tasks)
         further |= columns
     prepared = dataclasses.replace(prepared, sequences=dataclasses.replace(prepared.sequences, further=further))
     check_not_empty(prepared.sequences, tasks, recipe.seed)
@@ -128,7 +149,6 @@ def set_up(recipe: Recipe, folder: Path, tokenizer: str | None = None) -> tuple[
     if recipe.graph is not None and tokenizer is not None:
         graph = build_graph(recipe.graph, prepared.items.get_column(schema.ITEM_ID).to_list(), folder / GRAPH)
         graph["warning"] = check_times(graph["time_range"], *_span(prepared.sequences))
-        special_tokens = tokenizer_special_tokens(recipe.model.name_or_path)
         knowledge = Knowledge(folder / GRAPH, recipe.graph, converter.texts, special_tokens, tokenizer)
         for task in tasks:
             knowledge.check(task.relations)
@@ -190,6 +210,11 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
                 entry.max_train_targets,
                 entry.dense_start,
                 tuple(entry.relations),
+                entry.within_session or entry.task in ("next_action", "next_event", "outcome"),
+                tuple(entry.positive),
+                entry.after,
+                tuple(entry.fields.items()),
+                entry.rationale,
             )
         )
     _check_graph_is_shown(tasks, recipe.graph)
@@ -198,12 +223,18 @@ def load_tasks(recipe: Recipe) -> tuple[Task, ...]:
 
 def _check_sections(entry: TaskSection, recipe: Recipe) -> None:
     """Refuse a task that reads a section which the recipe does not have, or that has settings of another one."""
-    if entry.task == ASSETS and recipe.finance is None:
-        raise UserError("the task assets asks a bank's customers, and the recipe has none: add `finance`")
-    if entry.task == ASSETS and recipe.protocol.split.method != "dates":
+    check_events(entry, recipe)
+    if entry.task in BANK_TASKS and recipe.finance is None:
+        raise UserError(f"the task {entry.task} asks a bank's customers, and the recipe has none: add `finance`")
+    if entry.task in BANK_TASKS and recipe.protocol.split.method != "dates":
         raise UserError(
-            f"the task assets asks on dates, protocol.split.method is {recipe.protocol.split.method}: set it to dates, "
-            "with valid_from and test_from"
+            f"the task {entry.task} asks on dates, protocol.split.method is {recipe.protocol.split.method}: set it to "
+            "dates, with valid_from and test_from"
+        )
+    if entry.task == RANK_ASSETS and recipe.protocol.candidates.method != "uniform":
+        raise UserError(
+            f"the task rank_assets draws its candidates uniformly, protocol.candidates.method is "
+            f"{recipe.protocol.candidates.method}: set it to uniform"
         )
     if entry.task in GRAPH_TASKS and recipe.graph is None:
         raise UserError(f"the task {entry.task} asks what a knowledge graph says, and the recipe has none: add `graph`")
@@ -211,6 +242,14 @@ def _check_sections(entry: TaskSection, recipe: Recipe) -> None:
         raise UserError(
             f"task {entry.task} has relations={entry.relations}, which item_to_attribute and attribute_to_item read: "
             "set graph.retrieval.allow, or leave it out"
+        )
+
+
+def _check_prompt(recipe: Recipe) -> None:
+    """Refuse a text about events that there are not."""
+    if recipe.actions is None and recipe.prompt.event != PromptSection.model_fields["event"].default:
+        raise UserError(
+            f'prompt.event is "{recipe.prompt.event}", but the recipe has no events: add `actions`, or leave it out'
         )
 
 
@@ -254,8 +293,26 @@ def check_labels(actions: Collection[str], tasks: Iterable[Task]) -> None:
             )
 
 
+def check_sessions(prepared: Prepared, tasks: Iterable[Task]) -> None:
+    """Refuse what asks within sessions of a log without them, and about items of a log without any."""
+    first = next(prepared.sequences.batches(SHARD_POSITIONS))
+    for task in tasks:
+        if task.within_session and first.column("sessions").null_count:
+            raise UserError(
+                f"the task {task.name} asks within sessions and the interactions have none: map a column with "
+                "data.interactions.columns.session_id"
+            )
+        if not prepared.items.height and task.task not in ("next_action", "next_event", "outcome"):
+            raise UserError(
+                f"the task {task.name} asks about items and no event has one: map a column with "
+                "data.interactions.columns.item_id"
+            )
+
+
 def check_candidates(sequences: StoredSequences, converter: Converter) -> None:
     """Refuse more candidates than a user's own items leave over; of users whose examples have candidates."""
+    if converter.sampler is None:
+        return
     num_items, others = converter.sampler.num_items, converter.sampler.section.count - 1
     drawn = [
         schema.SPLIT_CODES[split]
@@ -280,6 +337,7 @@ def _without_enough(batch: pa.RecordBatch, most: int, drawn: list[int]) -> pl.Da
     """user_id and `had` of users with examples of the splits `drawn` who had more than `most` different items."""
     frame = pl.DataFrame(pl.from_arrow(batch.select([schema.USER_ID, "items", "splits"])))
     frame = frame.filter(pl.col("items").list.len() > most)  # only these can have had too many
+    frame = frame.with_columns(pl.col("items").list.set_difference([schema.NO_ITEM]))
     frame = frame.filter(pl.col("splits").list.eval(pl.element().is_in(drawn)).list.any())
     return frame.select(schema.USER_ID, pl.col("items").list.n_unique().alias("had")).filter(pl.col("had") > most)
 
@@ -295,20 +353,26 @@ def check_not_empty(sequences: StoredSequences, tasks: tuple[Task, ...], seed: i
     split, name = next(iter(missing))
     raise UserError(
         f"the split {split} has no example of the task {name}: at least one is needed. Change "
-        "protocol.split (fractions, min_history) or filter less"
+        "protocol.split (fractions, targets, min_history) or filter less"
     )
 
 
-def make_converter(recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...]) -> Converter:
-    """Render the items and set up the candidates."""
-    special_tokens = tokenizer_special_tokens(recipe.model.name_or_path)
+def make_converter(
+    recipe: Recipe, prepared: Prepared, tasks: tuple[Task, ...], events: Events | None = None
+) -> Converter:
+    """Render the items and set up the candidates, which not all event logs have items for."""
+    special_tokens, sampler = tokenizer_special_tokens(recipe.model.name_or_path), None
+    if not all(task.task in ACTION_TASKS for task in tasks):
+        sampler = CandidateSampler(prepared.items.height, prepared.train_counts, recipe.protocol.candidates)
     return Converter(
         tasks=tasks,
         texts=pa.array(item_texts(prepared.items, recipe.prompt.item, special_tokens), pa.string()),
-        sampler=CandidateSampler(prepared.items.height, prepared.train_counts, recipe.protocol.candidates),
+        sampler=sampler,
         prompt_max_items=recipe.prompt.max_items,
         before_list=recipe.history.gate == "before_list",
         seed=recipe.seed,
+        lookback_days=recipe.finance.lookback_days if recipe.finance else 0,
+        events=events,
     )
 
 
@@ -318,11 +382,10 @@ def _write_examples(sequences: StoredSequences, converter: Converter, folder: Pa
         (folder / split).mkdir()
     sizes = [users for _, users in shards(sequences.lengths, SHARD_POSITIONS)]
     jobs = ((number, batch, str(folder)) for number, batch in enumerate(sequences.batches(SHARD_POSITIONS)))
-    written = Written(Counter(), Counter())
+    written = Written.nothing()
     with tqdm(total=sequences.num_users, unit="user", desc="convert", leave=False) as progress:
         for users, counts in zip(sizes, _run(jobs, converter, min(workers, len(sizes))), strict=True):
-            written.examples.update(counts.examples)
-            written.graph.update(counts.graph)
+            written.add(counts)
             progress.update(users)
     for split in schema.SPLITS:  # a shard without examples of a split leaves no file: close the gaps
         for number, path in enumerate(sorted((folder / split).iterdir())):
@@ -380,7 +443,9 @@ def _write_shard_in_worker(number: int, batch: pa.RecordBatch, folder: str) -> W
 
 def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Converter) -> Written:
     """Convert one shard into folder/{train,valid,test}/part-NUMBER.parquet, a row group a piece; count examples."""
-    written = Written(Counter(), Counter())
+    written = Written.nothing()
+    if converter.events is not None:
+        written.sessions.update(_sessions(Sequences.of(batch)))
     dense = any(task.dense_window for task in converter.tasks)
     with contextlib.ExitStack() as stack:
         writers: dict[str, pq.ParquetWriter] = {}
@@ -398,7 +463,16 @@ def write_shard(number: int, batch: pa.RecordBatch, folder: str, converter: Conv
                 )
             writers[split].write_batch(examples.select(schema.EXAMPLES.names))
             written.examples[f"{split}/{task}"] += examples.num_rows
+            if examples.column("task")[0].as_py() in ACTION_TASKS:
+                for count in pc.value_counts(examples.column("label")).to_pylist():
+                    written.labels[f"{split}/{task}", count["values"]] += count["counts"]
     return written
+
+
+def _sessions(sequences: Sequences) -> dict[str, int]:
+    """In how many sessions a batch has positions of each split."""
+    begins = sequences.by_session.begin
+    return {split: len(np.unique(begins[sequences.splits == code])) for split, code in schema.SPLIT_CODES.items()}
 
 
 def _plain(table: pa.Table) -> pa.Table:
@@ -426,6 +500,11 @@ def _manifest(recipe: Recipe, prepared: Prepared, converter: Converter, written:
         "history_max_items": recipe.history.max_items,
         "history_gate": recipe.history.gate,
         "prompt_max_items": recipe.prompt.max_items,
+        "events": recipe.actions is not None,
+        "actions": recipe.actions
+        and classes.entry(
+            recipe.actions, converter.tasks, written.labels, written.graph, written.sessions, prepared.counts
+        ),
     }
 
 
@@ -436,6 +515,8 @@ def _graph_entry(graph: dict[str, Any] | None, written: Written) -> dict[str, An
     shown: dict[str, dict[str, int]] = {}
     for name, count in sorted(written.graph.items()):
         place, _, what = name.rpartition("/")
+        if what in classes.TOLD:
+            continue
         shown.setdefault(place, {})[what] = count
         if what == "not_older_than_cutoff" and count:
             raise RuntimeError(
@@ -470,6 +551,8 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     lines += _graph_lines(manifest.get("graph"))
     warnings += [text for text in [(manifest.get("graph") or {}).get("warning")] if text]
     lines += _finance_lines(manifest.get("finance"))
+    lines += classes.lines(manifest.get("actions"))
+    warnings += classes.warnings(manifest.get("actions"))
     lines += [f"  audit: {name} {_short(value)}" for name, value in audit.items() if value is not None]
     return "\n".join([*lines, *(f"  warning: {text}" for text in warnings)])
 
@@ -496,10 +579,14 @@ def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
 def _finance_lines(finance: dict[str, Any] | None) -> list[str]:
     if finance is None:
         return []
+    said = {
+        "assets": "of which {preference} buy something, {both} something that rises",
+        "rank_assets": "of which {own_taste} by customers with a taste of their own",
+    }
     return [
-        "  assets, {0}: {dates} dates from {first} to {last}, {examples} examples, of which {preference} buy "
-        "something, {both} something that rises".format(split, **entry)
-        for split, entry in finance["splits"].items()
+        f"  {task}, {split}: {{dates}} dates from {{first}} to {{last}}, {{examples}} examples, {text}".format(**entry)
+        for task, text in said.items()
+        for split, entry in finance.get(task, {}).get("splits", {}).items()
     ]
 
 

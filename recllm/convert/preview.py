@@ -52,13 +52,13 @@ def _shown(
             blocks = shown.get((split, task))
             if blocks is not None and len(blocks) < count:
                 wanted = examples.slice(0, count - len(blocks)).to_pylist()
-                blocks += [_block(split, example, converter.texts, count_tokens) for example in wanted]
+                blocks += [_block(split, example, converter, count_tokens) for example in wanted]
         if all(len(blocks) >= count for blocks in shown.values()):
             break
     return shown
 
 
-def _block(split: str, example: dict[str, Any], texts: Any, count_tokens: TokenCounter | None) -> str:
+def _block(split: str, example: dict[str, Any], converter: Converter, count_tokens: TokenCounter | None) -> str:
     """One example: where it stands, its messages, its candidates, its length."""
     lines = [f"=== {split} {example['example_id']} ==="]
     for message in example["prompt"]:
@@ -70,8 +70,11 @@ def _block(split: str, example: dict[str, Any], texts: Any, count_tokens: TokenC
     if example["choices"] is not None:
         lines.append("[choices] " + " | ".join(example["choices"]))
     if example["candidates"] is not None:
-        lines.append("[candidates] " + " | ".join(texts[item].as_py() for item in example["candidates"]))
-    lines.append(f"[gate] reads the {example['gate_end']} earlier items (at most history.max_items)")
+        lines.append("[candidates] " + " | ".join(converter.texts[item].as_py() for item in example["candidates"]))
+    if example["session"] is not None:
+        lines.append(f"[session] number {example['session']} of the user, from 0")
+    read = "items" if converter.events is None else "events"
+    lines.append(f"[gate] reads the {example['gate_end']} earlier {read} (at most history.max_items)")
     return "\n".join([*lines, _length(example, count_tokens)])
 
 

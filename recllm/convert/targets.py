@@ -5,13 +5,14 @@ No text is made here. Every random choice hangs on (seed, user, position), never
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recllm import schema
 from recllm.data.dataset import flat
@@ -21,6 +22,12 @@ from recllm.data.stored import DATES, LEDGER, USER
 TARGET_SALT, PHRASING_SALT, START_SALT = 1, 2, 3  # keep the random choices of one position independent
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+# Why a session has no example
+ONE_EVENT = "sessions_of_one_event"  # there is nothing before it
+TOO_SHORT, ALREADY, TRIMMED = "sessions_too_short", "sessions_already_positive", "sessions_trimmed"  # of outcome
+LEFT_OUT = (ONE_EVENT, TOO_SHORT, ALREADY, TRIMMED)
 
 
 DATES_TYPE = pa.list_(
@@ -30,7 +37,11 @@ DATES_TYPE = pa.list_(
             ("cutoff", pa.int64()),
             ("window_end", pa.int64()),
             ("history_end", pa.int32()),
+            ("task", pa.string()),
             ("answer", pa.string()),
+            ("target", pa.int32()),  # this and the rest of rank_assets only, else null
+            ("candidates", pa.list_(pa.int32())),
+            ("shown", pa.string()),  # a line for each candidate
         ]
     )
 )
@@ -38,14 +49,18 @@ DATES_TYPE = pa.list_(
 
 @dataclasses.dataclass(frozen=True)
 class Dates:
-    """When the task assets asks the users of a batch; D dates."""
+    """When the tasks of a bank ask the users of a batch; D dates."""
 
     row: Ints  # (D,) of the batch, ascending
     split: npt.NDArray[np.int8]  # (D,) schema.TRAIN, VALID or TEST
     cutoff: Ints  # (D,) seconds since the epoch, as is the window's end
     window_end: Ints
     history_end: Ints  # (D,) positions before the cut-off
+    task: npt.NDArray[np.object_]  # (D,) which one asks
     answer: pa.StringArray  # (D,)
+    target: pa.Int32Array  # (D,) of rank_assets, as the next two: item_index of the choice
+    candidates: pa.ListArray  # (D,) of item_index
+    shown: pa.StringArray  # (D,) the lines of the candidates
 
     @classmethod
     def of(cls, column: pa.ListArray) -> "Dates":
@@ -53,7 +68,48 @@ class Dates:
         found = column.flatten()
         row = np.repeat(np.arange(len(column)), column.value_lengths().to_numpy())
         split, cutoff, end, history = (found.field(place).to_numpy() for place in range(4))
-        return cls(row, split, cutoff, end, history, found.field("answer"))
+        task = found.field("task").to_numpy(zero_copy_only=False)
+        rest = (found.field(name) for name in ("answer", "target", "candidates", "shown"))
+        return cls(row, split, cutoff, end, history, task, *rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The flat positions of a batch by user or by session: those of a group stand side by side, oldest first."""
+
+    order: Ints  # (P,) flat positions
+    place: Ints  # (P,) where each flat position stands in `order`
+    begin: Ints  # (P,) of each flat position the place at which its group begins
+    end: Ints  # (P,) and ends
+
+    @classmethod
+    def of(cls, keys: Ints) -> "Groups":
+        """From (P,) integers, equal for the positions of a group."""
+        count = np.arange(len(keys))
+        order, place = count, count
+        if (np.diff(keys) < 0).any():  # sessions that interleave
+            order = np.argsort(keys, kind="stable")
+            place = np.empty_like(order)
+            place[order] = count
+        first = np.flatnonzero(np.diff(keys[order], prepend=-1) != 0)
+        lengths = np.diff(np.append(first, len(keys)))
+        begin, end = np.repeat(first, lengths)[place], np.repeat(first + lengths, lengths)[place]
+        return cls(order, place, begin, end)
+
+    def earlier(self, chosen: Bools) -> Ints:
+        """(P,) of each flat position, how many of the `chosen` (P,) of its group come before it."""
+        before = _sums(chosen[self.order])
+        return before[self.place] - before[self.begin]
+
+    def last(self, flat: Ints, chosen: Bools, most: Ints | int) -> tuple[Ints, Ints]:
+        """Of each of N flat positions the last `most` of the `chosen` (P,) of its group before it, oldest first.
+
+        Returns offsets (N + 1,) and flat positions.
+        """
+        listed, before = self.order[chosen[self.order]], _sums(chosen[self.order])
+        end = before[self.place[flat]]
+        offsets, places = ranges(np.maximum(before[self.begin[flat]], end - most), end)
+        return offsets, listed[places]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +125,32 @@ class Sequences:
     user_key: npt.NDArray[np.uint64]  # (U,)
     user_id: pa.StringArray  # (U,)
     user: pa.StringArray | None = None  # (U,) the text about each user, if templates show it
-    ledger: pa.ListArray | None = None  # (U,) of the task assets: a line for each position, oldest first
-    dates: Dates | None = None  # of the task assets
+    ledger: pa.ListArray | None = None  # (U,) of a bank's tasks: a line for each position, oldest first
+    dates: Dates | None = None  # of a bank's tasks
+    sessions: npt.NDArray[np.int32] | None = None  # (P,) numbers within the user; None without sessions
+    attributes: Mapping[str, pa.StringArray] = dataclasses.field(default_factory=dict)  # (P,) each, "" where blank
+
+    @cached_property
+    def rows(self) -> Ints:
+        """(P,) the user of each flat position, as its row of the batch."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    @cached_property
+    def has_item(self) -> Bools:
+        """(P,) false where an event has no item."""
+        return self.items != schema.NO_ITEM
+
+    @cached_property
+    def by_user(self) -> Groups:
+        """All positions of a user."""
+        return Groups.of(self.rows)
+
+    @cached_property
+    def by_session(self) -> Groups:
+        """All positions of a session."""
+        assert self.sessions is not None  # the pipeline refuses what asks within sessions
+        most = int(self.sessions.max(initial=0)) + 1
+        return Groups.of(self.rows * most + self.sessions)
 
     @cached_property
     def first_of_second(self) -> Ints:
@@ -98,6 +178,12 @@ class Sequences:
             user=batch.column(USER) if USER in batch.schema.names else None,
             ledger=batch.column(LEDGER) if LEDGER in batch.schema.names else None,
             dates=Dates.of(batch.column(DATES)) if DATES in batch.schema.names else None,
+            sessions=None if batch.column("sessions").null_count else flat(batch.column("sessions"))[1],
+            attributes={
+                name.removeprefix(schema.ATTRIBUTE): batch.column(name).flatten()
+                for name in batch.schema.names
+                if name.startswith(schema.ATTRIBUTE)
+            },
         )
 
 
@@ -105,7 +191,7 @@ class Sequences:
 class Targets:
     """Examples to be: row of the batch, and positions [start, stop) of that user's sequence that are predicted.
 
-    The gate and the prompt see positions before `start` only. Of the task assets start = stop, and `date` says which of
+    The gate and the prompt see positions before `start` only. Of a bank's tasks start = stop, and `date` says which of
     the batch's dates it is.
     """
 
@@ -113,6 +199,8 @@ class Targets:
     start: Ints
     stop: Ints
     date: Ints | None = None
+    yes: Bools | None = None  # (N,) of outcome: whether the session comes to what is asked
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # sessions without an example, by reason
 
     def __len__(self) -> int:
         return len(self.row)
@@ -120,7 +208,8 @@ class Targets:
     def take(self, chosen: npt.NDArray[Any] | slice) -> "Targets":
         """The chosen examples, in the given order."""
         date = None if self.date is None else self.date[chosen]
-        return Targets(self.row[chosen], self.start[chosen], self.stop[chosen], date)
+        yes = None if self.yes is None else self.yes[chosen]
+        return Targets(self.row[chosen], self.start[chosen], self.stop[chosen], date, yes, self.left_out)
 
     def pieces(self, size: int) -> Iterator["Targets"]:
         """Slices of at most `size` examples, so that the text of a long batch never lies in memory at once."""
@@ -134,6 +223,8 @@ def find_targets(
     *,
     dense_window: int = 0,
     needs_action: bool = False,
+    needs_item: bool = True,
+    within_session: bool = False,
     max_train_targets: int | None = None,
     seed: int = 0,
 ) -> Targets:
@@ -141,24 +232,111 @@ def find_targets(
 
     Training: every TRAIN position with an earlier item, or windows if `dense_window` > 0. Otherwise: every position
     with the split's code. `max_train_targets` keeps a seeded choice of a user's training examples.
+
+    Args:
+        needs_item: positions without an item are no targets and do not count as earlier; else they are and do.
+        within_session: the earlier item must be of the target's session, in every split; windows end with a session.
     """
     wanted = sequences.splits == split
     if needs_action and sequences.actions is not None:
         wanted &= sequences.actions.is_valid().to_numpy(zero_copy_only=False)
+    shown = sequences.has_item if needs_item else np.ones(len(wanted), dtype=bool)
+    groups = sequences.by_session if within_session else sequences.by_user
+    windows = split == schema.TRAIN and dense_window > 0
+    wanted &= shown
+    left_out = _single_events(sequences, wanted) if within_session and not windows else {}
+    if not windows and (within_session or split == schema.TRAIN):
+        wanted &= groups.earlier(shown) > 0
     place = np.flatnonzero(wanted)
-    row = np.searchsorted(sequences.offsets, place, side="right") - 1
+    row = sequences.rows[place]
     position = place - sequences.offsets[row]
-    if split != schema.TRAIN:
-        return Targets(row, position, position + 1)
-    found = _windows(row, position, dense_window) if dense_window else _single(row, position)
-    return found if max_train_targets is None else _choose(found, sequences.user_key, max_train_targets, seed)
+    if windows:
+        found = _windows(row, position, groups.begin[place], dense_window)
+    else:
+        found = Targets(row, position, position + 1, left_out=left_out)
+    if split != schema.TRAIN or max_train_targets is None:
+        return found
+    return _choose(found, sequences.user_key, max_train_targets, seed)
 
 
-def find_dates(sequences: Sequences, split: int, max_train_targets: int | None = None, seed: int = 0) -> Targets:
-    """The examples of the task assets, by user and date; `max_train_targets` as in `find_targets`."""
+def _single_events(sequences: Sequences, wanted: Bools) -> dict[str, int]:
+    """How many of the wanted positions (P,) are a session of their own."""
+    groups = sequences.by_session
+    return {ONE_EVENT: int((wanted & (groups.end - groups.begin == 1)).sum())}
+
+
+def find_outcomes(
+    sequences: Sequences,
+    split: int,
+    positive: Collection[str],
+    after: int,
+    max_train_targets: int | None = None,
+    seed: int = 0,
+) -> Targets:
+    """Whether sessions come to an action of `positive`: one example for each session of more than `after` events.
+
+    It is asked at the event after these, whose split is the example's. Yes if that event or a later one of the session
+    is positive and of the same split. The answer is not known, and there is no example, where a session is cut off: no
+    event is positive, and some are of another split or UNUSED. Nor is there one where an event before is positive.
+    """
+    place, yes, left_out = _outcomes(sequences, split, positive, after)
+    row = sequences.rows[place]
+    position = place - sequences.offsets[row]
+    found = Targets(row, position, position + 1, yes=yes, left_out=left_out)
+    if split != schema.TRAIN or max_train_targets is None:
+        return found
+    return _choose(found, sequences.user_key, max_train_targets, seed)
+
+
+def _outcomes(
+    sequences: Sequences, split: int, positive: Collection[str], after: int
+) -> tuple[Ints, Bools, dict[str, int]]:
+    """Ascending flat positions at which S sessions are asked, their answers, and how many are not asked."""
+    groups = sequences.by_session
+    order, first = groups.order, groups.place == groups.begin
+    begin, end = groups.begin[first], groups.end[first]  # (S,) places
+    own = (sequences.splits == split)[order]
+    good = pc.is_in(sequences.actions, pa.array(list(positive))).to_numpy(zero_copy_only=False)[order]
+    of_split, own_good, all_good = (_sums(mask) for mask in (own, own & good, good))
+    asked = np.minimum(begin + after, end - 1)
+    present, long = of_split[end] > of_split[begin], begin + after < end
+    already = long & (all_good[asked] > all_good[begin])
+    yes = own_good[end] > own_good[asked]
+    known = long & own[asked] & (yes | (of_split[end] - of_split[asked] == end - asked))
+    left_out = {
+        TOO_SHORT: int((present & ~long).sum()),
+        ALREADY: int((present & already).sum()),
+        TRIMMED: int((present & long & ~already & ~known).sum()),
+    }
+    kept = known & ~already
+    place = order[asked[kept]]
+    ascending = np.argsort(place, kind="stable")
+    return place[ascending], yes[kept][ascending], left_out
+
+
+def ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Offsets (N + 1,) and the flat indices begin[0]..end[0]-1, begin[1]..end[1]-1, …
+
+    >>> [part.tolist() for part in ranges(np.array([3, 7]), np.array([5, 8]))]
+    [[0, 2, 3], [3, 4, 7]]
+    """
+    lengths = end - begin
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return offsets, np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], lengths)
+
+
+def _sums(mask: Bools) -> Ints:
+    """(P + 1,) how many before each place are true."""
+    return np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+
+
+def find_dates(
+    sequences: Sequences, task: str, split: int, max_train_targets: int | None = None, seed: int = 0
+) -> Targets:
+    """The examples of a bank's task, by user and date; `max_train_targets` as in `find_targets`."""
     dates = sequences.dates
     assert dates is not None  # the pipeline refuses the task without `finance`
-    chosen = np.flatnonzero(dates.split == split)
+    chosen = np.flatnonzero((dates.split == split) & (dates.task == task))
     start = dates.history_end[chosen].astype(np.int64)
     found = Targets(dates.row[chosen], start, start, chosen)
     if split != schema.TRAIN or max_train_targets is None:
@@ -166,19 +344,14 @@ def find_dates(sequences: Sequences, split: int, max_train_targets: int | None =
     return _choose(found, sequences.user_key, max_train_targets, seed)
 
 
-def _single(row: Ints, position: Ints) -> Targets:
-    kept = position >= 1
-    return Targets(row[kept], position[kept], position[kept] + 1)
-
-
-def _windows(row: Ints, position: Ints, size: int) -> Targets:
-    """Tile each run of consecutive positions from its newest end backwards; the oldest window may be shorter.
+def _windows(row: Ints, position: Ints, group: Ints, size: int) -> Targets:
+    """Tile each run of consecutive positions of a group from its newest end; the oldest window may be shorter.
 
     A window has at least two titles: a single left-over is the oldest item of its run, and dropped.
     """
     if not len(row):
         return Targets(row, position, position)
-    breaks = np.flatnonzero((np.diff(row) != 0) | (np.diff(position) != 1)) + 1
+    breaks = np.flatnonzero((np.diff(row) != 0) | (np.diff(group) != 0) | (np.diff(position) != 1)) + 1
     run_begin = np.concatenate([[0], breaks])
     run_end = np.concatenate([breaks, [len(row)]])
     from_end = np.repeat(run_end, run_end - run_begin) - 1 - np.arange(len(row))  # 0 at the newest of a run

@@ -26,6 +26,16 @@ _USER = {
     "user": "the user as prompt.user writes it; empty without",
     "graph": "what the knowledge graph says around the user's items; empty without a graph or a link",
 }
+# Of the tasks about actions. A session is shown as prompt.event writes each of its events
+_SESSION = {
+    "events": "the last events of the session, oldest first, one a line",
+    "num_events": "how many these are",
+    "earlier": "events before the session, as many as prompt.max_items leaves; empty at the user's first session",
+    "context": 'what is known in advance of the event that is asked about, one "name: text" a line; may be empty',
+    "rationale": "says something if a line that gives the reason comes before the answer, else empty",
+    **_USER,
+}
+_CHOICES = "the words of all actions, with commas between them"
 # What a template of each task may use: plain values, so that rendering a row costs a few microseconds.
 VARIABLES: dict[str, dict[str, str]] = {
     "next_item": {
@@ -72,11 +82,40 @@ VARIABLES: dict[str, dict[str, str]] = {
         "date": "the day on which the question is asked: 2021-01-04",
         "days": "how many days the question looks ahead",
     },
+    "rank_assets": {
+        "history": "the last assets, oldest first, one a line",
+        "num_history": "how many these are",
+        **_USER,
+        "ledger": "the same as transactions, one a line: date, side, asset, units, value",
+        "date": "the day on which the question is asked: 2021-01-04",
+        "days": "how many days the question looks ahead",
+        "candidates": "the candidates, one a line, each with what its prices did: mean return, variance, drawdown",
+        "num_candidates": "how many these are",
+        "lookback": "of how many days before the date these prices are",
+    },
+    "next_action": {**_SESSION, "choices": _CHOICES},
+    "next_event": {**_SESSION, "choices": _CHOICES, "keys": "the keys of the JSON object, with commas between them"},
+    "outcome": {**_SESSION},
+    "action_on_item": {
+        "answered_history": 'the last items, oldest first, each with what was done: "Heat (1995): 4 or 5 stars"',
+        "num_history": "how many these are",
+        "events": "the last events, oldest first, one a line; within_session: of the session",
+        "num_events": "how many these are",
+        "target": "the item that is asked about",
+        "choices": _CHOICES,
+        "context": _SESSION["context"],
+        "rationale": _SESSION["rationale"],
+        **_USER,
+    },
 }
-ASSETS = "assets"  # what it asks is in the bank's data
+ASSETS, RANK_ASSETS = "assets", "rank_assets"
+BANK_TASKS = (ASSETS, RANK_ASSETS)  # what they ask is in a bank's data
 GRAPH_TASKS = ("item_to_attribute", "attribute_to_item", "explain")  # what they ask is in the graph
 GRAPH_VARIABLES = ("graph", "candidate_paths")
-_DUMMY = {"num_history": 2, "num_candidates": 2, "days": 180}
+ACTION_TASKS = ("next_action", "next_event", "outcome", "action_on_item")  # what they ask is in a log of events
+_ANSWERED = ("like", "outcome")  # tasks whose templates have the words of the answers
+_MAY_BE_EMPTY = ("earlier", "context", "rationale")
+_DUMMY = {"num_history": 2, "num_candidates": 2, "days": 180, "lookback": 70, "num_events": 2}
 
 
 class Phrasing(BaseModel):
@@ -137,8 +176,16 @@ def load_template(name: str | Path, task: str, dense: bool = False) -> Template:
         )
     for number, phrasing in enumerate(document.phrasings):
         _check(phrasing, task, dense, f'template "{name}", phrasing {number + 1}')
-    if (task == "like") != bool(document.answers):
-        raise UserError(f'template "{name}": `answers` (label: words) belongs to the task like, and only to it')
+    if (task in _ANSWERED) != bool(document.answers):
+        raise UserError(
+            f'template "{name}": `answers` (label: words) belongs to the tasks {" and ".join(_ANSWERED)}, and only to '
+            "them"
+        )
+    if task == "outcome" and set(document.answers) != {"yes", "no"}:
+        raise UserError(
+            f'template "{name}": `answers` has the labels {", ".join(document.answers)}, an outcome is "yes" or "no": '
+            'write answers: {"yes": …, "no": …}, in quotes'
+        )
     if document.answers and len({words.strip() for words in document.answers.values()}) < 2:
         raise UserError(
             f'template "{name}": `answers` has the words {list(document.answers.values())}, at least two different '
@@ -182,8 +229,8 @@ def _try(source: str, known: set[str], where: str) -> None:
     """Compile and render, with a text about the user and a graph, and without."""
     template = compile_checked(source, known, where)
     dummy = {name: _DUMMY.get(name, f"a {name}") for name in sorted(known)}
-    for user, graph in itertools.product(("a user", ""), ("a graph", "")):
-        render(template, {**dummy, "user": user, "graph": graph}, where)
+    for user, graph, rest in itertools.product(("a user", ""), ("a graph", ""), ({}, dict.fromkeys(_MAY_BE_EMPTY, ""))):
+        render(template, {**dummy, **rest, "user": user, "graph": graph}, where)
 
 
 @functools.cache

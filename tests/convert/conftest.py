@@ -1,13 +1,16 @@
 """Small logs that the tests of this room share."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from recllm import schema
+from recllm.convert.events import Events
 from recllm.convert.examples import Converter, Task
 from recllm.convert.templates import load_template
 from recllm.data.candidates import CandidateSampler
@@ -106,5 +109,60 @@ def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
             "model": {"name_or_path": "none"},
         }
         return Recipe.model_validate({**document, **sections})
+
+    return make
+
+
+WORDS = {"view": "view", "cart": "add to cart", "buy": "buy", "leave": "leave"}
+
+
+@pytest.fixture(scope="session")
+def make_events() -> Callable[..., pa.RecordBatch]:
+    """Users given as lists of events become a batch of schema.sequences_schema(attributes).
+
+    An event is (action, item or None, timestamp, session, split code, *attributes).
+    """
+
+    def make(users: dict[str, list[tuple]], attributes: Sequence[str] = ()) -> pa.RecordBatch:
+        rows = [
+            {
+                "user_index": number,
+                "user_id": user,
+                "user_key": int(text_keys([user])[0]),
+                "items": [schema.NO_ITEM if item is None else item for _, item, *_ in events],
+                "timestamps": [event[2] for event in events],
+                "splits": [event[4] for event in events],
+                "actions": [event[0] for event in events],
+                "sessions": [event[3] for event in events],
+                **{
+                    f"{schema.ATTRIBUTE}{name}": [event[5 + place] for event in events]
+                    for place, name in enumerate(attributes)
+                },
+            }
+            for number, (user, events) in enumerate(users.items())
+        ]
+        return pa.RecordBatch.from_pylist(rows, schema=schema.sequences_schema(attributes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_event_converter(make_converter) -> Callable[..., Converter]:
+    """A converter of events with WORDS over NUM_ITEMS items; keywords of a Task, of Events, and of a Converter."""
+    of_task = {field.name for field in dataclasses.fields(Task)} - {"name", "task", "template"}
+    of_events = {field.name for field in dataclasses.fields(Events)}
+
+    def make(task: str, template: str, **changes: Any) -> Converter:
+        shape = {name: changes.pop(name) for name in of_task & set(changes)}
+        events = {name: changes.pop(name) for name in of_events & set(changes)}
+        if task in ("next_action", "next_event", "outcome"):
+            shape["within_session"] = True
+        line = "{{ action }}{% if item %}: {{ item }}{% endif %}"
+        converter = make_converter(task, template, **changes)
+        return dataclasses.replace(
+            converter,
+            tasks=(dataclasses.replace(converter.tasks[0], **shape),),
+            events=Events(**{"words": WORDS, "line": line, **events}),
+        )
 
     return make

@@ -66,13 +66,15 @@ def test_manifest_says_where_everything_came_from(make_recipe, tmp_path):
     assert set(manifest) == {
         *("recllm_version", "recipe", "templates", "inputs", "items_sha256", "counts", "split", "audit", "seeds"),
         *("history_max_items", "prompt_max_items", "history_gate", "format", "graph", "finance"),
+        *("events", "actions"),
     }
     assert manifest["format"] == schema.DATASET_FORMAT
     document = recipe.model_dump(mode="json")
     protocol = {name: document["protocol"][name] for name in ("name", "split", "candidates")}
     read = {name: document[name] for name in ("seed", "data", "filter", "history", "prompt", "tasks")}
-    read |= {"graph": None, "finance": None}
-    assert manifest["graph"] is manifest["finance"] is None
+    read |= {"graph": None, "finance": None, "actions": None}
+    assert manifest["graph"] is manifest["finance"] is manifest["actions"] is None
+    assert manifest["events"] is False
     assert manifest["recipe"] == {**read, "protocol": protocol}
     assert [entry["id"] for entry in manifest["templates"]][-1] == "like/items@1"
     assert manifest["templates"][-1]["answers"] == {"like": "Yes", "dislike": "No"}
