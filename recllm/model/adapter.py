@@ -387,10 +387,10 @@ def _to_base_model(tuner: ILoraModel | SoftTokenModel, name: str) -> None:
 
 
 def check_vocabulary(folder: Path, vocabulary_sha256: str) -> None:
-    """Refuse an adapter that reads histories whose item indices mean other items; a plain LoRA has none and fits any.
+    """Refuse an adapter that reads histories whose numbers mean other items or actions; a plain LoRA fits any.
 
     Raises:
-        UserError: the adapter's sequence encoder was fitted on another vocabulary.
+        UserError: the adapter's sequence encoder was fitted on another vocabulary (Dataset.vocabulary_sha256).
     """
     shapes = [Path(folder) / name for name in (ILORA_CONFIG, TOKEN_CONFIG) if (Path(folder) / name).is_file()]
     if not shapes:
@@ -398,7 +398,7 @@ def check_vocabulary(folder: Path, vocabulary_sha256: str) -> None:
     own = read_json(shapes[0], "the shape of an adapter that reads histories").get("vocabulary_sha256")
     if own != vocabulary_sha256:
         raise UserError(
-            f"{folder} was trained on item vocabulary {str(own)[:12]}…, this dataset has {vocabulary_sha256[:12]}…: "
+            f"{folder} was trained on the vocabulary {str(own)[:12]}…, this dataset has {vocabulary_sha256[:12]}…: "
             "take the dataset that it was trained on, or train on this one"
         )
 

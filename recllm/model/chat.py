@@ -139,6 +139,14 @@ class RememberingEncoder:
         prompt_ids = self._turns(turns) + self._lines(unfinished)
         return prompt_ids, self._lines(text) + array("i", _terminator(self.tokenizer, text))
 
+    def count_before_last_line(self, completion: Sequence[Message]) -> int:
+        """How many of a completion's tokens, from its first, are those of the lines before its last one.
+
+        As lines are tokenised one by one, no token lies on both sides.
+        """
+        text = completion[0]["content"]
+        return len(self._lines(text[: text.rfind("\n") + 1]))
+
     def _turns(self, turns: Sequence[Message]) -> "array[int]":
         key = tuple((turn["role"], turn["content"]) for turn in turns)
         ids = self._known_turns.get(key)

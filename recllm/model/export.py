@@ -319,7 +319,7 @@ def gates_of(
         raise UserError("the adapter has no sequence encoder, so its gates of histories are not known: train it again")
     offsets = dataset.sequences.offsets
     stops = [int(offsets[user + 1] - offsets[user]) for user in users] if ends is None else list(ends)
-    histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, stops)]
+    histories = [dataset.read(int(user), int(end), max_items) for user, end in zip(users, stops)]
     states = encode_histories(tuner.sequence_encoder[name], histories, progress="encode histories")
     parts = [tuner.gate_weights(representation=part).float().cpu() for part in states.split(4096)]
     return torch.cat(parts)

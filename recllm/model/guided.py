@@ -98,7 +98,9 @@ class GuidedLoraModel(LoraModel):
     def _set_grad(self, name: str, requires_grad: bool) -> None:
         self.readers[name].requires_grad_(requires_grad)
         if name in self.sequence_encoder:
-            self.sequence_encoder[name].requires_grad_(requires_grad and name in self.trainable_encoders)
+            encoder = self.sequence_encoder[name].requires_grad_(requires_grad and name in self.trainable_encoders)
+            if encoder.num_actions:  # in no representation: engines of several processes wait for all gradients
+                encoder.action_bias.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "GuidedLoraModel":
         """Training mode for all but frozen encoders: their dropout would make what is read of a user random."""

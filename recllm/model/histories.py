@@ -1,7 +1,7 @@
 """Representations of many histories: each different one is encoded once, in batches of like length.
 
-An encoder and histories (item indices, oldest first, not padded) enter; (N, D) float32 on the CPU leaves. A
-`RepresentationCache` remembers representations from call to call by a hash of the items.
+An encoder and histories (item indices or event codes, oldest first, not padded) enter; (N, D) float32 on the CPU
+leaves. A `RepresentationCache` remembers representations from call to call by a hash of what was read.
 """
 
 import hashlib
@@ -86,17 +86,17 @@ def encode_histories(
 
     Args:
         encoder: used in eval mode, without gradients; left in the mode and on the device that it was in.
-        histories: (L,) item indices each, oldest first, without padding; of any length.
+        histories: (L,) item indices or event codes each, oldest first, without padding; of any length.
         batch_size: rows at once, at most; fewer where histories are long.
         device: where to encode; None is where the encoder is.
         cache: remembers representations across calls.
         progress: label of a progress bar; None shows none.
 
     Raises:
-        UserError: an item outside the vocabulary, or a representation that is not finite.
+        UserError: an item or event outside the vocabulary, or a representation that is not finite.
     """
     read = [np.asarray(history)[-encoder.reach :] for history in histories]
-    _check(read, encoder.num_items)
+    _check(read, encoder)
     keys = [_key(history) for history in read]
     if cache is not None:
         cache.use_for(encoder)
@@ -117,16 +117,16 @@ def encode_histories(
     return torch.stack([known[key] for key in keys]) if keys else torch.empty(0, encoder.hidden_size)
 
 
-def _check(histories: Sequence[History], num_items: int) -> None:
+def _check(histories: Sequence[History], encoder: SequenceEncoder) -> None:
     full = [history for history in histories if len(history)]
     lowest = min((int(history.min()) for history in full), default=0)
     highest = max((int(history.max()) for history in full), default=0)
-    if lowest < 0 or highest >= num_items:
-        raise out_of_vocabulary(lowest, highest, num_items)
+    if full and (lowest < 0 or highest >= encoder.vocabulary_size):
+        raise out_of_vocabulary(lowest, highest, encoder)
 
 
 def _key(history: History) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(history, dtype=np.int32).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(np.ascontiguousarray(history, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
 def _encode_all(

@@ -2,7 +2,7 @@
 
 A base model and an `ILoraConfig` enter; a PEFT model leaves whose forward() and generate() take one of
 
-    history_items    (B, L) item indices, oldest first, -1 to the left: encoder and gate run inside
+    history_items    (B, L) item indices or event codes, oldest first, -1 to the left: encoder and gate run inside
     representation   (B, D) what the sequence encoder says of each user: the gate runs inside
     gate_weights     (B, K) used as they are (controls: uniform, shuffled, oracle); (B, layers, K) with a gate a layer
 

@@ -1,8 +1,8 @@
 """Sequence encoders: what a user did → one vector, and a score for every item. The front door of model/encoders/.
 
-Item indices (B, L) enter: oldest first, padded on the LEFT with -1. A representation (B, D) of each history leaves: it
-guides the gate, and its scores are a baseline of every report. Encoders are made from a recipe's section, written as a
-folder (encoder.safetensors and encoder.json) and loaded from one.
+Item indices or event codes (B, L) enter: oldest first, padded on the LEFT with -1. A representation (B, D) of each
+history leaves: it guides the gate, and its scores are a baseline of every report. Encoders are made from a recipe's
+section, written as a folder (encoder.safetensors and encoder.json) and loaded from one.
 """
 
 from pathlib import Path
@@ -43,14 +43,20 @@ ENCODERS: dict[str, type[SequenceEncoder]] = {"sasrec": SASRec, "gru4rec": Gru4R
 
 
 def make_encoder(
-    section: EncoderSection, num_items: int, max_items: int, item_features: torch.Tensor | None = None
+    section: EncoderSection,
+    num_items: int,
+    max_items: int,
+    item_features: torch.Tensor | None = None,
+    num_actions: int = 0,
 ) -> SequenceEncoder:
     """A fresh encoder of the section's type; `item_features` (num_items, F) are for the content encoder alone.
+
+    With `num_actions` > 0 it reads event codes, otherwise item indices.
 
     Raises:
         UserError: a content encoder without features or with others; a window for a type that has none.
     """
-    sizes: dict[str, Any] = {"num_items": num_items, "max_items": max_items}
+    sizes: dict[str, Any] = {"num_items": num_items, "max_items": max_items, "num_actions": num_actions}
     sizes |= {name: getattr(section, name) for name in ("hidden_size", "num_layers", "dropout")}
     if section.type == "gru4rec":
         if section.window:
@@ -62,7 +68,8 @@ def make_encoder(
     if item_features is None:
         raise UserError("encoder.type=content needs features of the items' texts: compute them with item_features()")
     encoder = ContentEncoder(feature_size=item_features.shape[-1], **sizes)
-    encoder.item_embedding.set_features(item_features)
+    if num_items:
+        encoder.item_embedding.set_features(item_features)
     return encoder
 
 
@@ -112,7 +119,7 @@ def _build(info: dict[str, Any], place: Path) -> SequenceEncoder:
         raise UserError(
             f'{place}: type is "{kind}", this recllm has {", ".join(ENCODERS)}: use the version of recllm that wrote it'
         )
-    info = {"window": 0} | info  # encoders of the first format have none
+    info = {"window": 0, "num_actions": 0} | info  # encoders of earlier formats have none
     try:
         return ENCODERS[kind](**{name: info[name] for name in ENCODERS[kind].SIZES})
     except KeyError as missing:

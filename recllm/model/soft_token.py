@@ -3,7 +3,7 @@
 A base model and a `SoftTokenConfig` enter; a PEFT model leaves that reads what an instance-wise adapter reads, by the
 same arguments of forward() and generate(),
 
-    history_items    (B, L) item indices, oldest first, -1 to the left: the encoder runs inside
+    history_items    (B, L) item indices or event codes, oldest first, -1 to the left: the encoder runs inside
     representation   (B, D) what the sequence encoder says of each user
 
 but puts it into the input, not into the weights. The LoRA is plain; each row's first real token x gets

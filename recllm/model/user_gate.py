@@ -1,7 +1,8 @@
 """A user's gate without the base model: for engines and servers that hold the base model themselves.
 
-The folder of an instance-wise adapter and histories of item indices enter; gate weights leave. Only the encoder and the
-gate are loaded, some hundred kilobytes; the numbers are those of the whole model (`gate_weights` of the tuner).
+The folder of an instance-wise adapter and histories (item indices or event codes) enter; gate weights leave. Only the
+encoder and the gate are loaded, some hundred kilobytes; the numbers are those of the whole model (`gate_weights` of the
+tuner).
 """
 
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class UserGate:
         return cls(load_encoder(folder / ENCODER)[0], gate, cache)
 
     def representations(self, histories: Sequence[History]) -> npt.NDArray[np.float32]:
-        """(N, D) of histories of item indices, oldest first; zeros for an empty one."""
+        """(N, D) of histories of item indices or event codes, oldest first; zeros for an empty one."""
         states: npt.NDArray[np.float32] = encode_histories(self.encoder, histories, cache=self.cache).numpy()
         return states
 

@@ -33,7 +33,9 @@ from recllm.model.base_model import load_base_config, load_tokenizer, model_fold
 from recllm.model.chat import prompt_ids
 from recllm.model.sequence_encoder import read_tensors
 from recllm.model.user_gate import UserGate
+from recllm.schema import NO_ITEM, event_codes
 from recllm.serve.catalogue import Catalogue, GateReading, NextItemPrompts
+from recllm.serve.fields import Entry
 
 LONGEST = 4096  # tokens of --max-model-len where it is not given and the model reads more
 
@@ -49,11 +51,23 @@ class ServedAdapter:
     shape: Shape | None  # of its gates, None of a plain LoRA
     gate: UserGate | None
     catalogue: Catalogue | None  # None of a LoRA that stock PEFT wrote
-    prompts: NextItemPrompts | None  # None without a next_item task
+    prompts: NextItemPrompts | None  # None without a next_item task, and of events: clients write their prompts
     reading: GateReading | None
+    actions: tuple[str, ...] = ()  # labels in the order of their numbers where histories are of events
+
+    def find(self, entry: Entry) -> int | None:
+        """The item of an entry, or the code of an event; None where its item is unknown."""
+        if self.catalogue is None:
+            return None
+        named = entry.item_id is not None or entry.title is not None
+        item = self.catalogue.item(entry.item_id, entry.title) if named else NO_ITEM
+        if entry.action is None or item is None:
+            return item
+        action = self.actions.index(entry.action)
+        return int(event_codes(np.array(item), np.array(action), len(self.catalogue)))
 
     def read(self, items: Sequence[int], in_prompt: bool) -> npt.NDArray[np.int64]:
-        """The items that a request's gate hangs on; none of a plain LoRA."""
+        """The items, or event codes, that a request's gate hangs on; none of a plain LoRA."""
         if self.gate is None or self.reading is None:
             return np.empty(0, dtype=np.int64)
         return self.reading.read(items, in_prompt)
@@ -96,7 +110,7 @@ def open_adapter(
     check_base_config(config, folder)
     dataset = _dataset(folder, shape)
     prompts = None
-    if dataset is not None:
+    if dataset is not None and not dataset.is_events:
         special = tokenizer_special_tokens(model_folder(base_model))
         prompts = NextItemPrompts.of(dataset, template, special)
     return ServedAdapter(
@@ -109,6 +123,7 @@ def open_adapter(
         catalogue=None if dataset is None else Catalogue.of(dataset),
         prompts=prompts,
         reading=None if dataset is None else GateReading.of(dataset, prompts),
+        actions=() if dataset is None else tuple(dataset.actions),
     )
 
 

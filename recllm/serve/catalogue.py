@@ -170,7 +170,9 @@ class GateReading:
         return cls(int(dataset.manifest["history_max_items"]), listed)
 
     def read(self, items: Sequence[int], in_prompt: bool) -> npt.NDArray[np.int64]:
-        """The items that the gate reads; `in_prompt`: the newest of them stand in a list that the answer continues.
+        """The items, or event codes, that the gate reads.
+
+        `in_prompt`: the newest of them stand in a list that the answer continues.
 
         >>> GateReading(max_items=3, listed=1).read([1, 2, 3, 4, 5], in_prompt=True).tolist()
         [2, 3, 4]

@@ -5,6 +5,7 @@ what is expected. Nothing else is raised, whatever a client sends.
 import json
 import math
 import reprlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 MAX_K, MAX_WIDTH, MAX_CANDIDATES = 200, 1000, 1000
@@ -22,11 +23,12 @@ class FieldError(ValueError):
 
 
 class Entry(NamedTuple):
-    """An item as a request names it."""
+    """An item as a request names it, or an event."""
 
-    item_id: str | None  # None: only a title was given
+    item_id: str | None  # None: only a title was given, or an event without an item
     title: str | None  # what a bare text may be, beside an id
     timestamp: float | None
+    action: str | None = None  # of events alone
 
     @property
     def name(self) -> str:
@@ -90,13 +92,16 @@ def read_recommend(document: dict[str, Any], max_history: int) -> Recommend:
     )
 
 
-def read_history(value: Any, field: str, max_history: int) -> list[Entry]:
+def read_history(value: Any, field: str, max_history: int, actions: Sequence[str] = ()) -> list[Entry]:
     """Items with times, oldest first: by their times where all have one, otherwise in the order given.
 
+    With `actions` the entries are events: objects with one of these as `action`, and an item where they have one.
+
     Raises:
-        FieldError: no list, too many items, an item that is none, times for some of them only.
+        FieldError: no list, too many items, an item that is none, an event without action or with another one, times
+            for some of them only.
     """
-    entries = _entries(value, field, max_history, timed=True)
+    entries = _entries(value, field, max_history, timed=True, actions=actions)
     timed = [entry.timestamp is not None for entry in entries]
     if any(timed) and not all(timed):
         raise FieldError(
@@ -107,14 +112,32 @@ def read_history(value: Any, field: str, max_history: int) -> list[Entry]:
     return sorted(entries, key=lambda entry: entry.timestamp or 0.0)  # stable
 
 
-def _entries(value: Any, field: str, most: int, timed: bool) -> list[Entry]:
+def _entries(value: Any, field: str, most: int, timed: bool, actions: Sequence[str] = ()) -> list[Entry]:
     if not isinstance(value, list):
         found = "missing" if value is None else _short(value)
-        raise FieldError(field, found, "a list of item ids, or of objects with item_id or title, is expected")
+        ids = "item ids, or of objects with item_id or title," if not actions else "objects with an action"
+        raise FieldError(field, found, f"a list of {ids} is expected")
     if len(value) > most:
         newest = ": send the newest" if timed else ""
         raise FieldError(field, f"a list of {len(value)}", f"at most {most} are expected{newest}")
+    if actions:
+        return [_event(entry, f"{field}[{place}]", actions) for place, entry in enumerate(value)]
     return [_entry(entry, f"{field}[{place}]", timed) for place, entry in enumerate(value)]
+
+
+def _event(value: Any, field: str, actions: Sequence[str]) -> Entry:
+    """An object with an action, and with an item as `_entry` reads it or without."""
+    if not isinstance(value, dict) or "action" not in value:
+        found = "without an action" if isinstance(value, dict) else _short(value)
+        raise FieldError(field, found, 'an event is expected, as {"action": …, "item_id": …}')
+    action = value["action"]
+    if not isinstance(action, str) or action not in actions:
+        raise FieldError(f"{field}.action", _short(action), f"one of {', '.join(actions)} is expected")
+    item = {name: given for name, given in value.items() if name != "action"}
+    if item.get("item_id") is None and item.get("title") is None:
+        _only_known(item, field)
+        return Entry(None, None, _time(item, field), action)
+    return _entry(item, field, timed=True)._replace(action=action)
 
 
 def _entry(value: Any, field: str, timed: bool) -> Entry:
@@ -122,16 +145,24 @@ def _entry(value: Any, field: str, timed: bool) -> Entry:
     if not isinstance(value, dict):
         text = _identifier(value, field)
         return Entry(text, text if isinstance(value, str) else None, None)
-    known = ("item_id", "title", "timestamp") if timed else ("item_id", "title")
-    if unknown := [name for name in value if name not in known]:
-        raise FieldError(f"{field}.{_short(unknown[0])}", "no field of an item", f"known are {', '.join(known)}")
+    _only_known(value, field, timed)
     if (value.get("item_id") is None) == (value.get("title") is None):
         found = "without item_id and title" if value.get("title") is None else "with both item_id and title"
         raise FieldError(field, found, "one of them is expected")
-    timestamp = None if value.get("timestamp") is None else _seconds(value["timestamp"], f"{field}.timestamp")
+    timestamp = _time(value, field)
     if value.get("title") is not None:
         return Entry(None, _text(value["title"], f"{field}.title"), timestamp)
     return Entry(_identifier(value["item_id"], f"{field}.item_id"), None, timestamp)
+
+
+def _only_known(value: dict[str, Any], field: str, timed: bool = True) -> None:
+    known = ("item_id", "title", "timestamp") if timed else ("item_id", "title")
+    if unknown := [name for name in value if name not in known]:
+        raise FieldError(f"{field}.{_short(unknown[0])}", "no field of an item", f"known are {', '.join(known)}")
+
+
+def _time(value: dict[str, Any], field: str) -> float | None:
+    return None if value.get("timestamp") is None else _seconds(value["timestamp"], f"{field}.timestamp")
 
 
 def _identifier(value: Any, field: str) -> str:

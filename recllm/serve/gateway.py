@@ -160,7 +160,8 @@ class Gateway:
 
     async def _gate_of(self, document: dict[str, Any]) -> tuple[UserState, list[str]]:
         """Put the gate of `user_history` in its place, and say what of the history was unknown."""
-        history = read_history(document.pop(USER_HISTORY), USER_HISTORY, self.limits.history)
+        given, most = document.pop(USER_HISTORY), self.limits.history
+        history = read_history(given, USER_HISTORY, most, self.adapter.actions)
         if self.adapter.shape is None:
             raise FieldError(
                 USER_HISTORY, "given", "but this server's adapter is a plain LoRA without a gate: leave it out"
@@ -196,6 +197,13 @@ class Gateway:
         """Rank the catalogue, or the candidates, for a history."""
         self.upstream.check()
         catalogue = self.adapter.catalogue
+        if self.adapter.actions:
+            raise Refused(
+                404,
+                "this server's adapter reads events, whose prompts the server does not write: ask "
+                f"/v1/chat/completions, with {USER_HISTORY}",
+                "not_found",
+            )
         if catalogue is None or self.adapter.prompts is None:
             raise Refused(
                 404, "this server's adapter was not trained on next_item: it has no recommendations", "not_found"
@@ -273,11 +281,11 @@ class Gateway:
         return read_object(body) if len(body) < LARGE_BODY else await asyncio.to_thread(read_object, body)
 
     def _look_up(self, entries: Sequence[Entry]) -> tuple[list[int], list[str]]:
-        """Items of a history, and the names of those that are unknown: cold start leaves them out."""
-        catalogue = self.adapter.catalogue
-        found = [
-            (entry, None if catalogue is None else catalogue.item(entry.item_id, entry.title)) for entry in entries
-        ]
+        """Items of a history, and the names of those that are unknown: cold start leaves them out.
+
+        Of events their codes; an event with an unknown item is left out whole.
+        """
+        found = [(entry, self.adapter.find(entry)) for entry in entries]
         return [item for _, item in found if item is not None], [entry.name for entry, item in found if item is None]
 
     async def _user_state(self, items: list[int], in_prompt: bool) -> UserState:

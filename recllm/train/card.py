@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from recllm import __version__
-from recllm.recipe import Recipe
+from recllm.recipe import LossSection, Recipe
 
 METHODS = {
     "lora": "an ordinary LoRA: the same weights for every user",
@@ -79,11 +79,17 @@ def _training(recipe: Recipe, log_history: list[dict[str, Any]]) -> dict[str, An
         "rank, alpha, dropout": f"{recipe.adapter.r}, {recipe.adapter.lora_alpha}, {recipe.adapter.lora_dropout}",
         "seed": recipe.seed,
         "optimizer steps": final.get("step", "unknown"),
+        **({} if recipe.loss == LossSection() else {"loss": _loss(recipe.loss)}),
         "arguments": ", ".join(f"{key}={value}" for key, value in recipe.train.items()) or "defaults",
     }
     if losses:
         rows["loss in nats a token, first and last logged"] = f"{losses[0]:.4f}, {losses[-1]:.4f}"
     return rows
+
+
+def _loss(loss: LossSection) -> str:
+    changed = loss.model_dump(exclude_defaults=True)
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
 
 
 def _data(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Examples → batches.
 
 Arrow batches of examples (schema.EXAMPLES) and a tokenizer enter; left-padded tensors leave, with the loss on the
-completion only and what the adapter reads of each user: histories, representations or gate weights.
+completion only and what the adapter reads of each user: histories, representations or gate weights. Where not every
+token is to count the same (weights.py), examples carry their class and the length of their rationale.
 """
 
 from array import array
@@ -21,6 +22,7 @@ from recllm.model.chat import RememberingEncoder
 
 IGNORE = -100  # label of a position without loss
 COLUMNS = ["example_id", "user_index", "gate_end", "prompt", "completion"]  # what training reads of an example
+WEIGHED = [*COLUMNS, "task", "label", "rationale"]  # and where not every token counts the same
 Array = npt.NDArray[Any]
 
 
@@ -32,6 +34,15 @@ class Row(NamedTuple):
     user_index: int
     gate_end: int  # the gate reads positions [0, gate_end) of this user
     given: tuple[str, Array] | None = None  # a forward argument of the adapter and this row's value of it
+    example: int | None = None  # its number, where not every example counts the same: see TokenizedExamples.numbered
+
+
+class Told(NamedTuple):
+    """What N examples say beside their texts."""
+
+    kinds: list[tuple[str, str | None]]  # task and label, each pair once
+    kind_numbers: Array  # (N,) places in `kinds`
+    rationale_tokens: Array  # (N,) how many of the completion's tokens, from its first, are the rationale
 
 
 def without_loss(index: int) -> int:
@@ -54,6 +65,8 @@ class TokenizedExamples(torch.utils.data.Dataset):
         self.user_indices, self.gate_ends = user_indices, gate_ends
         self.argument: str | None = None
         self.table: Array = np.empty(0)  # with `argument`: see give()
+        self.told: Told | None = None  # of examples that were read with the columns WEIGHED
+        self.numbered = False  # each row carries its number: the trainer weighs it
         self._tokens = tokens
         self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -79,7 +92,8 @@ class TokenizedExamples(torch.utils.data.Dataset):
         tokens = self._tokens[self._offsets[example] : self._offsets[example + 1]]
         completion = 0 if index < 0 else int(self.completion_tokens[example])
         given = None if self.argument is None else (self.argument, self.table[example])
-        return Row(tokens, completion, int(self.user_indices[example]), int(self.gate_ends[example]), given)
+        number = example if self.numbered else None
+        return Row(tokens, completion, int(self.user_indices[example]), int(self.gate_ends[example]), given, number)
 
 
 def tokenize(
@@ -92,18 +106,19 @@ def tokenize(
     """Tokenise every example; none is cut or dropped.
 
     Args:
-        batches: columns COLUMNS.
+        batches: columns COLUMNS, or WEIGHED: the examples then tell their kinds and rationales (`told`).
         tokenizer: of the base model.
         max_tokens: the base model's context.
         split: named in errors.
         total: number of examples, for the progress bar.
 
     Raises:
-        UserError: no example, or examples longer than `max_tokens`.
+        UserError: no example, examples longer than `max_tokens`, a completion that does not begin with its rationale.
     """
     encode = RememberingEncoder(tokenizer)
     tokens = array("i")
     columns = [array("q") for _ in range(4)]  # length, completion tokens, user_index, gate_end
+    kinds, told = dict[tuple[str, str | None], int](), [array("q") for _ in range(2)]  # kind, rationale tokens
     too_long = _TooLong(max_tokens, split)
     with tqdm(total=total, desc=f"tokenise {split}", unit="example", unit_scale=True) as progress:
         for batch in batches:
@@ -116,19 +131,40 @@ def tokenize(
                 too_long.see(length, example_id)
                 for column, value in zip(columns, (length, len(completion_ids), user_index, gate_end)):
                     column.append(value)
+            if "rationale" in batch.schema.names:
+                for kind, rationale_tokens in _told(batch, encode, split):
+                    told[0].append(kinds.setdefault(kind, len(kinds)))
+                    told[1].append(rationale_tokens)
             progress.update(batch.num_rows)
     if not columns[0]:
         raise UserError(f'the dataset has 0 "{split}" examples, at least 1 is needed: check split and filters, convert')
     too_long.check(len(columns[0]))
-    return TokenizedExamples(
+    examples = TokenizedExamples(
         np.frombuffer(tokens, dtype=np.int32), *(np.frombuffer(column, dtype=np.int64) for column in columns)
     )
+    if kinds:
+        examples.told = Told(list(kinds), *(np.frombuffer(column, dtype=np.int64) for column in told))
+    return examples
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, int, int, list[dict[str, str]], list[dict[str, str]]]]:
     """Values of COLUMNS row by row; messages are taken apart as flat columns, which is faster than row by row."""
     plain = [batch.column(name).to_pylist() for name in COLUMNS[:3]]
     return zip(*plain, _messages(batch.column("prompt")), _messages(batch.column("completion")), strict=True)
+
+
+def _told(
+    batch: pa.RecordBatch, encode: RememberingEncoder, split: str
+) -> Iterator[tuple[tuple[str, str | None], int]]:
+    """(task, label) of each row, and how many tokens its rationale has."""
+    plain = [batch.column(name).to_pylist() for name in ("example_id", "task", "label", "rationale")]
+    for example_id, task, label, rationale, completion in zip(*plain, _messages(batch.column("completion"))):
+        if rationale is not None and not completion[0]["content"].startswith(f"{rationale}\n"):
+            raise UserError(
+                f'"{split}" example {example_id}: its completion does not begin with the line "{rationale}", which is '
+                "its rationale: convert again"
+            )
+        yield (task, label), 0 if rationale is None else encode.count_before_last_line(completion)
 
 
 def _messages(column: pa.ListArray) -> Iterator[list[dict[str, str]]]:
@@ -175,8 +211,8 @@ class Collator:
     input_ids, attention_mask, position_ids, labels are (B, T) int64; labels are -100 outside the completion.
     logits_to_keep is the longest completion + 1: the language-model head runs over so many last positions only.
     representation (B, D) or gate_weights (B, …) float32 where the examples carry them (`TokenizedExamples.give`);
-    otherwise, and only with `histories`, history_items (B, L) int64: item indices oldest first, -1 to the left of
-    shorter histories.
+    otherwise, and only with `histories`, history_items (B, L) int64: item indices or event codes oldest first, -1 to
+    the left of shorter histories. examples (B,) int64, their numbers, where the examples are numbered.
     """
 
     def __init__(self, pad_token_id: int, histories: Dataset | None = None, max_items: int = 200) -> None:
@@ -202,6 +238,8 @@ class Collator:
             values = np.stack([np.asarray(value, dtype=np.float32) for _, value in given])
             batch[given[0][0]] = torch.from_numpy(values)
         elif self.histories is not None:
-            histories = [self.histories.history(row.user_index, row.gate_end, self.max_items) for row in rows]
+            histories = [self.histories.read(row.user_index, row.gate_end, self.max_items) for row in rows]
             batch["history_items"] = torch.from_numpy(pad_left(histories))
+        if numbers := [row.example for row in rows if row.example is not None]:
+            batch["examples"] = torch.tensor(numbers)
         return batch

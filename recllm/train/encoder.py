@@ -2,8 +2,9 @@
 
 A dataset and the encoder section enter, and item features for a content encoder; a folder with the fitted encoder
 (safetensors, its vocabulary's hash, the metrics of its best epoch) leaves. Targets are the TRAIN positions only; the
-VALID positions stop the training. Memory is bounded however long histories are: batches are cut by the items in them,
-and the loss over the catalogue runs piece by piece.
+VALID positions stop the training. Of an event dataset the encoder reads (item, action) and learns to say both of the
+next event; otherwise it reads and says items. Memory is bounded however long histories are: batches are cut by the
+items in them, and the loss over the catalogue runs piece by piece.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from recllm.errors import UserError
 from recllm.model.histories import batches, encode_histories
 from recllm.model.sequence_encoder import SequenceEncoder, make_encoder, save_encoder
 from recllm.recipe import EncoderSection
-from recllm.schema import TRAIN, VALID
+from recllm.schema import TRAIN, VALID, event_codes, items_of
 
 FULL_SOFTMAX_ITEMS = 50_000  # up to here the loss runs over the whole catalogue, above over a sample of it
 SAMPLED_NEGATIVES = 8_192  # shared by a batch
@@ -37,18 +38,27 @@ LONG_QUADRATIC = 2_000  # items: beyond, attention over a whole history is worth
 class Window(NamedTuple):
     """A stretch of one user's sequence: what is read, and what is to be predicted at each position."""
 
-    items: np.ndarray  # (L,) item indices, oldest first
-    targets: np.ndarray  # (L,) the item after each
+    items: np.ndarray  # (L,) item indices or event codes, oldest first
+    targets: np.ndarray  # (L,) the item after each; NO_ITEM where that event has none
+    actions: np.ndarray | None = None  # (L,) of events: the action after each
 
 
 class Held(NamedTuple):
     """Validation targets and what came before each."""
 
-    histories: list[
-        np.ndarray
-    ]  # all items before each target, oldest first: the encoder reads the newest, none is ranked
-    targets: np.ndarray  # (N,)
+    # all item indices or event codes before each target, oldest first: the encoder reads the newest, none is ranked
+    histories: list[np.ndarray]
+    targets: np.ndarray  # (N,) NO_ITEM of events without one
     exclude_history: bool
+    actions: np.ndarray | None = None  # (N,) of events
+
+
+class Batch(NamedTuple):
+    """Windows, padded on the left with -1: (B, L) each."""
+
+    items: torch.Tensor
+    targets: torch.Tensor
+    actions: torch.Tensor | None = None  # of events
 
 
 def fit_encoder(
@@ -63,7 +73,9 @@ def fit_encoder(
     """Train the section's encoder on the training positions and save the epoch with the best validation ndcg@10.
 
     Every type is trained with the full softmax cross-entropy in place of one sampled negative, which is what makes
-    SASRec a strong baseline (Klenitskiy & Vasilev 2023, arXiv:2309.07602).
+    SASRec a strong baseline (Klenitskiy & Vasilev 2023, arXiv:2309.07602). On an event dataset the loss is that of the
+    next action and, where the next event has an item, of the next item: - log p(action) - log p(item), a mean over the
+    events; the epoch with the lowest such nats in validation is saved.
 
     Args:
         dataset: what convert wrote.
@@ -76,7 +88,8 @@ def fit_encoder(
 
     Returns:
         The metrics of the saved epoch on at most VALIDATION_TARGETS targets: ndcg@10, hit_rate@10 and, for comparison,
-        the most popular items' ndcg@10.
+        the most popular items' ndcg@10. On an event dataset as `evaluate_encoder` says, ranks of items only where
+        there are some, and for comparison what the shares of the actions in training alone give.
 
     Raises:
         UserError: no training or no validation target, a loss that is not finite, or as `make_encoder`.
@@ -85,14 +98,18 @@ def fit_encoder(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        encoder = make_encoder(section, dataset.num_items, max_items, item_features).to(device)
+        num_actions = len(dataset.actions) if dataset.is_events else 0
+        encoder = make_encoder(section, dataset.num_items, max_items, item_features, num_actions).to(device)
         windows = training_windows(dataset, encoder.reach)  # nothing older touches a state at a window's end
         _check(dataset, windows, held)
         _warn_of_cost(encoder, windows)
         metrics = _fit(encoder, section, windows, held, seed)
-    popularity = _popularity(dataset).to(device)
-    popular = _metrics(lambda rows: popularity.expand(len(held.targets[rows]), -1), held, device)
-    metrics["popularity_ndcg@10"] = popular["ndcg@10"]
+    if (ranked := _with_items(held, dataset.num_items)) is not None:
+        popularity = _popularity(dataset).to(device)
+        popular = _metrics(lambda rows: popularity.expand(len(ranked.targets[rows]), -1), ranked, device)
+        metrics["popularity_ndcg@10"] = popular["ndcg@10"]
+    if held.actions is not None:
+        metrics |= _constant_action(dataset, held.actions)
     save_encoder(encoder.cpu().eval(), Path(output), dataset.vocabulary_sha256, {"metrics": metrics, "seed": seed})
     return metrics
 
@@ -105,17 +122,20 @@ def training_windows(dataset: Dataset, max_items: int) -> list[Window]:
     sequences, windows = dataset.sequences, []
     positions = np.flatnonzero(sequences.splits == TRAIN)
     trained = sequences.items[positions].astype(np.int64)  # all users', in their order
+    actions = _actions(dataset, positions)
+    read = trained if actions is None else event_codes(trained, actions, dataset.num_items)
     bounds = np.searchsorted(positions, sequences.offsets)
     for begin, end in itertools.pairwise(bounds):
-        items = trained[begin:end]
-        for stop in range(len(items) - 1, 0, -max_items):
-            start = max(0, stop - max_items)
-            windows.append(Window(items[start:stop], items[start + 1 : stop + 1]))
+        for stop in range(end - 1, begin, -max_items):
+            start = max(begin, stop - max_items)
+            following = slice(start + 1, stop + 1)
+            done = None if actions is None else actions[following]
+            windows.append(Window(read[start:stop], trained[following], done))
     return windows
 
 
 def validation(dataset: Dataset, exclude_history: bool, seed: int = 0) -> Held:
-    """Validation targets, at most VALIDATION_TARGETS by seeded choice, with all items before each, views."""
+    """Validation targets, at most VALIDATION_TARGETS by seeded choice, with all that came before each."""
     sequences = dataset.sequences
     positions = np.flatnonzero(sequences.splits == VALID)
     if len(positions) > VALIDATION_TARGETS:
@@ -123,8 +143,14 @@ def validation(dataset: Dataset, exclude_history: bool, seed: int = 0) -> Held:
         positions = np.sort(generator.choice(positions, VALIDATION_TARGETS, replace=False))
     users = np.searchsorted(sequences.offsets, positions, side="right") - 1
     inside = positions - sequences.offsets[users]
-    histories = [dataset.history(int(user), int(end), int(end)) for user, end in zip(users, inside)]
-    return Held(histories, sequences.items[positions].astype(np.int64), exclude_history)
+    histories = [dataset.read(int(user), int(end), int(end)) for user, end in zip(users, inside)]
+    return Held(histories, sequences.items[positions].astype(np.int64), exclude_history, _actions(dataset, positions))
+
+
+def _actions(dataset: Dataset, positions: np.ndarray) -> np.ndarray | None:
+    """Numbers of the actions at flat positions; None unless it is an event dataset."""
+    actions = dataset.sequences.actions
+    return None if actions is None else actions[positions].astype(np.int64)
 
 
 def _check(dataset: Dataset, windows: list[Window], held: Held) -> None:
@@ -152,16 +178,18 @@ def _fit(
 ) -> dict[str, Any]:
     generator = np.random.default_rng([seed, 0])
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=section.learning_rate, weight_decay=0.0)
-    best: dict[str, Any] = {"ndcg@10": -1.0}
+    best: dict[str, Any] = {}
     state: dict[str, torch.Tensor] = {}
+    name, sign = ("ndcg@10", 1) if held.actions is None else ("nats", -1)  # the larger, or the smaller, the better
     with tqdm(range(1, section.max_epochs + 1), desc="fit encoder", unit="epoch") as epochs:
         for epoch in epochs:
             loss = _epoch(encoder, optimizer, windows, section.batch_size, generator)
             metrics = evaluate_encoder(encoder, held)
-            if metrics["ndcg@10"] > best["ndcg@10"]:
+            if not best or sign * metrics[name] > sign * best[name]:
                 best = {**metrics, "epoch": epoch, "loss": loss}
-                state = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
-            epochs.set_postfix(loss=f"{loss:.3f}", ndcg=f"{metrics['ndcg@10']:.4f}", best=f"{best['ndcg@10']:.4f}")
+                state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+            now = {name.partition("@")[0]: f"{metrics[name]:.4f}", "best": f"{best[name]:.4f}"}
+            epochs.set_postfix({"loss": f"{loss:.3f}", **now})
             if epoch - best["epoch"] >= section.patience:
                 break
     encoder.load_state_dict(state)
@@ -178,9 +206,13 @@ def _epoch(
     """One pass; returns the mean cross-entropy a target in nats."""
     encoder.train()
     total, count = 0.0, 0
-    for items, targets in _batches(windows, batch_size, generator, encoder):
-        wanted = targets >= 0  # not padding
-        loss = _cross_entropy(encoder, encoder.states(items)[wanted], targets[wanted], generator)
+    for items, targets, actions in _batches(windows, batch_size, generator, encoder):
+        wanted = (targets if actions is None else actions) >= 0  # not padding
+        states = encoder.states(items)[wanted]
+        if actions is None:
+            loss = _cross_entropy(encoder, states, targets[wanted], generator)
+        else:
+            loss = _event_loss(encoder, states, targets[wanted], actions[wanted], generator)
         if not torch.isfinite(loss):
             raise UserError(f"the encoder's loss is {loss.item()} (not finite): lower encoder.learning_rate")
         optimizer.zero_grad()
@@ -192,8 +224,8 @@ def _epoch(
 
 def _batches(
     windows: list[Window], batch_size: int, generator: np.random.Generator, encoder: SequenceEncoder
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of windows of like length, in random order, left-padded with -1: (B, L) items and (B, L) targets.
+) -> Iterator[Batch]:
+    """Batches of windows of like length, in random order.
 
     At most `batch_size` windows; of long ones fewer, so that a batch's memory is bounded.
     """
@@ -203,8 +235,23 @@ def _batches(
     parts = list(batches(np.sort(lengths).tolist(), encoder, batch_size, longest=batch_size * LONG_WINDOW))
     for number in generator.permutation(np.arange(len(parts))):
         rows = [windows[i] for i in order[parts[number]]]
-        items, targets = pad_left([row.items for row in rows]), pad_left([row.targets for row in rows])
-        yield torch.from_numpy(items).to(encoder.device), torch.from_numpy(targets).to(encoder.device)
+        columns = [column for column in zip(*rows) if column[0] is not None]
+        yield Batch(*(torch.from_numpy(pad_left(column)).to(encoder.device) for column in columns))
+
+
+def _event_loss(
+    encoder: SequenceEncoder,
+    states: torch.Tensor,
+    items: torch.Tensor,
+    actions: torch.Tensor,
+    generator: np.random.Generator,
+) -> torch.Tensor:
+    """Mean over N events of - log p(action) - log p(item), the latter where there is one: (N, D), (N,), (N,)."""
+    loss = functional.cross_entropy(encoder.action_scores(states).float(), actions)
+    having = items >= 0
+    if count := int(having.sum()):
+        loss = loss + _cross_entropy(encoder, states[having], items[having], generator) * (count / len(actions))
+    return loss
 
 
 def _cross_entropy(
@@ -254,10 +301,71 @@ def sampled_cross_entropy(
 
 @torch.no_grad()
 def evaluate_encoder(encoder: SequenceEncoder, held: Held) -> dict[str, float]:
-    """ndcg@10 and hit_rate@10 of the held targets over the whole catalogue; ties rank the target last."""
+    """ndcg@10 and hit_rate@10 of the held targets over the whole catalogue; ties rank the target last.
+
+    Of events these are over the targets with an item, and absent where none has one. nats is the mean over all targets
+    of - log p(action) - log p(item), the latter where there is an item; action_nats and item_nats are its parts, each
+    a mean over its own targets. action_accuracy, and macro_recall: the mean recall of the actions that occur; of
+    actions that score alike the first is taken.
+    """
     encoder.eval()
     read = encode_histories(encoder, held.histories)  # (N, D)
+    if held.actions is not None:
+        return _event_metrics(encoder, held, held.actions, read)
     return _metrics(lambda rows: encoder.scores(read[rows].to(encoder.device)), held, encoder.device)
+
+
+def _event_metrics(encoder: SequenceEncoder, held: Held, actions: np.ndarray, read: torch.Tensor) -> dict[str, float]:
+    log_p = encoder.action_scores(read.to(encoder.device)).float().log_softmax(dim=-1).cpu().numpy()  # (N, actions)
+    nats = -log_p[np.arange(len(actions)), actions].astype(np.float64)
+    metrics = {"nats": float(nats.mean()), "action_nats": float(nats.mean())}
+    metrics |= _action_figures(log_p.argmax(axis=1), actions)
+    if (ranked := _with_items(held, encoder.num_items)) is not None:
+        states, item_nats = read[torch.from_numpy(held.targets >= 0)], list[torch.Tensor]()
+
+        def score(rows: slice) -> torch.Tensor:
+            scores = encoder.scores(states[rows].to(encoder.device))
+            targets = torch.from_numpy(ranked.targets[rows]).to(encoder.device)
+            item_nats.append(functional.cross_entropy(scores.float(), targets, reduction="none").double().cpu())
+            return scores
+
+        metrics |= _metrics(score, ranked, encoder.device)
+        of_items = torch.cat(item_nats)
+        metrics["item_nats"] = float(of_items.mean())
+        metrics["nats"] = (float(nats.sum()) + float(of_items.sum())) / len(actions)
+    return metrics
+
+
+def _with_items(held: Held, num_items: int) -> Held | None:
+    """The targets that have an item, with the items of their histories; None without any."""
+    if held.actions is None:
+        return held
+    having = np.flatnonzero(held.targets >= 0)
+    if not len(having):
+        return None
+    histories = [items_of(np.asarray(held.histories[row], dtype=np.int64), num_items) for row in having]
+    return Held(histories, held.targets[having], held.exclude_history)
+
+
+def _action_figures(predicted: np.ndarray, actions: np.ndarray) -> dict[str, float]:
+    """Of predicted actions (N,) and those that were taken (N,).
+
+    >>> _action_figures(np.array([0, 0, 0, 0]), np.array([0, 0, 0, 1]))
+    {'action_accuracy': 0.75, 'macro_recall': 0.5}
+    """
+    right = predicted == actions
+    recalls = [right[actions == action].mean() for action in np.unique(actions)]
+    return {"action_accuracy": float(right.mean()), "macro_recall": float(np.mean(recalls))}
+
+
+def _constant_action(dataset: Dataset, actions: np.ndarray) -> dict[str, float]:
+    """What the shares of the actions in training alone give, each counted once more than it occurs."""
+    trained = _actions(dataset, np.flatnonzero(dataset.sequences.splits == TRAIN))
+    assert trained is not None  # of an event dataset
+    counts = np.bincount(trained, minlength=len(dataset.actions)) + 1
+    figures = {"action_nats": float(-np.log(counts / counts.sum())[actions].mean())}
+    figures |= _action_figures(np.full(len(actions), counts.argmax()), actions)
+    return {f"popularity_{name}": value for name, value in figures.items()}
 
 
 def _metrics(
@@ -298,4 +406,4 @@ def _summary(ranks: np.ndarray) -> dict[str, float]:
 
 def _popularity(dataset: Dataset) -> torch.Tensor:
     trained = dataset.sequences.items[dataset.sequences.splits == TRAIN]
-    return torch.from_numpy(np.bincount(trained, minlength=dataset.num_items).astype(np.float32))
+    return torch.from_numpy(np.bincount(trained[trained >= 0], minlength=dataset.num_items).astype(np.float32))

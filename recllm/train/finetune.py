@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +36,14 @@ from recllm.model.adapter import (
 from recllm.model.base_model import load_base_model, prepare_for_training
 from recllm.model.sequence_encoder import SequenceEncoder, load_encoder
 from recllm.model.servable import servable_text
-from recllm.recipe import Recipe
+from recllm.recipe import LossSection, Recipe
 from recllm.train import engines
 from recllm.train.card import model_card
-from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, tokenize
+from recllm.train.collator import COLUMNS, WEIGHED, Collator, TokenizedExamples, tokenize
+from recllm.train.dro import DRO, GroupDro
 from recllm.train.representations import encode_examples, representation_table, statistics_examples
 from recllm.train.trainer import ENCODER, GATE, SOFT_TOKEN, AdapterTrainer, check_balance, last_checkpoint
+from recllm.train.weights import TokenWeights, action_groups, check_tasks, token_weights, user_groups, weighs
 
 OURS = {  # keys of TrainingArguments that a recipe may not set, and why
     "output_dir": "checkpoints go beside the adapter: set output_dir at the top of the recipe",
@@ -96,7 +98,7 @@ def train(
     Args:
         recipe: the run.
         dataset_folder: what `recllm convert` wrote.
-        encoder_folder: the fitted sequence encoder; not read for a plain LoRA.
+        encoder_folder: the fitted sequence encoder; not read for a plain LoRA, but for groups of users.
         output: the adapter folder; checkpoints and logs go beside it.
         resume: go on from the last checkpoint of this very run, if there is one.
         allow_template_mismatch: train on a dataset of other templates than the recipe's.
@@ -121,7 +123,7 @@ def train(
     model = build_adapter(prepare_for_training(base_model), recipe.adapter, encoder)
     if PartialState().is_main_process:
         print(f"recllm: {servable_text(base_model.config, model.peft_config['default'])}", file=sys.stderr)
-    examples = tokenize_split(dataset, "train", tokenizer, model)
+    examples = tokenize_split(dataset, "train", tokenizer, model, WEIGHED if weighs(recipe.loss) else COLUMNS)
     evaluated = tokenize_split(dataset, "valid", tokenizer, model) if arguments.eval_strategy != "no" else None
     fingerprint = fingerprint_of(recipe, dataset, Path(encoder_folder), gate_inputs)
     checkpoint = _resume_from(checkpoints, fingerprint, resume, *launch)
@@ -131,8 +133,9 @@ def train(
         give_gate_inputs(recipe, model, encoder, dataset, examples, evaluated, arguments.device, output, gate_inputs)
         if checkpoint is None:  # a checkpoint brings its own
             _fit_statistics(recipe, model, encoder, dataset, examples, arguments.device)
+    weighed = weigh(recipe, dataset, examples, encoder, Path(encoder_folder), output, checkpoint)
     trainer = make_trainer(
-        recipe, model, tokenizer, dataset, examples, evaluated, arguments, fingerprint, output.parent / "logs"
+        recipe, model, tokenizer, dataset, examples, evaluated, arguments, fingerprint, output.parent / "logs", weighed
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     save_and_check(recipe, trainer, dataset, examples, output)
@@ -191,10 +194,14 @@ def check_inputs(
     recipe: Recipe, dataset: Dataset, encoder_folder: Path, allow_mismatch: bool
 ) -> SequenceEncoder | None:
     """Refuse a dataset or encoder that does not belong to this recipe; returns the encoder, None for plain LoRA."""
+    check_tasks(recipe)
     _check_settings(recipe, dataset)
     _check_templates(recipe, dataset, allow_mismatch)
-    if recipe.adapter.method == "lora":
-        return None
+    encoder = _open_encoder(encoder_folder, dataset) if recipe.adapter.method != "lora" or _by_user(recipe) else None
+    return encoder if recipe.adapter.method != "lora" else None
+
+
+def _open_encoder(encoder_folder: Path, dataset: Dataset) -> SequenceEncoder:
     encoder, info = load_encoder(encoder_folder)
     if info["vocabulary_sha256"] != dataset.vocabulary_sha256:
         raise UserError(
@@ -247,12 +254,12 @@ def context_tokens(config: Any) -> int:
 
 
 def tokenize_split(
-    dataset: Dataset, split: str, tokenizer: PreTrainedTokenizerBase, model: PeftModel
+    dataset: Dataset, split: str, tokenizer: PreTrainedTokenizerBase, model: PeftModel, columns: list[str] = COLUMNS
 ) -> TokenizedExamples:
-    """All examples of a split; the errors of `tokenize`."""
+    """All examples of a split, COLUMNS or WEIGHED of them; the errors of `tokenize`."""
     counts = dataset.manifest["counts"]["examples"]  # "split/task" → examples
     total = sum(count for name, count in counts.items() if name.startswith(f"{split}/"))
-    batches = dataset.example_batches(split, COLUMNS)
+    batches = dataset.example_batches(split, columns)
     return tokenize(batches, tokenizer, context_tokens(model.config), split, total)
 
 
@@ -266,7 +273,9 @@ def fingerprint_of(
     read: dict[str, Any] = {key: document[key] for key in ("seed", "model", "adapter", "train", "history", "prompt")}
     read["dataset"] = files.sha256_of(dataset.folder / "manifest.json")
     read["compute_dtype"] = str(compute_dtype(recipe))
-    if recipe.adapter.method != "lora":
+    if recipe.loss != LossSection():
+        read["loss"] = document["loss"]
+    if recipe.adapter.method != "lora" or _by_user(recipe):
         read["encoder"] = [document["encoder"], files.sha256_of(encoder_folder)]
     for name, table in (gate_inputs or {}).items():
         read[name] = hashlib.sha256(np.ascontiguousarray(table).tobytes()).hexdigest()
@@ -331,6 +340,65 @@ def _fit_statistics(
     fit_gate_statistics(model, states)
 
 
+# ---- what tokens count ----
+
+
+class Weighed(NamedTuple):
+    """What the trainer needs where not every token counts the same."""
+
+    weights: TokenWeights | None = None
+    dro: GroupDro | None = None
+    first_log: dict[str, float] | None = None
+
+
+def weigh(
+    recipe: Recipe,
+    dataset: Dataset,
+    examples: TokenizedExamples,
+    encoder: SequenceEncoder | None,
+    encoder_folder: Path,
+    output: Path,
+    checkpoint: str | None,
+) -> Weighed:
+    """By the recipe's loss section; all processes call it. Clusters of users are those of the checkpoint, if any.
+
+    Raises:
+        UserError: classes, rationales or groups that the examples do not have.
+    """
+    section = recipe.loss
+    if not weighs(section):
+        return Weighed()
+    weights, classes = token_weights(section, examples)
+    examples.numbered = True
+    first_log = {f"class_weight/{name}": weight for name, weight in classes.items()}
+    if section.dro is None:
+        return Weighed(weights, None, first_log)
+    if section.dro.groups == "action":
+        numbers, groups = action_groups(section, weights, examples)
+    else:
+        own = encoder if encoder is not None else _open_encoder(encoder_folder, dataset)
+        table = _representations(recipe, dataset, examples, own, output)
+        saved = None if checkpoint is None else files.read_json(Path(checkpoint) / DRO, "groups of a checkpoint")
+        centres = None if saved is None else np.array(saved["centres"])
+        numbers, groups = user_groups(section, weights, examples, table, recipe.seed, centres)
+    dro = GroupDro(groups, section.dro.step_size)
+    return Weighed(weights._replace(groups=torch.from_numpy(numbers)), dro, first_log)
+
+
+def _by_user(recipe: Recipe) -> bool:
+    return recipe.loss.dro is not None and recipe.loss.dro.groups == "user_cluster"
+
+
+def _representations(
+    recipe: Recipe, dataset: Dataset, examples: TokenizedExamples, encoder: SequenceEncoder, output: Path
+) -> Array:
+    """(N, D): what the encoder says of the examples' histories before training; of a control its own rows."""
+    if examples.argument == "representation":
+        return examples.table
+    device = PartialState().device
+    return representation_table(encoder, dataset, examples, recipe.history.max_items, output.parent, device)
+
+
 # ---- the run ----
 
 
@@ -357,6 +425,7 @@ def make_trainer(
     arguments: TrainingArguments,
     fingerprint: str,
     logs: Path,
+    weighed: Weighed,
 ) -> AdapterTrainer:
     """The trainer of this run; `evaluated` only where the recipe asks for evaluation during training."""
     histories = dataset if accepts_history(model) else None  # read where the examples carry nothing
@@ -371,6 +440,7 @@ def make_trainer(
         balance=recipe.adapter.gate.balance,
         fingerprint=fingerprint,
         compute_dtype=compute_dtype(recipe),
+        **weighed._asdict(),
     )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
@@ -431,13 +501,16 @@ def save_and_check(
         items, manifest = dataset.folder / "items.parquet", dataset.manifest
         save_adapter(model, staging, items=items, manifest=manifest, card=card, state_dict=weights)
         files.write_json(staging / "training_log.json", history)
+        if trainer.dro is not None:
+            files.write_json(staging / DRO, trainer.dro.document())
         check_saved(model, staging, probe, wanted)
 
 
 def _probe(trainer: AdapterTrainer, examples: TokenizedExamples) -> dict[str, Any]:
     """A batch without labels of the examples whose gate has most to say: an empty history has a uniform one."""
     longest = np.argsort(-examples.gate_ends, kind="stable")[:PROBE_ROWS]
-    rows: list[Any] = [examples[int(i)]._replace(given=None) for i in longest]  # through the encoder, saved as well
+    # through the encoder, which is saved as well
+    rows: list[Any] = [examples[int(i)]._replace(given=None, example=None) for i in longest]
     device = trainer.accelerator.device
     batch = trainer.data_collator(rows)
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "labels"}

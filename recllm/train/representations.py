@@ -35,7 +35,7 @@ def encode_examples(
 ) -> torch.Tensor:
     """(len(chosen), D) float32: what the encoder says of the histories of the chosen examples."""
     users, ends = examples.user_indices[chosen], examples.gate_ends[chosen]
-    histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, ends)]
+    histories = [dataset.read(int(user), int(end), max_items) for user, end in zip(users, ends)]
     progress = "encode histories" if PartialState().is_local_main_process else None
     return encode_histories(encoder, histories, device=device, progress=progress)
 

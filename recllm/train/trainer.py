@@ -30,6 +30,8 @@ from recllm.model.gate import collapse, load_balancing_loss
 from recllm.model.ilora import GateRows
 from recllm.train import engines
 from recllm.train.collator import IGNORE, TokenizedExamples, without_loss
+from recllm.train.dro import DRO, GroupDro
+from recllm.train.weights import TokenWeights
 
 MARKER = "checkpoint.json"  # written last: a checkpoint without it was cut off while being written
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")  # alone and DDP; FSDP; FSDP; DeepSpeed
@@ -105,6 +107,9 @@ class AdapterTrainer(Trainer):
         balance: float = 0.0,
         fingerprint: str = "",
         compute_dtype: torch.dtype | None = None,
+        weights: TokenWeights | None = None,
+        dro: GroupDro | None = None,
+        first_log: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         """See transformers.Trainer, and:
@@ -118,6 +123,9 @@ class AdapterTrainer(Trainer):
             fingerprint: written into checkpoints; a run resumes from those with its own only.
             compute_dtype: matrix products run in it by torch.autocast, the adapter's too, whose weights stay in fp32;
                 None leaves that to train.bf16 and train.fp16.
+            weights: what the tokens of the training examples count, which must be numbered; None: all the same.
+            dro: weighs the groups that `weights` has.
+            first_log: of a run that begins, an entry of the log at step 0.
             kwargs: as transformers.Trainer.
 
         Raises:
@@ -139,6 +147,11 @@ class AdapterTrainer(Trainer):
         self._step_rows: torch.Tensor | None = None  # rows with loss in the current optimizer step, all processes
         self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # summed gates and rows of its micro-batches
         self._evaluated: list[tuple[float, int]] = []  # summed loss and tokens of each batch of an evaluation
+        self.weights = None if weights is None else weights.to(self.args.device)
+        self.dro, self.first_log = dro, first_log or {}
+        self._step_weight: torch.Tensor | None = None  # of all tokens in the current optimizer step, all processes
+        self._step_groups: torch.Tensor | None = None  # (2, G): weighted nats and weight of each group in it, so far
+        self._batches_left = 0  # in the current optimizer step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers'. PEFT would cast what enters the adapter to fp32, only for autocast to cast it back."""
@@ -156,27 +169,74 @@ class AdapterTrainer(Trainer):
         """Cross-entropy in fp32 over completion tokens, a mean over all of them in one optimizer step.
 
         The sum over this micro-batch is divided by `num_items_in_batch`, the count over all accumulated micro-batches
-        and processes (in an evaluation, that of the batch); without it by its own count.
+        and processes (in an evaluation, that of the batch); without it by its own count. With weights it is the
+        weighted mean, in training only: an evaluation tells the plain one.
         """
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
+        labels, examples = inputs.pop("labels"), inputs.pop("examples", None)
         with computing_in(self.compute_dtype, self.accelerator.device.type):
             outputs = model(**inputs, use_cache=False)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
-        total, count = completion_loss(outputs.logits, labels, smoothing)
-        if not model.training:
-            self._evaluated.append((float(total.detach()), count))
-        if num_items_in_batch is None:
-            loss = total / max(count, 1)
+        if model.training and self.weights is not None:
+            loss = self._weighted_loss(outputs.logits, labels, examples, smoothing, num_items_in_batch is not None)
         else:
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = total / num_items_in_batch * processes  # gradients are averaged over processes: undone here
+            loss = self._mean_loss(outputs.logits, labels, smoothing, num_items_in_batch, model.training)
         if model.training:
             gates = self._gates(labels)
             self._seen.add(inputs["attention_mask"], gates)
             if self.balance and gates is not None:
                 loss = loss + self.balance * self._balance_loss(gates)
         return (loss, outputs) if return_outputs else loss
+
+    def _mean_loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        smoothing: float,
+        num_items_in_batch: torch.Tensor | int | None,
+        training: bool,
+    ) -> torch.Tensor:
+        total, count = completion_loss(logits, labels, smoothing)
+        if not training:
+            self._evaluated.append((float(total.detach()), count))
+        if num_items_in_batch is None:
+            return total / max(count, 1)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total / num_items_in_batch * processes  # gradients are averaged over processes: undone here
+
+    def _weighted_loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, examples: torch.Tensor, smoothing: float, in_step: bool
+    ) -> torch.Tensor:
+        """Σ w · nats over this micro-batch, by Σ w of the whole step (of this micro-batch unless `in_step`).
+
+        Of group distributionally robust optimisation each token counts by its group too, and the step's last
+        micro-batch brings the groups' weights up to date: all processes then come together.
+        """
+        weights = cast(TokenWeights, self.weights)
+        nats, rows, places = token_losses(logits, labels, smoothing)
+        rows = examples.to(rows.device)[rows]  # (M,): the example of each token
+        token_weights = weights.of(rows, places)
+        counted = token_weights
+        if self.dro is not None and weights.groups is not None:
+            of_group = weights.groups[rows]
+            self._add_to_groups(of_group, nats.detach(), token_weights)
+            factors = torch.from_numpy(self.dro.factors).to(token_weights)
+            counted = token_weights * factors[of_group]
+        whole = self._step_weight if in_step and self._step_weight is not None else token_weights.double().sum()
+        processes = self.accelerator.num_processes if in_step else 1  # gradients are averaged over processes
+        loss = (counted * nats).sum() / whole.clamp(min=torch.finfo(torch.float32).tiny).float() * processes
+        self._batches_left -= 1
+        if self._batches_left == 0 and self.dro is not None and self._step_groups is not None:
+            groups = cast(torch.Tensor, self.accelerator.reduce(self._step_groups, reduction="sum"))
+            self.dro.update(*groups.cpu().numpy())
+        return loss
+
+    def _add_to_groups(self, groups: torch.Tensor, nats: torch.Tensor, weights: torch.Tensor) -> None:
+        parts = torch.stack([nats.double() * weights, weights.double()])  # (2, M)
+        before = self._step_groups
+        if before is None:
+            before = parts.new_zeros(2, len(cast(GroupDro, self.dro).groups.names))
+        self._step_groups = before.index_add(1, groups, parts)
 
     def _gates(self, labels: torch.Tensor) -> torch.Tensor | None:
         """The gate weights of the forward that has just run, with gradient, of the rows that carry loss."""
@@ -186,13 +246,22 @@ class AdapterTrainer(Trainer):
         return weights[(labels != IGNORE).any(dim=1).to(weights.device)]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', which reads all micro-batches of an optimizer step: their rows are counted."""
+        """transformers', which reads all micro-batches of an optimizer step: their rows, or weights, are counted."""
         batches, count = super().get_batch_samples(*args, **kwargs)
+        if self.weights is not None:
+            own = [self._weight_of(self.weights, batch) for batch in batches]
+            self._step_weight, self._step_groups, self._batches_left = self._sum(sum(own))[0], None, len(batches)
         if self.balance and self._gate_rows is not None:
             rows = sum(int((batch["labels"] != IGNORE).any(dim=1).sum()) for batch in batches)
             self._step_rows, self._before = self._sum(rows)[0].float(), None
             self._seen.balance_steps += 1
         return batches, count
+
+    def _weight_of(self, weights: TokenWeights, batch: dict[str, Any]) -> torch.Tensor:
+        """The summed weight of a micro-batch's tokens; examples without loss have none."""
+        device = weights.answer.device
+        tokens = (batch["labels"] != IGNORE).sum(dim=1).to(device)
+        return weights.sums(batch["examples"].to(device), tokens).sum()
 
     def _balance_loss(self, gates: torch.Tensor) -> torch.Tensor:
         """This micro-batch's share of the load-balancing loss of the whole step; all processes call it.
@@ -268,10 +337,11 @@ class AdapterTrainer(Trainer):
         return batch_size * self.args.world_size if self.args.world_size > 1 else 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the padding share and, for an instance-wise adapter, what its gate does; over all processes."""
+        """Adds the padding share, what an instance-wise adapter's gate does, and groups; over all processes."""
         if "loss" in logs:
             self._check_finite(logs["loss"])
             logs |= self._over_all_processes(self._seen)
+            logs |= {} if self.dro is None else self.dro.logged()
             self._seen = Seen()
         super().log(logs, start_time)
 
@@ -346,17 +416,27 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             launch = {"processes": self.args.world_size, "engine": self.engine, "precision": self.args.mixed_precision}
+            if self.dro is not None:
+                files.write_json(folder / DRO, self.dro.document())
             files.write_json(folder / MARKER, {"fingerprint": self.fingerprint, **launch, "files": _sizes(folder)})
             best = self.state.best_model_checkpoint
             rotate(folder, limit, folder.parent / Path(best).name if best else None)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        """transformers', but the run's own logging_steps and save_steps, and a best checkpoint that is there."""
+        """transformers', but the run's own logging_steps and save_steps, and a best checkpoint that is there.
+
+        A run that begins has its first entry in the log, one that goes on the groups' weights of its checkpoint.
+        """
         found = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         checkpoint = args[2]
         if checkpoint is not None:
             self.state.best_model_checkpoint = self._best_checkpoint(Path(checkpoint))
+            if self.dro is not None:
+                place = Path(checkpoint) / DRO
+                self.dro.restore(files.read_json(place, "the groups' weights of a checkpoint"), str(place))
+        elif self.first_log:
+            self.state.log_history.append({**self.first_log, "epoch": 0.0, "step": 0})
         return found
 
     def _best_checkpoint(self, checkpoint: Path) -> str | None:
@@ -466,6 +546,21 @@ def completion_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float
         logits[:, :-1][carries].float(), wanted[carries], reduction="sum", label_smoothing=smoothing
     )
     return total, int(carries.sum())
+
+
+def token_losses(
+    logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy in nats (fp32), row and place within its completion of each of M tokens that carry loss: (M,).
+
+    logits and labels as of `completion_loss`.
+    """
+    wanted = labels[:, -(logits.shape[1] - 1) :]  # (B, n - 1)
+    carries = wanted != IGNORE
+    nats = functional.cross_entropy(
+        logits[:, :-1][carries].float(), wanted[carries], reduction="none", label_smoothing=smoothing
+    )
+    return nats, carries.nonzero()[:, 0], (carries.cumsum(dim=1) - 1)[carries]
 
 
 def split_group(optimizer: torch.optim.Optimizer, model: torch.nn.Module, part: str, learning_rate: float) -> None:

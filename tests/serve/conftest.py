@@ -76,6 +76,18 @@ model: {{name_or_path: {folder}/model, dtype: float32}}
     return World(recipe, folder / "model", folder / "dataset", folder / "ilora", folder / "lora")
 
 
+@pytest.fixture(scope="session")
+def events_folder(world: World, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Path:
+    """An instance-wise adapter that reads events of the same items: its dataset is no more than items and manifest."""
+    folder = tmp_path_factory.mktemp("events")
+    dataset = Dataset.open(world.dataset)
+    actions = {"labels": ["view", "buy"], "words": {"view": "view", "buy": "buy"}}
+    events = Dataset(dataset.folder, dataset.manifest | {"events": True, "actions": actions}, dataset.items)
+    base = tiny_llama(hidden_size=128, intermediate_size=128, max_position_embeddings=512, initializer_range=0.1)
+    _save_adapter(base, str(world.model), events, folder / "adapter", "ilora", 3)
+    return folder / "adapter"
+
+
 def _save_adapter(base: Any, model: str, dataset: Dataset, folder: Path, method: str, seed: int) -> None:
     """A random adapter: nothing in it is zero, so that users differ."""
     base.name_or_path = model
@@ -83,7 +95,7 @@ def _save_adapter(base: Any, model: str, dataset: Dataset, folder: Path, method:
         torch.manual_seed(seed)
         encoder = None
         if method == "ilora":
-            encoder = SASRec(NUM_ITEMS, 16, max_items=6).eval()
+            encoder = SASRec(NUM_ITEMS, 16, max_items=6, num_actions=len(dataset.actions)).eval()
             encoder.vocabulary_sha256 = dataset.vocabulary_sha256
         section = AdapterSection(method=method, r=8, lora_alpha=16, num_experts=4)  # type: ignore[arg-type]
         built = build_adapter(base, section, encoder).eval()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recllm.serve.fields import FieldError, read_history, read_object, read_recommend
+from recllm.serve.fields import Entry, FieldError, read_history, read_object, read_recommend
 
 GOOD = {"history": ["i1", 2, {"item_id": "i3", "timestamp": 5}]}
 
@@ -143,3 +143,49 @@ def test_anything_is_read_or_refused_by_field(document, history):
 def test_any_bytes_are_an_object_or_refused(body):
     found = _read_or_refused(read_object, body)
     assert isinstance(found, dict) or found.field == "body"
+
+
+# ---- events ----
+
+ACTIONS = ("view", "buy")
+
+
+def test_events_have_an_action_and_an_item_where_they_have_one():
+    given = [
+        {"action": "buy", "item_id": 7, "timestamp": 30},
+        {"action": "view", "timestamp": 10},
+        {"action": "view", "item_id": None, "title": "Heat", "timestamp": 20},
+    ]
+    assert read_history(given, "user_history", 10, ACTIONS) == [
+        Entry(None, None, 10.0, "view"),
+        Entry(None, "Heat", 20.0, "view"),
+        Entry("7", None, 30.0, "buy"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "text"),
+    [
+        ("i1", "h", 'is "i1", a list of objects with an action is expected'),
+        (["i1"], "h[0]", 'is "i1", an event is expected, as {"action": …, "item_id": …}'),
+        ([{"item_id": "i1"}], "h[0]", "without an action, an event is expected"),
+        ([{"action": "sell"}], "h[0].action", 'is "sell", one of view, buy is expected'),
+        ([{"action": ["buy"]}], "h[0].action", "one of view, buy is expected"),
+        ([{"action": "buy", "item_id": "a", "title": "b"}], "h[0]", "with both item_id and title"),
+        ([{"action": "buy", "item_id": []}], "h[0].item_id", "an item id"),
+        ([{"action": "buy", "item": "a"}], 'h[0]."item"', "is no field of an item, known are item_id, title"),
+        ([{"action": "buy", "timestamp": "now"}], "h[0].timestamp", "a finite number of seconds"),
+        ([{"action": "buy", "timestamp": 1}, {"action": "buy"}], "h[1]", "without a timestamp"),
+        ([{"action": "buy"}] * 11, "h", "a list of 11, at most 10"),
+    ],
+)
+def test_bad_events(value, field, text):
+    with pytest.raises(FieldError) as found:
+        read_history(value, "h", 10, ACTIONS)
+    assert found.value.field == field
+    assert text in str(found.value)
+
+
+def test_an_adapter_of_items_takes_no_events():
+    with pytest.raises(FieldError, match='"action" is no field of an item'):
+        read_history([{"action": "buy", "item_id": "a"}], "h", 10)

@@ -136,6 +136,30 @@ def test_user_history_becomes_the_gate_of_a_chat(adapter, stub):
     assert answer.headers["x-request-id"] == "its-own"
 
 
+def test_events_become_the_gate_of_a_chat(events_folder, stub):
+    adapter = open_adapter(events_folder)
+    history = [
+        {"action": "view", "item_id": "i1"},
+        {"action": "buy", "item_id": "nope"},
+        {"action": "view"},
+        {"action": "buy", "item_id": "i2"},
+    ]
+    answer, bare, ranked = ask(
+        adapter, stub, chat(user_history=history), chat(user_history=["i1"]), recommend(history=["i1"])
+    )
+    (asked,) = stub.asked
+    one, two = (adapter.catalogue.item(name, None) for name in ("i1", "i2"))
+    codes = np.array([one + 1, 0, two + 1 + (40 + 1) * 1])  # (item + 1) + (40 items + 1) · action
+    expected = UserGate.load(events_folder).weights([codes])[0]
+    np.testing.assert_allclose(asked["vllm_xargs"]["gate_weights"], expected, rtol=1e-6)
+    assert answer.headers["x-recllm-gate-items"] == "3"
+    assert json.loads(answer.headers["x-recllm-unknown-items"]) == ["nope"]
+    assert bare.status_code == 400
+    assert "an event is expected" in error_of(bare)["message"]
+    assert ranked.status_code == 404
+    assert "reads events" in error_of(ranked)["message"]
+
+
 def test_a_chat_without_user_history_goes_on_byte_for_byte(adapter, stub):
     body = b'{"model":"recllm",  "messages": [], "x": 1.0e0}'
     (answer,) = ask(adapter, stub, ("POST", "/v1/completions", {"content": body}))

@@ -1,14 +1,17 @@
-"""A small log with structure, converted: what the tests of this room train on."""
+"""A small log with structure, converted: what the tests of this room train on; and event datasets made by hand."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from recllm import schema
 from recllm.convert.pipeline import convert
-from recllm.data.dataset import Dataset
+from recllm.data.dataset import Dataset, Sequences
 from recllm.recipe import Recipe
+from recllm.train.collator import WEIGHED, TokenizedExamples, tokenize
 
 NUM_ITEMS, NUM_USERS = 24, 48
 
@@ -57,6 +60,57 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
         },
     }
     return Recipe.model_validate(document | changes)
+
+
+def event_dataset(
+    rows: list[list[tuple[int, int]]], labels: list[str], num_items: int, valid: int = 1, folder: Path = Path("unused")
+) -> Dataset:
+    """An event dataset without examples: each user's (item, action number) oldest first, the last `valid` are VALID."""
+    ids = [f"i{number}" for number in range(num_items)]
+    columns = {"item_index": pa.array(range(num_items), pa.int32()), "item_id": pa.array(ids, pa.string())}
+    items = pa.table(columns | {"title": columns["item_id"], "text": columns["item_id"]})
+    manifest = {"events": True, "items_sha256": schema.vocabulary_sha256(ids)}
+    manifest["actions"] = {"labels": labels, "words": {label: label for label in labels}}
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    splits = [schema.VALID if place >= len(row) - valid else schema.TRAIN for row in rows for place in range(len(row))]
+    dataset = Dataset(folder, manifest, items)
+    dataset.__dict__["sequences"] = Sequences(
+        offsets=offsets,
+        items=np.array([item for row in rows for item, _ in row], dtype=np.int32),
+        timestamps=np.arange(offsets[-1]),
+        splits=np.array(splits, dtype=np.int8),
+        user_ids=pa.chunked_array([[f"u{user}" for user in range(len(rows))]]),
+        user_keys=np.arange(len(rows), dtype=np.uint64),
+        actions=np.array([action for row in rows for _, action in row], dtype=np.int32),
+        sessions=np.zeros(offsets[-1], dtype=np.int32),
+    )
+    return dataset
+
+
+def tokenized(rows: list[dict[str, Any]], tokenizer: Any) -> TokenizedExamples:
+    """Examples with an `answer`, and where the row says so another task, prompt or label, and a rationale."""
+    columns: dict[str, list[Any]] = {name: [] for name in WEIGHED}
+    for number, row in enumerate(rows):
+        rationale = row.get("rationale")
+        text = row["answer"] if rationale is None else f"{rationale}\n{row['answer']}"
+        values = {
+            "example_id": f"e{number}",
+            "user_index": 0,
+            "gate_end": 0,
+            "prompt": [{"role": "user", "content": row.get("prompt", "next?")}],
+            "completion": [{"role": "assistant", "content": row.get("text", text)}],
+            "task": row.get("task", "next_action"),
+            "label": row.get("label", row["answer"]),
+            "rationale": rationale,
+        }
+        for name, value in values.items():
+            columns[name].append(value)
+    fields = [schema.EXAMPLES.field(name) for name in WEIGHED]
+    return tokenize(pa.table(columns, schema=pa.schema(fields)).to_batches(), tokenizer, 512)
+
+
+def answers(*labels: str, **more: Any) -> list[dict[str, Any]]:
+    return [{"answer": label, **more} for label in labels]
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,24 @@ def test_the_balance_loss_is_that_of_the_whole_step(runs: Runs, config: str):
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3", "fsdp2"])
+def test_groups_are_those_of_the_whole_step(runs: Runs, config: str):
+    """Each process alone would know the losses of its own rows only, and weigh groups by them."""
+    dro = ["loss.dro={groups: user_cluster, clusters: 3, step_size: 0.3}"]
+    _, expected = runs("single-dro", "single", *dro)
+    result, adapter = runs(f"{config}-dro", config, *dro)
+    assert_engine(result, config)
+    assert_same_losses(adapter, expected)
+    assert_same_weights(adapter, expected, atol=5e-4)
+    found, wanted = (json.loads((a / "dro.json").read_text()) for a in (adapter, expected))
+    assert found["weights"] == pytest.approx(wanted["weights"], abs=1e-4)
+    assert max(wanted["weights"]) > min(wanted["weights"]) + 0.05
+    for entry, single_entry in zip(logged(adapter), logged(expected), strict=True):
+        keys = [key for key in single_entry if key.startswith("dro_")]
+        assert len(keys) > 3
+        assert [entry[key] for key in keys] == pytest.approx([single_entry[key] for key in keys], rel=1e-3)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3", "fsdp2"])
 def test_an_encoder_trained_jointly(runs: Runs, config: str):
     joint = "encoder.joint_learning_rate=0.02"
     _, expected = runs("single-joint", "single", joint)

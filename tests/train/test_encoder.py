@@ -27,7 +27,7 @@ from recllm.train.encoder import (
     validation,
 )
 
-from .conftest import NUM_ITEMS, recipe_of
+from .conftest import NUM_ITEMS, event_dataset, recipe_of
 
 KINDS = {"sasrec": {}, "windowed": {"window": 3}, "gru4rec": {"type": "gru4rec"}, "content": {"type": "content"}}
 SECTION = EncoderSection(hidden_size=16, num_layers=1, batch_size=16, max_epochs=25, dropout=0.1, learning_rate=5e-3)
@@ -200,6 +200,152 @@ def test_a_diverging_learning_rate_is_an_error(dataset: Dataset, tmp_path):
         fit_encoder(dataset, SECTION.model_copy(update={"learning_rate": 1e30}), 12, 0, tmp_path / "encoder")
 
 
+# ---- events ----
+
+ACTIONS = ["view", "buy", "leave"]
+
+
+def walks(num_users: int = 120, num_items: int = 6) -> Dataset:
+    """Everybody views an item, buys it, leaves, and goes on with the next item of a ring; all but the last are TRAIN.
+
+    What follows a view of the item that was just viewed is a purchase: (item, action) says the whole of the next event.
+    """
+    generator = np.random.default_rng(0)
+    rows = []
+    for _ in range(num_users):
+        at, row = int(generator.integers(num_items)), []
+        for _ in range(4):
+            row += [(at, 0), (at, 1), (-1, 2)]
+            at = (at + 1) % num_items
+        rows.append(row[: int(generator.integers(8, 12))])
+    return event_dataset(rows, ACTIONS, num_items)
+
+
+def test_windows_of_events_read_codes_and_say_what_comes_next():
+    dataset = event_dataset([[(1, 0), (-1, 2), (0, 1), (1, 0), (1, 1)]], ACTIONS, 2, valid=1)
+    (window,) = training_windows(dataset, 10)
+    codes = [2 + 3 * 0, 0 + 3 * 2, 1 + 3 * 1]  # (item + 1) + (2 items + 1) · action
+    assert window.items.tolist() == codes
+    assert window.targets.tolist() == [-1, 0, 1]
+    assert window.actions is not None
+    assert window.actions.tolist() == [2, 1, 0]
+    held = validation(dataset, exclude_history=True)
+    assert held.actions is not None
+    assert (held.targets.tolist(), held.actions.tolist()) == ([1], [1])
+    assert held.histories[0].tolist() == [*codes, 2 + 3 * 0]
+    assert [window.items.tolist() for window in training_windows(dataset, 2)] == [codes[1:], codes[:1]]
+
+
+def test_every_training_event_but_a_users_first_is_a_target():
+    dataset = walks()
+    sequences = dataset.sequences
+    pairs = [pair for w in training_windows(dataset, 5) for pair in zip(w.targets.tolist(), w.actions.tolist())]
+    wanted = []
+    for begin, end in zip(sequences.offsets[:-1], sequences.offsets[1:]):
+        train = np.flatnonzero(sequences.splits[begin:end] == TRAIN)[1:] + begin
+        wanted += list(zip(sequences.items[train].tolist(), sequences.actions[train].tolist()))
+    assert sorted(pairs) == sorted(wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_the_next_action_and_the_next_item(tmp_path, kind: str):
+    dataset = walks()
+    section = EncoderSection(**SECTION.model_dump() | KINDS[kind])
+    features = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) if kind == "content" else None
+    metrics = fit_encoder(dataset, section, 12, 0, tmp_path / "encoder", exclude_history=False, item_features=features)
+    assert metrics["action_accuracy"] > 0.95
+    assert metrics["macro_recall"] > 0.95
+    assert metrics["ndcg@10"] > 0.9
+    assert metrics["nats"] < 0.5 * metrics["popularity_action_nats"]
+    encoder, info = load_encoder(tmp_path / "encoder")
+    assert (info["num_actions"], info["vocabulary_sha256"]) == (3, dataset.vocabulary_sha256)
+    saved = evaluate_encoder(encoder, validation(dataset, exclude_history=False))
+    assert saved["nats"] == pytest.approx(metrics["nats"])  # the best epoch was kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_actions_of_a_log_without_items(tmp_path, kind: str):
+    dataset = event_dataset([[(-1, (user + step) % 3) for step in range(8)] for user in range(30)], ACTIONS, 0)
+    section = EncoderSection(**SECTION.model_dump() | KINDS[kind])
+    features = torch.zeros(0, 40) if kind == "content" else None
+    metrics = fit_encoder(dataset, section, 12, 0, tmp_path / "encoder", item_features=features)
+    assert metrics["action_accuracy"] == 1.0
+    assert metrics["nats"] == metrics["action_nats"]
+    assert not {"ndcg@10", "item_nats", "popularity_ndcg@10"} & metrics.keys()
+    assert load_encoder(tmp_path / "encoder")[0].scores(torch.zeros(2, 16)).shape == (2, 0)
+
+
+def test_the_loss_of_events_is_that_of_the_action_and_of_the_item_where_there_is_one():
+    encoder = make_encoder(SECTION, 4, 12, num_actions=3).eval()
+    with torch.no_grad():
+        encoder.item_embedding.weight.zero_()
+        encoder.action_embedding.weight.zero_()
+        encoder.action_bias.copy_(torch.tensor([0.5, 0.25, 0.25]).log())
+    states, items, actions = torch.ones(4, 16), torch.tensor([3, -1, -1, 0]), torch.tensor([0, 1, 2, 0])
+    loss = module._event_loss(encoder, states, items, actions, np.random.default_rng(0))
+    expected = (2 * math.log(2) + 2 * math.log(4) + 2 * math.log(4)) / 4  # two items among four, equally likely
+    assert loss.item() == pytest.approx(expected)
+    none = module._event_loss(encoder, states, torch.full((4,), -1), actions, np.random.default_rng(0))
+    assert none.item() == pytest.approx((2 * math.log(2) + 2 * math.log(4)) / 4)
+
+
+class FixedEvents(FixedScores):
+    """Scores every history alike: items, and actions by their logarithmic probabilities."""
+
+    def __init__(self, scores: list[float], actions: list[float]) -> None:
+        super().__init__(scores)
+        self.num_actions, self.fixed_actions = len(actions), torch.tensor(actions).log()
+        self.action_embedding = torch.nn.Embedding(len(actions), 2)
+
+    def action_scores(self, representation: torch.Tensor) -> torch.Tensor:
+        return self.fixed_actions.expand(len(representation), -1)
+
+
+@pytest.mark.parametrize(("exclude", "rank"), [(False, 2), (True, 1)])
+def test_metrics_of_events(exclude: bool, rank: int):
+    """Items score 2, 1, 0; actions have 0.5, 0.3, 0.2; one target of four has an item: 1, of which 0 was had before."""
+    histories = [np.array([1, 4], dtype=np.int64)] * 4  # action 0 on item 0; action 1 without item
+    held = Held(histories, np.array([-1, 1, -1, -1]), exclude, np.array([0, 1, 2, 0]))
+    metrics = evaluate_encoder(FixedEvents([2.0, 1.0, 0.0], [0.5, 0.3, 0.2]), held)
+    action_nats = -math.log(0.5 * 0.3 * 0.2 * 0.5)
+    item_nats = math.log(math.exp(2) + math.exp(1) + math.exp(0)) - 1
+    assert metrics == {
+        "nats": pytest.approx((action_nats + item_nats) / 4),
+        "action_nats": pytest.approx(action_nats / 4),
+        "item_nats": pytest.approx(item_nats),
+        "action_accuracy": 2 / 4,  # action 0 is said of all
+        "macro_recall": pytest.approx(1 / 3),
+        "ndcg@10": pytest.approx(1 / math.log2(1 + rank)),
+        "hit_rate@10": 1.0,
+    }
+
+
+def test_the_constant_action_is_the_most_frequent_of_training():
+    rows = [[(-1, 0), (-1, 0), (-1, 0), (-1, 1), (-1, 0)], [(-1, 0), (-1, 1), (-1, 2)]]
+    dataset = event_dataset(rows, ACTIONS, 0)  # trained: 0 0 0 1, 0 1; held: 0, 2
+    figures = module._constant_action(dataset, np.array([0, 2]))
+    assert figures == {
+        "popularity_action_nats": pytest.approx(-(math.log(5 / 9) + math.log(1 / 9)) / 2),  # (4, 2, 0) + 1
+        "popularity_action_accuracy": 0.5,
+        "popularity_macro_recall": 0.5,
+    }
+
+
+def test_the_epoch_with_the_fewest_nats_is_kept(tmp_path, monkeypatch):
+    scores = iter([2.0, 1.5, 1.7, 1.6, 1.9, 0.1])
+    monkeypatch.setattr(module, "evaluate_encoder", lambda *_: {"nats": next(scores), "ndcg@10": 0.0})
+    metrics = fit_encoder(walks(), SECTION.model_copy(update={"patience": 3}), 12, 0, tmp_path / "encoder")
+    assert (metrics["nats"], metrics["epoch"]) == (1.5, 2)
+
+
+def test_large_catalogues_of_events_train_on_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FULL_SOFTMAX_ITEMS", 3)
+    monkeypatch.setattr(module, "SAMPLED_NEGATIVES", 5)
+    metrics = fit_encoder(walks(), SECTION, 12, 0, tmp_path / "encoder", exclude_history=False)
+    assert metrics["ndcg@10"] > 0.9
+    assert metrics["action_accuracy"] > 0.95
+
+
 # ---- items by their text ----
 
 
@@ -232,7 +378,7 @@ def test_long_windows_come_in_fewer_rows(dataset: Dataset, monkeypatch):
     monkeypatch.setattr(module, "LONG_WINDOW", 4)
     encoder = make_encoder(SECTION, dataset.num_items, 12)
     windows = training_windows(dataset, 12)
-    rows = [items.shape for items, _ in module._batches(windows, 8, np.random.default_rng(0), encoder)]
+    rows = [items.shape for items, *_ in module._batches(windows, 8, np.random.default_rng(0), encoder)]
     assert sum(count for count, _ in rows) == len(windows)
     assert all(count <= 8 and count * length <= 8 * 4 for count, length in rows)
     assert max(length for _, length in rows) == 12

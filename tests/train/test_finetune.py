@@ -18,14 +18,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from recllm import files
+from recllm.convert.pipeline import convert
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.model.adapter import load_adapter
 from recllm.model.base_model import load_base_model
 from recllm.model.sequence_encoder import load_encoder
-from recllm.recipe import Recipe
+from recllm.recipe import LossSection, Recipe
 from recllm.train import finetune, representations
-from recllm.train.collator import COLUMNS, TokenizedExamples, tokenize
+from recllm.train.collator import COLUMNS, WEIGHED, TokenizedExamples, tokenize
 from recllm.train.encoder import fit_encoder
 from recllm.train.finetune import train, training_arguments
 from recllm.train.representations import representation_table, statistics_examples
@@ -389,6 +390,63 @@ def test_a_soft_token_has_the_gates_rate_and_is_saved(dataset, encoder_folder, m
     assert token["mean"].abs().max() > 0
 
 
+# ---- what tokens count ----
+
+CLUSTERS = {"dro": {"groups": "user_cluster", "clusters": 3, "step_size": 0.5}}
+
+
+def test_groups_of_users_are_saved_with_a_plain_lora(dataset, encoder_folder, make_recipe, tmp_path):
+    recipe = make_recipe(adapter={"method": "lora", "r": 4}, loss=CLUSTERS, train={"max_steps": 8})
+    with pytest.raises(UserError, match=r"encoder\.json"):
+        train(recipe, dataset.folder, tmp_path / "no-encoder", tmp_path / "adapter")
+    output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    saved = json.loads((output / "dro.json").read_text())
+    assert saved["groups"] == ["cluster_0", "cluster_1", "cluster_2"]
+    assert np.array(saved["centres"]).shape == (3, 16)
+    assert sum(saved["shares"]) == pytest.approx(1)
+    assert sorted(saved["shares"], reverse=True)[0] == saved["shares"][0]
+    assert max(saved["weights"]) > 0.34
+    log = [entry for entry in json.loads((output / "training_log.json").read_text()) if "loss" in entry]
+    assert [log[-1][f"dro_weight/cluster_{number}"] for number in range(3)] == pytest.approx(saved["weights"])
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert '"user_cluster"' in (output / "README.md").read_text()
+    examples = tokenize(dataset.example_batches("train", WEIGHED), load_base_model(recipe.model)[1], 512)
+    encoder = load_encoder(encoder_folder)[0]
+    centres = np.array(saved["centres"])[[2, 0, 1]]
+    files.write_json(tmp_path / "checkpoint" / "dro.json", saved | {"centres": centres.tolist()})
+    paths = (encoder_folder, tmp_path / "adapter", str(tmp_path / "checkpoint"))
+    again = finetune.weigh(recipe, dataset, examples, encoder, *paths)  # a run that goes on
+    assert again.dro.groups.shares.tolist() == pytest.approx([saved["shares"][number] for number in (2, 0, 1)])
+
+
+@pytest.fixture(scope="module")
+def liked(log_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, dict[str, Any]]:
+    """The same log with ratings, of which one in six is bad; and the sections of its recipe."""
+    folder = tmp_path_factory.mktemp("liked")
+    lines = (log_folder / "log.csv").read_text().splitlines()[1:]
+    rated = [f"{line},{1 if number % 6 == 0 else 5}" for number, line in enumerate(lines)]
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp,rating", *rated]) + "\n")
+    data = {"interactions": {"path": str(folder / "log.csv")}, "items": {"path": str(log_folder / "items.csv")}}
+    changes = {"data": data, "filter": {"like_at": 4}, "tasks": [{"task": "like", "template": "like/items"}]}
+    convert(recipe_of(folder, **changes), folder / "dataset", workers=1)
+    return Dataset.open(folder / "dataset"), changes
+
+
+def test_classes_of_another_task_are_weighed_and_are_groups(liked, encoder_folder, make_recipe, tmp_path):
+    dataset, changes = liked
+    loss = {"class_weights": "balanced", "dro": {"groups": "action"}}
+    recipe = make_recipe(**changes, loss=loss, train={"max_steps": 2}, adapter={"method": "lora", "r": 4})
+    output = train(recipe, dataset.folder, encoder_folder, tmp_path / "adapter")
+    first, entry = json.loads((output / "training_log.json").read_text())[:2]
+    labels = dataset.examples("train", ["label"])["label"].to_pylist()
+    for label in ("like", "dislike"):
+        assert first[f"class_weight/like/{label}"] == pytest.approx(len(labels) / (2 * labels.count(label)))
+        assert f"dro_weight/like/{label}" in entry
+    assert finetune.fingerprint_of(recipe, dataset, encoder_folder) != finetune.fingerprint_of(
+        recipe.model_copy(update={"loss": LossSection(class_weights="balanced")}), dataset, encoder_folder
+    )
+
+
 def test_plain_lora_has_no_rates_of_its_own(make_recipe):
     recipe = make_recipe(adapter={"method": "lora", "r": 4, "gate": {"learning_rate": 0.05}})
     assert finetune.own_learning_rates(recipe) == {}
@@ -418,6 +476,11 @@ def no_long_work(monkeypatch):
         ({"history": {"max_items": 12, "gate": "before_list"}}, r"history\.gate=all, the recipe has before_list"),
         ({"prompt": {"max_items": 5}}, r"prompt\.max_items=4, the recipe has 5"),
         ({"tasks": [{"task": "next_item", "template": "next_item/items", "dense_window": 4}]}, "template-mismatch"),
+        (
+            {"loss": {"class_weights": "balanced"}},
+            r"loss\.class_weights=balanced .* those of the task next_item have none",
+        ),
+        ({"loss": {"answer_weight": 0}}, "no task has a rationale"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(

@@ -1,9 +1,9 @@
 """The content encoder: SASRec over what the base model says of each item's text, so that new items are known too.
 
-Features (num_items, F) of the items enter once (see item_features.py), then item indices (B, L) as for SASRec. States
-(B, L, D) leave. Nothing is learned for a single item: its vector is a projection of its features, so an item without
-any interaction is read and scored by its text. The idea is that of UniSRec (Hou et al., KDD 2022); the features are
-those of the very model that the adapter tunes.
+Features (num_items, F) of the items enter once (see item_features.py), then item indices or event codes (B, L) as for
+SASRec. States (B, L, D) leave. Nothing is learned for a single item: its vector is a projection of its features, so an
+item without any interaction is read and scored by its text. The idea is that of UniSRec (Hou et al., KDD 2022); the
+features are those of the very model that the adapter tunes.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from recllm.errors import UserError
+from recllm.model.encoders.interface import NoItems
 from recllm.model.encoders.sasrec import SASRec
 
 MIN_DEVIATION = 1e-6  # below it a feature is the same for all items: it is centred, not blown up
@@ -24,7 +25,7 @@ class ContentEncoder(SASRec):
     SIZES: tuple[str, ...] = (*SASRec.SIZES, "feature_size")
 
     def __init__(self, num_items: int, feature_size: int, hidden_size: int = 64, **sizes: Any) -> None:
-        embedding = TextEmbedding(num_items, feature_size, hidden_size)
+        embedding = TextEmbedding(num_items, feature_size, hidden_size) if num_items else NoItems(hidden_size)
         super().__init__(num_items, hidden_size, **sizes, item_embedding=embedding)
         self.feature_size = feature_size
 

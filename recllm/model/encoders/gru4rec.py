@@ -1,6 +1,6 @@
 """GRU4Rec: a recurrent state that is carried from item to item, so its cost is linear in the length of a history.
 
-Item indices (B, L) enter: oldest first, padded on the LEFT with -1. States (B, L, D) leave.
+Item indices or event codes (B, L) enter: oldest first, padded on the LEFT with -1. States (B, L, D) leave.
 
 Source: Hidasi et al., "Session-based Recommendations with Recurrent Neural Networks", ICLR 2016: item embedding, GRU
 layers, a score for every item from the last state (figure 1). Here the scores are tied to the item embedding, as in the
@@ -13,27 +13,35 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from recllm.model.encoders.interface import PADDING, SequenceEncoder
+from recllm.model.encoders.interface import PADDING, SequenceEncoder, item_table
 
 
 class Gru4Rec(SequenceEncoder):
     """The encoder: reads all of the newest `max_items` items, however many they are."""
 
     type = "gru4rec"
-    SIZES: tuple[str, ...] = ("num_items", "hidden_size", "num_layers", "dropout", "max_items")
+    SIZES: tuple[str, ...] = ("num_items", "hidden_size", "num_layers", "dropout", "max_items", "num_actions")
 
     def __init__(
-        self, num_items: int, hidden_size: int = 64, num_layers: int = 2, dropout: float = 0.2, max_items: int = 200
+        self,
+        num_items: int,
+        hidden_size: int = 64,
+        num_layers: int = 2,
+        dropout: float = 0.2,
+        max_items: int = 200,
+        num_actions: int = 0,
     ) -> None:
         super().__init__()
         self.num_items, self.hidden_size, self.num_layers = num_items, hidden_size, num_layers
         self.dropout, self.max_items = dropout, max_items
-        self.item_embedding = nn.Embedding(num_items, hidden_size)
-        nn.init.normal_(self.item_embedding.weight, std=0.02)
+        self.item_embedding = item_table(num_items, hidden_size)
+        if num_items:
+            nn.init.normal_(self.item_embedding.weight, std=0.02)
         between = dropout if num_layers > 1 else 0.0
         self.gru = nn.GRU(hidden_size, hidden_size, num_layers, batch_first=True, dropout=between)
         self.norm = nn.LayerNorm(hidden_size)
         self._spread_time_scales()
+        self._add_actions(num_actions)
 
     @torch.no_grad()
     def _spread_time_scales(self) -> None:
@@ -57,7 +65,7 @@ class Gru4Rec(SequenceEncoder):
         steps = torch.arange(items.shape[1], device=items.device)
         shift = (~real).sum(dim=1, keepdim=True)  # (B, 1)
         shifted = items.gather(1, (steps + shift).clamp(max=items.shape[1] - 1))
-        x = self.item_embedding(shifted.clamp(min=0)) * self.hidden_size**0.5
+        x = self.embed(shifted) * self.hidden_size**0.5
         states, _ = self.gru(functional.dropout(x, self.dropout, self.training))  # (B, L, D)
         back = (steps - shift).clamp(min=0).unsqueeze(-1).expand_as(states)
         states = functional.dropout(states.gather(1, back), self.dropout, self.training)

@@ -1,6 +1,6 @@
 """SASRec: self-attention over the history, over all of it or within a window.
 
-Item indices (B, L) enter: oldest first, padded on the LEFT with -1. States (B, L, D) leave.
+Item indices or event codes (B, L) enter: oldest first, padded on the LEFT with -1. States (B, L, D) leave.
 
 Source: Kang & McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018: item embedding plus learned position
 (eq. 1), causal self-attention (eq. 2 to 4) and a point-wise feed-forward of the same width (eq. 5), scores by the tied
@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from recllm.errors import UserError
-from recllm.model.encoders.interface import PADDING, SequenceEncoder
+from recllm.model.encoders.interface import PADDING, SequenceEncoder, item_table
 
 MIN_CHUNK = 32  # smaller chunks of a narrow window would be mostly overhead
 Attention = Callable[..., torch.Tensor]  # query, key, value (B, heads, L, D / heads), dropout → the same shape
@@ -33,7 +33,16 @@ class SASRec(SequenceEncoder):
     """
 
     type = "sasrec"
-    SIZES: tuple[str, ...] = ("num_items", "hidden_size", "num_layers", "num_heads", "dropout", "max_items", "window")
+    SIZES: tuple[str, ...] = (
+        "num_items",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "dropout",
+        "max_items",
+        "window",
+        "num_actions",
+    )
 
     def __init__(
         self,
@@ -44,9 +53,10 @@ class SASRec(SequenceEncoder):
         dropout: float = 0.2,
         max_items: int = 200,
         window: int = 0,
+        num_actions: int = 0,
         item_embedding: nn.Module | None = None,
     ) -> None:
-        """`item_embedding` takes the place of the learned vectors (see SequenceEncoder)."""
+        """`item_embedding` takes the place of the learned vectors (see SequenceEncoder), of length about 1 at first."""
         super().__init__()
         if hidden_size % num_heads:
             raise UserError(
@@ -55,13 +65,14 @@ class SASRec(SequenceEncoder):
             )
         self.num_items, self.hidden_size, self.num_layers = num_items, hidden_size, num_layers
         self.num_heads, self.dropout, self.max_items, self.window = num_heads, dropout, max_items, window
-        self.item_embedding = nn.Embedding(num_items, hidden_size) if item_embedding is None else item_embedding
+        self.item_embedding = item_table(num_items, hidden_size) if item_embedding is None else item_embedding
         self.position_embedding = nn.Embedding(self.reach, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
         for embedding in (self.item_embedding, self.position_embedding):
             if isinstance(embedding, nn.Embedding):  # with the final norm: first scores have deviation 0.02 √D
                 nn.init.normal_(embedding.weight, std=0.02)
+        self._add_actions(num_actions, 0.02 if item_embedding is None else hidden_size**-0.5)
 
     @property
     def reach(self) -> int:
@@ -77,7 +88,7 @@ class SASRec(SequenceEncoder):
         real = items != PADDING  # (B, L)
         from_newest = torch.arange(items.shape[1] - 1, -1, -1, device=items.device).clamp(max=self.reach - 1)
         # √D: the scale that the item embedding has against the position in the paper's code
-        x = self.item_embedding(items.clamp(min=0)) * self.hidden_size**0.5 + self.position_embedding(from_newest)
+        x = self.embed(items) * self.hidden_size**0.5 + self.position_embedding(from_newest)
         x = functional.dropout(x, self.dropout, self.training)
         attention = attention_over(real, self.window)
         for block in self.blocks:
