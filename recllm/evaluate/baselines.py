@@ -7,7 +7,7 @@ counted (`training_interactions`); the history before the cut-off of an example 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,12 @@ from recllm.data.dataset import Dataset
 from recllm.data.randomness import mix, text_keys, uniform
 from recllm.errors import UserError
 from recllm.evaluate import metrics
-from recllm.schema import TRAIN
+from recllm.schema import NO_ITEM, TRAIN
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 WINDOW = 10  # item_to_item: steps between two items of a pair, and items of the history that are looked at
-NO_ITEM = -1
 _CHUNK = 16_000_000  # entries of a score matrix held at once: 128 MB
 
 
@@ -61,7 +60,7 @@ def training_interactions(dataset: Dataset) -> npt.NDArray[np.bool_]:
 def item_counts(dataset: Dataset) -> Integers:
     """How often each item occurs in training, (num_items,)."""
     items = np.asarray(dataset.sequences.items)[training_interactions(dataset)]
-    return np.bincount(items, minlength=dataset.num_items).astype(np.int64)
+    return np.bincount(items[items != NO_ITEM], minlength=dataset.num_items).astype(np.int64)
 
 
 def random(dataset: Dataset, seed: int) -> Scorer:
@@ -116,24 +115,37 @@ def sequence_encoder(dataset: Dataset, encoder_folder: Path, batch_size: int = 2
     """
     import torch
 
-    from recllm.model.sequence_encoder import encode_histories, load_encoder
+    from recllm.model.sequence_encoder import encode_histories
 
-    encoder, info = load_encoder(encoder_folder)
-    if info["vocabulary_sha256"] != dataset.vocabulary_sha256:
-        raise UserError(
-            f"{encoder_folder} was fitted on the item vocabulary {str(info['vocabulary_sha256'])[:12]}…, "
-            f"{dataset.folder} has {dataset.vocabulary_sha256[:12]}…: fit it again on this dataset (`recllm train`)"
-        )
-    encoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    encoder = load_fitted(dataset, encoder_folder)
 
     @torch.inference_mode()
     def score(examples: Examples) -> Floats:
         pairs = zip(examples.user_index, examples.history_end)
-        histories = [_history(dataset, user, end, encoder.max_items) for user, end in pairs]
+        histories = [dataset.read(int(user), int(end), encoder.max_items) for user, end in pairs]
         states = encode_histories(encoder, histories, batch_size).to(encoder.device)
         return np.asarray(encoder.scores(states).double().cpu().numpy())
 
     return encoder.type, score
+
+
+def load_fitted(dataset: Dataset, encoder_folder: Path) -> Any:
+    """The fitted encoder in eval mode, on the GPU where there is one; it must be of this dataset's vocabulary.
+
+    Raises:
+        UserError: an encoder of another vocabulary.
+    """
+    import torch
+
+    from recllm.model.sequence_encoder import load_encoder
+
+    encoder, info = load_encoder(encoder_folder)
+    if info["vocabulary_sha256"] != dataset.vocabulary_sha256:
+        raise UserError(
+            f"{encoder_folder} was fitted on the vocabulary {str(info['vocabulary_sha256'])[:12]}…, "
+            f"{dataset.folder} has {dataset.vocabulary_sha256[:12]}…: fit it again on this dataset (`recllm train`)"
+        )
+    return encoder.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
 def score_examples(
@@ -144,21 +156,33 @@ def score_examples(
     target: Integers,
     full_catalogue: bool,
     exclude_history: bool,
-) -> tuple[Floats, Integers | None]:
-    """Scores of frozen candidates (N, C), and the rank (N,) of each target among all items where `full_catalogue`.
+    top: int = 0,
+) -> tuple[Floats, Integers | None, Integers | None]:
+    """Scores of frozen candidates (N, C), the rank (N,) of each target among all items where `full_catalogue`, and the
+    first `top` items of all (N, top) where that is not 0, NO_ITEM behind the last.
 
-    Chunk by chunk, so that an example's catalogue is scored once for both. Ranks are pessimistic; `exclude_history`
-    leaves the items of the history unranked, but never the target, also where the user had it before.
+    Chunk by chunk, so that an example's catalogue is scored once for all. Ranks are pessimistic; `exclude_history`
+    leaves the items of the history unranked, but never the target, also where the user had it before; among the first
+    items the target is one like any other.
     """
     scores, ranked = [np.empty((0, candidates.shape[1]))], [np.empty(0, np.int64)]
+    firsts = [np.empty((0, top), np.int64)]
     for rows in _chunks(len(examples.example_ids), dataset.num_items):
         part = examples.part(rows)
         table = score(part)  # (B, num_items)
         scores.append(np.take_along_axis(table, candidates[rows], axis=1))
+        if not full_catalogue and not top:
+            continue
+        excluded = in_history(dataset, part.user_index, part.history_end) if exclude_history else None
         if full_catalogue:
-            excluded = in_history(dataset, part.user_index, part.history_end) if exclude_history else None
             ranked.append(metrics.ranks(table, target[rows], excluded))
-    return np.concatenate(scores), np.concatenate(ranked) if full_catalogue else None
+        if top:
+            firsts.append(_first_items(table, np.ones(table.shape, bool) if excluded is None else ~excluded, top))
+    return (
+        np.concatenate(scores),
+        np.concatenate(ranked) if full_catalogue else None,
+        np.concatenate(firsts) if top else None,
+    )
 
 
 def best_items(
@@ -170,11 +194,16 @@ def best_items(
     """
     found = [np.empty((0, count), np.int64)]
     for rows in _chunks(len(examples.example_ids), dataset.num_items):
-        table = np.where(allowed[rows], score(examples.part(rows)), -np.inf)
-        best = np.argsort(-table, axis=1, kind="stable")[:, :count]
-        best = np.where(np.take_along_axis(allowed[rows], best, axis=1), best, NO_ITEM)
-        found.append(np.pad(best, ((0, 0), (0, count - best.shape[1])), constant_values=NO_ITEM))
+        found.append(_first_items(score(examples.part(rows)), allowed[rows], count))
     return np.concatenate(found)
+
+
+def _first_items(scores: Floats, allowed: npt.NDArray[np.bool_], count: int) -> Integers:
+    """(B, count) the allowed items with the highest scores (B, num_items), NO_ITEM behind the last."""
+    table = np.where(allowed, scores, -np.inf)
+    best = np.argsort(-table, axis=1, kind="stable")[:, :count]
+    best = np.where(np.take_along_axis(allowed, best, axis=1), best, NO_ITEM)
+    return np.pad(best, ((0, 0), (0, count - best.shape[1])), constant_values=NO_ITEM)
 
 
 def in_history(
@@ -219,7 +248,7 @@ def _history(dataset: Dataset, user: int, end: int, max_items: int) -> npt.NDArr
 def _transitions(dataset: Dataset, window: int) -> sparse.csr_array:
     """Σ 1 / d over training pairs that are d ≤ window steps apart, (num_items, num_items)."""
     sequences = dataset.sequences
-    read = training_interactions(dataset)
+    read = training_interactions(dataset) & (np.asarray(sequences.items) != NO_ITEM)
     items = np.asarray(sequences.items)[read].astype(np.int64)
     user = np.repeat(np.arange(sequences.num_users), np.diff(sequences.offsets))[read]
     total = sparse.csr_array((dataset.num_items, dataset.num_items))

@@ -18,10 +18,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from recllm.data.dataset import Dataset
+from recllm.evaluate.action_figures import wants_otto
 from recllm.evaluate.baselines import in_history
 from recllm.evaluate.metrics import NO_RANK, ranks
 from recllm.evaluate.tasks import NEXT_ITEM, Task
 from recllm.recipe import Recipe
+from recllm.schema import NO_ITEM
 
 CATALOGUE_USERS = 256  # whose scores of all titles are held at once
 
@@ -34,6 +36,7 @@ class FullRanks(NamedTuple):
 
     ranks: Integers  # (N,) of the target among all items; NO_RANK where a beam did not find it
     beam: dict[str, Any] | None  # {width, k, exact, recall}: of the exhaustive best k, None where not measured
+    top: Integers | None = None  # (N, otto_k) the first items, NO_ITEM behind the last; of tasks held against sessions
 
 
 class Catalogue:
@@ -62,21 +65,44 @@ class Catalogue:
             return None
         section, found = self.recipe.evaluate, np.zeros(len(task.target), dtype=np.int64)
         best: dict[int, Integers] = {}
+        firsts: dict[int, Integers] = {}
         if section.exhaustive:
-            found, best = self._exhaustive(engine, task, label, given)
+            found, best, firsts = self._exhaustive(engine, task, label, given)
         if section.beam_width is None:
-            return FullRanks(found, None)
+            return FullRanks(found, None, self._top(task, firsts))
         rankings = self._beams(engine, task, label, given)
-        k = max(self.recipe.protocol.ranking.k)
         exact = float(np.mean([ranking.is_exact for ranking in rankings.values()]))
-        beam = {"width": section.beam_width, "k": k, "exact": exact, "recall": None}
+        beam = {"width": section.beam_width, "k": self._k(task), "exact": exact, "recall": None}
         if section.exhaustive:
             shares = [len(np.intersect1d(best[row], rankings[row].titles)) / len(best[row]) for row in best]
-            return FullRanks(found, beam | {"recall": float(np.mean(shares))})
+            return FullRanks(found, beam | {"recall": float(np.mean(shares))}, self._top(task, firsts))
         for rows, end, excluded in self._blocks(task):
-            for row, out in zip(rows, excluded):
+            for row, out in zip(rows.tolist(), excluded):
                 found[row] = rank_in(rankings[row], self.trie(end), int(task.target[row]), out)
-        return FullRanks(found, beam)
+                items = [self.trie(end).items_of(int(title)) for title in rankings[row].titles]
+                firsts[row] = np.concatenate([*items, np.empty(0, np.int64)]).astype(np.int64)
+        return FullRanks(found, beam, self._top(task, firsts))
+
+    def _k(self, task: Task) -> int:
+        """How many titles of a ranking are looked at."""
+        further = [self.recipe.protocol.actions.otto_k] if wants_otto(task, self.dataset) else []
+        return max(self.recipe.protocol.ranking.k + further)
+
+    def _top(self, task: Task, firsts: dict[int, Integers]) -> Integers | None:
+        """(N, otto_k) the first items, for tasks held against sessions; from each row's items, best first.
+
+        Here the target is an item like any other: where the protocol leaves items of the history out, it goes too.
+        """
+        if not wants_otto(task, self.dataset):
+            return None
+        k, examples = self.recipe.protocol.actions.otto_k, task.examples
+        top = np.full((len(task.target), k), NO_ITEM, dtype=np.int64)
+        for row, found in firsts.items():
+            if self.recipe.protocol.ranking.exclude_history:
+                end = int(examples.history_end[row])
+                found = found[~np.isin(found, self.dataset.history(int(examples.user_index[row]), end, end))]
+            top[row, : len(found[:k])] = found[:k]
+        return top
 
     def _blocks(self, task: Task) -> Iterator[tuple[Integers, str, npt.NDArray[np.bool_]]]:
         """Rows of like endings, CATALOGUE_USERS at most, and the items (rows, items) that are not ranked for each."""
@@ -91,13 +117,16 @@ class Catalogue:
                 out[np.arange(len(rows)), task.target[rows]] = False
                 yield rows, end, out
 
-    def _exhaustive(self, engine: Any, task: Task, label: str, given: Given) -> tuple[Integers, dict[int, Integers]]:
-        """Ranks by every title's score, and each row's best k titles by the numbers of its trie."""
+    def _exhaustive(
+        self, engine: Any, task: Task, label: str, given: Given
+    ) -> tuple[Integers, dict[int, Integers], dict[int, Integers]]:
+        """Ranks by every title's score, each row's best k titles by the numbers of its trie, and its first items."""
         mean = self.recipe.protocol.decoding.score == "mean"
         titles, place = np.unique(np.array(self.dataset.titles, dtype=object), return_inverse=True)  # sorted: a
         parts, blocks = engine.parts(titles.tolist()), list(self._blocks(task))  # part's titles share their beginnings
-        found, k = np.empty(len(task.target), dtype=np.int64), max(self.recipe.protocol.ranking.k)
+        found, k = np.empty(len(task.target), dtype=np.int64), self._k(task)
         best: dict[int, Integers] = {}
+        firsts: dict[int, Integers] = {}
         with tqdm(total=len(blocks) * len(parts), desc=f"{label}, all {len(titles)} titles", unit="part") as bar:
             for rows, end, excluded in blocks:
                 prompts, own = [task.prompts[row] for row in rows], {name: table[rows] for name, table in given.items()}
@@ -111,7 +140,8 @@ class Catalogue:
                 order = np.argsort(np.where(excluded, np.inf, -scores), axis=1, kind="stable")
                 for row, line, out in zip(rows.tolist(), order, excluded):
                     best[row] = self._first_titles(line, out, end, k)
-        return found, best
+                    firsts[row] = line[~out[line]][: k + 1]  # one more: the target may be left out of them
+        return found, best, firsts
 
     def _first_titles(self, items: Integers, excluded: npt.NDArray[np.bool_], end: str, k: int) -> Integers:
         """The first k different titles of items in an order, without excluded ones."""
@@ -121,7 +151,7 @@ class Catalogue:
 
     def _beams(self, engine: Any, task: Task, label: str, given: Given) -> dict[int, Any]:
         """Each row's ranking by beam search."""
-        section, k = self.recipe.evaluate, max(self.recipe.protocol.ranking.k)
+        section, k = self.recipe.evaluate, self._k(task)
         rankings: dict[int, Any] = {}
         for rows, end, excluded in self._blocks(task):
             found = engine.rank_titles(

@@ -16,15 +16,18 @@ import pyarrow.parquet as pq
 
 from recllm import files
 from recllm.errors import UserError
-from recllm.evaluate import metrics, statistics
+from recllm.evaluate import metrics, reading, statistics
+from recllm.evaluate.action_figures import EXACT_MATCH
+from recllm.evaluate.action_metrics import session_means
 from recllm.evaluate.explanations import SUPPORTED
-from recllm.evaluate.figures import Pair, compare_pairs
-from recllm.evaluate.recommendations import hits_names
-from recllm.evaluate.tasks import ASSETS, EXPLAIN
+from recllm.evaluate.figures import Pair, compare_pairs, compare_sessions
+from recllm.evaluate.next_events import EXACT
+from recllm.evaluate.tasks import ACTION_KINDS, ASSETS, EXPLAIN, NEXT_EVENT, RANK_ASSETS
 from recllm.recipe import BootstrapSection
 
 SAME = ["target", "candidates", "label"]  # of an example in all reports
 COLUMNS = ["task", "example_id", "user_index", *SAME, "rank", "nats", "valid", "predicted", "figures"]
+SESSION = "session"  # a further column, which reports of earlier versions do not have
 
 
 class Run(NamedTuple):
@@ -39,7 +42,8 @@ def compare(report_folders: Sequence[Path], metric: str | None = None) -> str:
 
     Args:
         report_folders: at least two, written by evaluate.
-        metric: only this one, e.g. "hit_rate@1", "ndcg@10", "mrr", "accuracy", "nats"; None: one of each sort.
+        metric: only this one, e.g. "hit_rate@1", "ndcg@10", "mrr", "accuracy", "exact_match", "nats"; None: one of
+            each sort.
 
     Raises:
         UserError: one report, no report, another dataset or protocol, no shared example, other candidates, a metric
@@ -80,16 +84,29 @@ def compare_rows(a: Run, b: Run, metric: str, section: BootstrapSection) -> dict
                 f"example {example_id} has other {column} in {a.name} than in {b.name}: evaluate both on the same "
                 "dataset folder"
             )
+    about_actions = _is_kind(rows_a, *ACTION_KINDS)
+    if about_actions and not rows_a[SESSION].equals(rows_b[SESSION]):
+        raise UserError(f"{a.name} and {b.name} have other sessions: evaluate both on the same dataset folder")
+    if metric == EXACT_MATCH and about_actions:
+        sessions = rows_a[SESSION].to_numpy()
+        means = [session_means(_right(rows, name), sessions) for rows, name in ((rows_a, a.name), (rows_b, b.name))]
+        return compare_sessions([Pair(a.name, b.name, metric, *means)], rows_a.num_rows, section)[0]
     values_a, values_b = _values(rows_a, metric, a.name), _values(rows_b, metric, b.name)
     pair = Pair(a.name, b.name, metric, values_a, values_b)
-    return compare_pairs([pair], rows_a["user_index"].to_numpy(), section)[0]
+    clusters = rows_a[SESSION if about_actions else "user_index"].to_numpy()
+    return compare_pairs([pair], clusters, section, "sessions" if about_actions else "users")[0]
+
+
+def _right(rows: pa.Table, name: str) -> np.ndarray:
+    """(N,) 1 where all that is asked is right, of tasks about actions."""
+    return _values(rows, EXACT if _is_kind(rows, NEXT_EVENT) else "accuracy", name)
 
 
 def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
     """One value an example (N,), read off predictions.parquet."""
     kind, _, cutoff = metric.partition("@")
     closed, valid = _is_closed(rows), rows["valid"].to_numpy()
-    if not rows["figures"].null_count:  # of the task assets: every metric is there
+    if not rows["figures"].null_count:  # of a bank's tasks: every metric is there
         found = [dict(row).get(metric) for row in rows["figures"].to_pylist()]
         if None not in found:
             return np.array(found, dtype=np.float64)
@@ -111,12 +128,15 @@ def _values(rows: pa.Table, metric: str, name: str) -> np.ndarray:
         return metrics.hit_rate(rank, k) if kind == "hit_rate" else metrics.ndcg(rank, k)
     raise UserError(
         f'{name} has no metric "{metric}": hit_rate@k, ndcg@k, mrr@k, mrr, valid_ratio, for language models nats; '
-        "accuracy of closed tasks, supported of explanations, hits@k/both, …/preference and …/profit of assets"
+        "accuracy of closed tasks, exact_match of tasks about actions, type_accuracy of next_event, supported of "
+        "explanations, hits@k/both, …/preference and …/profit of assets, undcg/rank, tau/utility and others of "
+        "rank_assets"
     )
 
 
 def _is_closed(rows: pa.Table) -> bool:
-    return bool(rows["rank"].null_count) and not _is_kind(rows, EXPLAIN, ASSETS)  # a closed task has no ranks
+    # a closed task has no ranks
+    return bool(rows["rank"].null_count) and not _is_kind(rows, EXPLAIN, ASSETS, RANK_ASSETS, NEXT_EVENT)
 
 
 def _is_kind(rows: pa.Table, *kinds: str) -> bool:
@@ -147,7 +167,8 @@ def _read(folder: Path, document: dict[str, Any], name: str, task: str) -> Run:
     path = folder / "predictions.parquet"
     wanted = [("system", "=", system), ("task", "=", task)]
     try:
-        rows = pq.read_table(path, columns=COLUMNS, filters=wanted)
+        known = [name for name in (*COLUMNS, SESSION) if name != SESSION or name in pq.read_schema(path).names]
+        rows = pq.read_table(path, columns=known, filters=wanted)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: no readable predictions ({str(error).splitlines()[0]}): evaluate again") from None
     return Run(f"{name} ({system})", rows)
@@ -159,7 +180,7 @@ def _task_lines(task: str, runs: list[Run], document: dict[str, Any], metric: st
     for name in [metric] if metric else _metrics_of(runs, document):
         tests = [compare_rows(a, b, name, section) for a, b in combinations(runs, 2)]
         adjusted = statistics.holm([np.nan if test["p_value"] is None else test["p_value"] for test in tests])
-        lines += ["", f"{task}, {name}: a - b, {section.confidence:.0%} interval over users"]
+        lines += ["", f"{task}, {name}: a - b, {section.confidence:.0%} interval over {reading.unit(task)}"]
         rows = [["a", "b", "a - b", "interval", "p", "p (Holm)", "test", "shared examples"]]
         rows += [_row(test, p, runs) for test, p in zip(tests, adjusted)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -171,9 +192,11 @@ def _metrics_of(runs: list[Run], document: dict[str, Any]) -> list[str]:
     cutoffs = document["protocol"]["ranking"]["k"]
     closed = _is_closed(runs[0].rows)
     ranked = [f"hit_rate@{min(cutoffs)}", f"ndcg@{max(cutoffs)}"]
-    if _is_kind(runs[0].rows, EXPLAIN, ASSETS):
-        ranked = hits_names(max(cutoffs)) if _is_kind(runs[0].rows, ASSETS) else ["supported"]
+    if _is_kind(runs[0].rows, EXPLAIN, ASSETS, RANK_ASSETS):
+        ranked = reading.leading_metrics(document, runs[0].rows["task"][0].as_py())
     names = ["accuracy"] if closed else ranked
+    if _is_kind(runs[0].rows, *ACTION_KINDS):
+        names = [EXACT_MATCH, "type_accuracy"] if _is_kind(runs[0].rows, NEXT_EVENT) else [EXACT_MATCH]
     return names if any(run.rows["nats"].null_count for run in runs) else [*names, "nats"]
 
 

@@ -5,7 +5,8 @@ gates.parquet and what report.py makes of them. Everything that can be wrong is 
 
 metrics.json. An ESTIMATE is {"value", "low", "high"}: the figure and its percentile bootstrap interval over users at
 protocol.bootstrap.confidence (of a rate of exactly 0 or 1 its Clopper–Pearson bound); null is "undefined". Lower is
-better for nats, brier and calibration_error only.
+better for what ends in nats, brier or calibration_error only. Of the tasks about actions (next_action, next_event,
+outcome, action_on_item) intervals and tests are over sessions, and num_sessions stands beside or in place of num_users.
 
     format          1
     name, description                of the recipe
@@ -27,13 +28,37 @@ better for nats, brier and calibration_error only.
                       beam: null | {width, k, exact: share of examples whose best k are known to be right,
                       recall: null | share of the exhaustive best k that the beam found}
                       generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit},
-                      verdicts: null | {verdict: number of explanations}}]
-                    nats, of language models only: negative log-likelihood of the right answer, terminator included.
-                    Closed tasks (like): accuracy, balanced_accuracy, "f1 LABEL", auc, brier, calibration_error, …
+                      verdicts: null | {verdict: number of explanations; of next_event why answers cannot be read},
+                      of the tasks about actions also classes, calibration and reliability, of next_item otto}]
+                    nats, of language models only: negative log-likelihood of the right answer, terminator included; of
+                    a task with a rationale behind the one that the system wrote itself.
+                    Closed tasks: accuracy (of next_action that of the action's type), valid_ratio. Like:
+                    balanced_accuracy, "f1 LABEL", auc, brier, calibration_error
                     Explanations: supported, valid_ratio. Lists of assets: "hits@k/LABEL", "attainable/LABEL" (the
-                    highest that it can be), valid_ratio, finished, unknown_share; LABEL: both, preference, profit
+                    highest that it can be), valid_ratio, finished, unknown_share; LABEL: both, preference, profit.
+                    Orders of assets: undcg/rank, undcg/utility, mrr, "hit_rate@k" of the choice, tau/utility,
+                    tau/momentum, tau/safety, json_valid, permutation_valid, finished.
+                    Tasks about actions (formulas in action_metrics.py): exact_match (averaged within a session, then
+                    over sessions), macro_f1, weighted_f1, macro_recall, weighted_recall, and both recalls with /head
+                    and /tail (head: the most frequent classes that together hold half of training). With
+                    probabilities auc, grouped_auc and brier of two labels, macro_auc, macro_grouped_auc (one against
+                    the rest) and multiclass_brier of more; top_label_calibration_error and label_nats (−log p of the
+                    right label among the labels). next_event: type_accuracy, rouge_l/FIELD, valid_ratio.
+                    rationale_finished: share of rationales that ended by themselves. And
+                      classes {per_class [{label, words, head, support, predicted, precision, recall, f1: ESTIMATE}],
+                        confusion [[right label × answered label, the last column: cannot be read]],
+                        most_frequent null | {label, share, rest_recall: ESTIMATE}}: the answer that is given most
+                        often, how often, and the mean recall of all other labels; null: no answer can be read
+                      calibration null | {temperature, num_examples (of valid), before {metric: ESTIMATE}, after {…}}
+                      reliability null | {before [{low, high, num_examples, confidence, accuracy}], after: where
+                        calibrated}
+                      otto null | {k, recall {label: ESTIMATE}, possible {label: items to be found}, score: null |
+                        ESTIMATE}: of next_item within sessions, the first k items of the whole catalogue against what
+                        follows in the session (Σ hits / Σ min(k, items to come)); null without such a ranking
+    below_constant  [{task, system, metric, value, constant, answer, answer_share, rest_recall}]: main systems that
+                    are below the constant answer in exact match, or type_accuracy; reports open with it
     comparisons     [{task, a, b, metric, difference: a − b, low, high, p_value, p_holm, method: mcnemar |
-                      paired_bootstrap, num_examples, num_users}]; Holm within one task and metric
+                      mcnemar_clustered | paired_bootstrap, num_examples, num_users}]; Holm within one task and metric
     against_plain   [as comparisons, of nats only]: a is each other adapter and control, b each plain LoRA adapter; Holm
                     within one task and plain LoRA
     segments        {task: {segment: {value: {system: {metric: ESTIMATE, …, num_examples, num_users}}}}}
@@ -79,11 +104,23 @@ from tqdm import tqdm
 from recllm import __version__, files
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
-from recllm.evaluate import baselines, experts, figures, language_model, reading
+from recllm.evaluate import (
+    action_figures,
+    action_systems,
+    baselines,
+    experts,
+    figures,
+    graph_systems,
+    language_model,
+    reading,
+)
+from recllm.evaluate.action_systems import ActionSystems, held_out
+from recllm.evaluate.asset_rankings import ADVISERS
 from recllm.evaluate.baselines import Scorer
+from recllm.evaluate.explanations import Explanations
 from recllm.evaluate.language_model import BASE_MODEL, Adapter, Gates, LanguageModels, System
 from recllm.evaluate.recommendations import hits_names
-from recllm.evaluate.tasks import Prediction, Task, load_tasks
+from recllm.evaluate.tasks import LIKE, Prediction, Task, load_tasks
 from recllm.recipe import Recipe
 
 FORMAT = 1
@@ -137,11 +174,14 @@ def evaluate(
         )
     tasks = load_tasks(dataset, recipe.evaluate.split, recipe.evaluate.max_examples, recipe.seed)
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
+    actions = ActionSystems(recipe, dataset, Path(encoder_folder), tasks)
+    held, uncalibrated = calibration_tasks(recipe, dataset, tasks)
     wants_model = adapters or BASE_MODEL in recipe.evaluate.baselines
-    models = LanguageModels(recipe, dataset, adapters) if wants_model else None
-    unscored = [task.name for task in tasks if not task.is_closed and (_asks_words(task) or not scorers)]
-    if models is None and unscored:
-        raise UserError(f"no system scores the task {unscored[0]}: name evaluate.baselines or give an adapter")
+    explanations = Explanations.of(recipe, dataset) if any(task.is_explained for task in tasks) else None
+    of_graph, unexplained = graph_systems.systems(recipe, dataset, tasks, explanations)
+    models = LanguageModels(recipe, dataset, adapters, held, explanations) if wants_model else None
+    if models is None:
+        check_scored(recipe, tasks, scorers, of_graph)
     main = next((adapter.folder for adapter in adapters if adapter.is_main), None)
     log = training_log(main)
     groups = experts.load_groups(recipe, dataset) if any(a.is_main and a.method == "ilora" for a in adapters) else None
@@ -149,13 +189,14 @@ def evaluate(
         models.check(tasks)
 
     systems = [run_baseline(name, score, recipe, dataset, tasks) for name, score in _bar(scorers)]
-    systems += closed_baselines(dataset, tasks) + chance(tasks)
+    systems += closed_baselines(dataset, tasks) + advisers(tasks) + chance(tasks) + of_graph + actions.systems(held)
     systems += models.systems(tasks) if models else []
+    systems = merged(systems)
     systems.sort(key=lambda system: _ORDER.index(system.kind))  # within a kind as they were scored
     gates = models.gates if models else None
 
-    document = summarise(recipe, dataset, tasks, systems, gates, groups)
-    document["notes"] = notes(recipe, adapters) + (models.notes if models else [])
+    document = summarise(recipe, dataset, tasks, systems, gates, groups, actions)
+    document["notes"] += notes(recipe, adapters) + (models.notes if models else []) + uncalibrated + unexplained
     if gates:
         document["notes"] += unread_notes(tasks)
     document["provenance"] |= provenance(recipe, dataset, Path(encoder_folder), adapters)
@@ -185,7 +226,9 @@ def list_adapters(recipe: Recipe, main: Path | None) -> list[Adapter]:
         language_model.check_adapter_folder(main)
         method = language_model.method_of(main)
         adapters.append(Adapter(method, main, True, method))
-    taken = {*BASELINES, *ENCODERS, *CLOSED_BASELINES, CHANCE, BASE_MODEL, *(adapter.name for adapter in adapters)}
+    taken = {*BASELINES, *ENCODERS, *CLOSED_BASELINES, *action_systems.DESCRIPTIONS, *graph_systems.DESCRIPTIONS}
+    taken |= {*ADVISERS, CHANCE, BASE_MODEL}
+    taken |= {adapter.name for adapter in adapters}
     taken |= {f"{adapter.name}_{name}" for adapter in adapters for name in language_model.CONTROLS[adapter.method]}
     for name, folder in recipe.evaluate.adapters.items():
         if name in taken:
@@ -215,8 +258,15 @@ def check_protocol(recipe: Recipe, dataset: Dataset) -> None:
     """Refuse a protocol whose split or candidates, or a history.gate, that the dataset was not converted with.
 
     Raises:
-        UserError: names the first section that differs.
+        UserError: names the first section that differs; an action of protocol.actions that the dataset does not have.
     """
+    asked = recipe.protocol.actions
+    named = [*asked.otto_weights, *asked.otto_next] if dataset.is_events else []
+    if unknown := [label for label in named if label not in dataset.actions]:
+        raise UserError(
+            f'protocol.actions names the action "{unknown[0]}", {dataset.folder} has {", ".join(dataset.actions)}: '
+            "take labels of the log"
+        )
     if (gate := dataset.manifest.get("history_gate")) != recipe.history.gate:
         raise UserError(
             f"{dataset.folder} was converted with history.gate={gate}, the recipe has {recipe.history.gate}: run "
@@ -235,14 +285,46 @@ def check_protocol(recipe: Recipe, dataset: Dataset) -> None:
             )
 
 
+def check_scored(recipe: Recipe, tasks: list[Task], scorers: dict[str, Scorer], of_graph: list[System]) -> None:
+    """Refuse a task that no baseline scores, where there is no language model.
+
+    Raises:
+        UserError: names the task.
+    """
+    for task in tasks:
+        if task.kind == LIKE or (task.is_action and recipe.evaluate.action_baselines):
+            continue
+        if (scorers and _is_scored_by_items(task)) or any(task.name in system.predictions for system in of_graph):
+            continue
+        option = "evaluate.action_baselines" if task.is_action else "evaluate.baselines"
+        raise UserError(f"no system scores the task {task.name}: name {option} or give an adapter")
+
+
+def calibration_tasks(recipe: Recipe, dataset: Dataset, tasks: list[Task]) -> tuple[dict[str, Task], list[str]]:
+    """Validation examples that fit temperatures, by the name of their task, and sentences where there are none.
+
+    Never of what is reported: a report on valid has no temperatures.
+    """
+    wanted, count = [t for t in tasks if t.is_action and t.is_closed], recipe.protocol.actions.calibration_examples
+    if not wanted or not count:
+        return {}, []
+    if recipe.evaluate.split == "valid":
+        return {}, ["No calibration: temperatures are fitted on valid, which is what this report is about."]
+    if not dataset.examples("valid", ["example_id"]).num_rows:
+        return {}, ["No calibration: the split valid has no examples to fit temperatures on."]
+    held = held_out(wanted, load_tasks(dataset, "valid", count, recipe.seed))
+    missing = [task.name for task in wanted if task.name not in held]
+    return held, [f"{name}: no calibration, the split valid has no example of it." for name in missing]
+
+
 def make_scorers(recipe: Recipe, dataset: Dataset, encoder_folder: Path, tasks: list[Task]) -> dict[str, Scorer]:
-    """The baselines that the recipe names, ready to score; none where every task is closed."""
+    """The baselines that the recipe names, ready to score items; none where no task asks for items."""
     makers = {
         "random": lambda: baselines.random(dataset, recipe.seed),
         "popularity": lambda: baselines.popularity(dataset),
         "item_to_item": lambda: baselines.item_to_item(dataset),
     }
-    if all(task.is_closed for task in tasks):
+    if not any(_is_scored_by_items(task) for task in tasks):
         return {}
     wanted = [name for name in reversed(BASELINES) if name in recipe.evaluate.baselines]
     named = (
@@ -258,18 +340,20 @@ def make_scorers(recipe: Recipe, dataset: Dataset, encoder_folder: Path, tasks: 
 def run_baseline(name: str, score: Scorer, recipe: Recipe, dataset: Dataset, tasks: list[Task]) -> System:
     """A baseline's scores of the candidates and, where the protocol wants it, ranks in the whole catalogue.
 
-    Where lists of assets are asked for, it answers with its best ones of those on offer.
+    Where lists of assets are asked for, it answers with its best ones of those on offer, or with all candidates.
     """
     started, ranking, predictions = time.monotonic(), recipe.protocol.ranking, {}
     for task in tasks:
         if task.judge is not None:
-            best = baselines.best_items(score, dataset, task.examples, task.judge.offered, max(ranking.k))
+            count = task.judge.listed(ranking.k)
+            best = baselines.best_items(score, dataset, task.examples, task.judge.offered, count)
             predictions[task.name] = Prediction(_no_scores(task), generations=task.judge.write(best))
         if task.candidates is None:
             continue
         given = (task.examples, task.candidates, task.target, ranking.full_catalogue, ranking.exclude_history)
-        scores, full = baselines.score_examples(score, dataset, *given)
-        predictions[task.name] = Prediction(scores, full_rank=full)
+        k = recipe.protocol.actions.otto_k if action_figures.wants_otto(task, dataset) else 0
+        scores, full, top = baselines.score_examples(score, dataset, *given, k)
+        predictions[task.name] = Prediction(scores, full_rank=full, top=top)
     described = BASELINES.get(name) or f"{ENCODERS.get(name, name)}, {BASELINES['sequence_encoder']}"
     return System(name, "baseline", described, predictions, time.monotonic() - started)
 
@@ -278,21 +362,43 @@ def _no_scores(task: Task) -> npt.NDArray[np.float64]:
     return np.zeros((len(task.target), 0))
 
 
+def advisers(tasks: list[Task]) -> list[System]:
+    """Momentum, safety and the fitted utility, where assets are to be ranked by a utility."""
+    made: dict[str, dict[str, Prediction]] = {}
+    for task in tasks:
+        for name, written in (task.judge.advisers() if task.judge else {}).items():
+            made.setdefault(name, {})[task.name] = Prediction(_no_scores(task), generations=written)
+    return [System(name, "baseline", ADVISERS[name], found, 0.0) for name, found in made.items()]
+
+
 def chance(tasks: list[Task]) -> list[System]:
-    """What lists drawn by lot are expected to hit, where lists are asked for."""
+    """What is expected of lists drawn by lot, where lists are asked for."""
     found = {task.name: Prediction(_no_scores(task)) for task in tasks if task.judge is not None}
-    text = "expected of assets drawn uniformly from those with a price before the date"
+    text = "expected of lists drawn uniformly: of assets with a price before the date, or orders of the candidates"
     return [System(CHANCE, "baseline", text, found, 0.0)] if found else []
 
 
-def _asks_words(task: Task) -> bool:
-    """Whether its answers are texts that only a language model has."""
-    return task.choices is not None and task.judge is None
+def _is_scored_by_items(task: Task) -> bool:
+    """Whether scores of items answer it."""
+    return task.candidates is not None or task.judge is not None
+
+
+def merged(systems: list[System]) -> list[System]:
+    """Systems of one name as one: a baseline may answer tasks about items and tasks about actions in two ways."""
+    found: dict[str, System] = {}
+    for system in systems:
+        known = found.get(system.name)
+        if known is None:
+            found[system.name] = system
+            continue
+        both, took = known.predictions | system.predictions, known.seconds + system.seconds
+        found[system.name] = known._replace(predictions=both, seconds=took)
+    return list(found.values())
 
 
 def closed_baselines(dataset: Dataset, tasks: list[Task]) -> list[System]:
-    """The constant answer and each user's most frequent one, for closed tasks."""
-    closed = [task for task in tasks if task.is_closed]
+    """The constant answer and each user's most frequent one, for the task like."""
+    closed = [task for task in tasks if task.kind == LIKE]
     if not closed:
         return []
     made: dict[str, dict[str, Prediction]] = {name: {} for name in CLOSED_BASELINES}
@@ -321,6 +427,7 @@ def summarise(
     systems: list[System],
     gates: Gates | None,
     groups: experts.Groups | None,
+    actions: ActionSystems,
 ) -> dict[str, Any]:
     """metrics.json but for provenance beyond timings, and the training log."""
     protocol, titles = recipe.protocol, dataset.titles
@@ -337,6 +444,7 @@ def summarise(
         "counts": dataset.manifest["counts"] | {"evaluated": {task.name: _evaluated(task, recipe) for task in tasks}},
         "audit": dataset.manifest["audit"],
         "systems": [],
+        "below_constant": [],
         "comparisons": [],
         "against_plain": [],
         "segments": {},
@@ -350,13 +458,40 @@ def summarise(
         present = [system for system in systems if task.name in system.predictions]
         main = present[0].name
         document["main_system"][task.name] = main
-        document["systems"] += figures.system_entries(task, present, titles, protocol)
+        training = actions.label_counts(task) if task.is_action else None
+        document["systems"] += figures.system_entries(task, present, titles, protocol, training)
+        if task.is_action:
+            below = action_figures.below_constant(task.name, document["systems"], main)
+            document["below_constant"] += [below] if below else []
+            document["notes"] += action_figures.warnings(task)
+        if action_figures.wants_otto(task, dataset):
+            document["notes"] += add_otto(document["systems"], task, present, dataset, recipe)
         document["comparisons"] += figures.comparisons(task, present, main, protocol)
         document["against_plain"] += figures.against_plain(task, present, protocol)
         document["segments"][task.name] = figures.segments(task, present, dataset, protocol)
         count = max(1, NUM_EXAMPLES_SHOWN // len(tasks))
         document["examples"] += figures.example_entries(task, present, dataset, count)
     return document
+
+
+def add_otto(
+    entries: list[dict[str, Any]], task: Task, systems: list[System], dataset: Dataset, recipe: Recipe
+) -> list[str]:
+    """recall@k by action into the entries of a task's systems; a sentence on those that have no ranking."""
+    protocol, labels = recipe.protocol, dataset.actions
+    to_come = action_figures.items_to_come(task, dataset, recipe.evaluate.split, protocol.actions.otto_next)
+    predictions = [system.predictions[task.name] for system in systems]
+    found = action_figures.otto(task, predictions, to_come, labels, protocol)
+    by_name = dict(zip((system.name for system in systems), found, strict=True))
+    for entry in entries:
+        if entry["task"] == task.name:
+            entry["otto"] = by_name[entry["name"]]
+    without = ", ".join(name for name, one in by_name.items() if one is None)
+    text = (
+        f"{task.name}: no recall@{protocol.actions.otto_k} by action of {without}, which were not asked to rank the "
+        "whole catalogue (evaluate.beam_width, evaluate.exhaustive)."
+    )
+    return [text] if without else []
 
 
 def candidates_label(recipe: Recipe) -> str:
@@ -434,7 +569,7 @@ def provenance(recipe: Recipe, dataset: Dataset, encoder_folder: Path, adapters:
 def versions() -> dict[str, str]:
     """Versions of this package and of what computes its figures."""
     found = {"recllm": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "numpy", "scipy", "polars", "pyarrow"):
+    for name in ("torch", "transformers", "peft", "numpy", "scipy", "polars", "pyarrow", "scikit-learn", "xgrammar"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -476,29 +611,58 @@ def write_predictions(path: Path, tasks: list[Task], systems: list[System], cuto
 
 
 def table_text(document: dict[str, Any]) -> str:
-    """The systems with their main figures and intervals as plain text, one table a task."""
-    lines = []
+    """The systems with their main figures and intervals as plain text, one table a task.
+
+    The first line says which model is below the constant answer, where one is.
+    """
+    lines = reading.below_constant(document)
     for task in document["tasks"]:
         systems = [system for system in document["systems"] if system["task"] == task]
         names = _shown_metrics(document, systems)
         title = f"{task}, split {document['split']}, {systems[0]['num_examples']} examples of "
         confidence = document["protocol"]["bootstrap"]["confidence"]
-        lines += ["", f"{title}{systems[0]['num_users']} users, {confidence:.0%} intervals over users"]
-        if "hit_rate@1" in systems[0]["metrics"]:
-            lines.append(f"candidates {document['candidates_label']}; full: rank in the whole catalogue")
+        lines += ["", f"{title}{reading.clusters(systems[0])}, {confidence:.0%} intervals over {reading.unit(task)}"]
+        if "hit_rate@1" in systems[0]["metrics"] and not reading.is_ordered(task):
+            ranked = any(system["full_catalogue"] for system in systems)
+            full = "; full: rank in the whole catalogue" if ranked else ""
+            lines.append(f"candidates {reading.candidates_note(document, task)}{full}")
             lines += [note] if (note := reading.beam_note(systems)) else []
         rows = [["system", *names]] + [[system["name"], *(_cell(system, name) for name in names)] for system in systems]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines += ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+        lines += _columns(rows) + _otto_lines(systems)
+        if reading.is_action(task):
+            lines += [f"note: {note}" for note in document["notes"] if note.startswith(f"{task}:")]
     return "\n".join(lines)
 
 
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _otto_lines(systems: list[dict[str, Any]]) -> list[str]:
+    """recall@k of each action, where items are held against what follows in the session."""
+    found = {system["name"]: system["otto"] for system in systems if system.get("otto")}
+    if not found:
+        return []
+    first = next(iter(found.values()))
+    heads = ["system", *(f"recall@{first['k']} {label}" for label in first["recall"]), "score"]
+    rows = [[name, *map(_estimate, one["recall"].values()), _estimate(one["score"])] for name, one in found.items()]
+    return ["", *_columns([heads, *rows])]
+
+
 def _shown_metrics(document: dict[str, Any], systems: list[dict[str, Any]]) -> list[str]:
-    if "supported" in systems[0]["metrics"]:
+    known = systems[0]["metrics"]
+    if reading.is_ordered(systems[0]["task"]):
+        return [*reading.leading_metrics(document, systems[0]["task"]), "permutation_valid", "nats"]
+    if reading.is_action(systems[0]["task"]):
+        fields = [name for name in known if name.startswith("rouge_l/")]
+        own = ["accuracy"] if "accuracy" in known else ["type_accuracy", *fields, "valid_ratio"]
+        return ["exact_match", *own, "macro_f1", "weighted_f1", "nats"]
+    if "supported" in known:
         return ["supported", "valid_ratio", "nats"]
-    if (hits := hits_names(max(document["protocol"]["ranking"]["k"])))[0] in systems[0]["metrics"]:
+    if (hits := hits_names(max(document["protocol"]["ranking"]["k"])))[0] in known:
         return [*hits, "valid_ratio", "nats"]
-    if "accuracy" in systems[0]["metrics"]:
+    if "accuracy" in known:
         return ["accuracy", "balanced_accuracy", "auc", "nats"]
     cutoffs = document["protocol"]["ranking"]["k"]
     names = [f"hit_rate@{k}" for k in sorted({min(cutoffs), max(cutoffs)})] + [f"ndcg@{max(cutoffs)}"]
@@ -509,7 +673,10 @@ def _shown_metrics(document: dict[str, Any], systems: list[dict[str, Any]]) -> l
 
 def _cell(system: dict[str, Any], name: str) -> str:
     place = (system["full_catalogue"] or {}) if name.startswith("full ") else system["metrics"]
-    found = place.get(name.removeprefix("full "))
+    return _estimate(place.get(name.removeprefix("full ")))
+
+
+def _estimate(found: dict[str, Any] | None) -> str:
     if not found or found["value"] is None:
         return "-"
     if found["low"] is None:
@@ -518,9 +685,11 @@ def _cell(system: dict[str, Any], name: str) -> str:
 
 
 def _evaluated(task: Task, recipe: Recipe) -> dict[str, int]:
+    sessions = {"sessions": len(np.unique(task.clusters))} if task.is_action else {}
     return {
         "examples": len(task.target),
         "users": len(np.unique(task.users)),
+        **sessions,
         "of_examples": task.available,
         "chosen_by_seed": recipe.seed,
     }

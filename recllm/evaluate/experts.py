@@ -23,7 +23,7 @@ from recllm.evaluate import statistics
 from recllm.evaluate.baselines import item_counts
 from recllm.evaluate.figures import HISTORY_BUCKETS, as_json, popularity_classes
 from recllm.recipe import Recipe
-from recllm.schema import ITEMS
+from recllm.schema import ITEMS, actions_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -169,11 +169,27 @@ def item_part(groups: ItemGroups, dataset: Dataset, users: Users) -> Part:
     longest = int(dataset.manifest["history_max_items"])
     shares = np.zeros((len(users.user_index), len(groups.names)))
     for line, user, end in zip(shares, users.user_index.tolist(), users.gate_end.tolist(), strict=True):
-        if end:
-            line[:] = groups.members[dataset.history(user, end, longest)].mean(axis=0)
+        if len(items := dataset.history(user, end, longest)):
+            line[:] = groups.members[items].mean(axis=0)
+    return _most_frequent(groups.column, groups.names, shares)
+
+
+def action_part(dataset: Dataset, users: Users) -> Part:
+    """Share of each action in each user's events, as many of them as the gate reads."""
+    longest, names = int(dataset.manifest["history_max_items"]), dataset.actions
+    shares = np.zeros((len(users.user_index), len(names)))
+    for line, user, end in zip(shares, users.user_index.tolist(), users.gate_end.tolist(), strict=True):
+        if len(codes := dataset.read(user, end, longest)):
+            numbers = actions_of(codes.astype(np.int64), dataset.num_items)
+            line[:] = np.bincount(numbers, minlength=len(names)) / len(codes)
+    return _most_frequent("actions", names, shares)
+
+
+def _most_frequent(name: str, groups: Sequence[str], shares: Floats) -> Part:
+    """The groups that most of the histories are of, and enough users have."""
     kept = np.flatnonzero((shares > 0).sum(axis=0) >= statistics.FEW_USERS)
     kept = kept[np.argsort(-shares[:, kept].mean(axis=0), kind="stable")][:MAX_ITEM_GROUPS]
-    return Part(groups.column, "items", [groups.names[place] for place in kept], shares[:, kept])
+    return Part(name, "items", [groups[place] for place in kept], shares[:, kept])
 
 
 def user_parts(dataset: Dataset, users: Users, attributes: Mapping[str, Sequence[str]]) -> Iterator[Part]:
@@ -196,11 +212,12 @@ def _history_lengths(ends: npt.NDArray) -> tuple[npt.NDArray, list[str]]:
 
 
 def _head_shares(dataset: Dataset, users: Users) -> Floats:
-    """Share of head items in each history, (U,); NaN without a history."""
+    """Share of head items in each history, (U,); NaN without an item in it."""
     head = popularity_classes(item_counts(dataset)) == "head"
     longest = int(dataset.manifest["history_max_items"])
     pairs = zip(users.user_index.tolist(), users.gate_end.tolist(), strict=True)
-    return np.array([head[dataset.history(user, end, longest)].mean() if end else np.nan for user, end in pairs])
+    histories = (dataset.history(user, end, longest) for user, end in pairs)
+    return np.array([head[items].mean() if len(items) else np.nan for items in histories])
 
 
 def _gaps(dataset: Dataset, users: Users) -> Floats:
@@ -316,6 +333,7 @@ def summarise(
         return None
     chosen = Users(*(column[rows].astype(np.int64) for column in (users, ends, gate_ends)))
     parts = [] if groups.items is None else [item_part(groups.items, dataset, chosen)]
+    parts += [action_part(dataset, chosen)] if dataset.is_events else []
     attributes = {name: [values[user] for user in chosen.user_index] for name, values in groups.attributes.items()}
     parts += user_parts(dataset, chosen, attributes)
     parts = [part for part in parts if part.groups]

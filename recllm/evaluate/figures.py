@@ -12,16 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recllm.data.dataset import Dataset
-from recllm.evaluate import metrics, statistics
+from recllm.evaluate import action_figures, action_metrics, metrics, statistics
+from recllm.evaluate.action_figures import EXACT_MATCH
+from recllm.evaluate.asset_rankings import SIGNED
 from recllm.evaluate.baselines import item_counts, training_interactions
 from recllm.evaluate.explanations import SUPPORTED, UNREADABLE, counted
 from recllm.evaluate.language_model import System
-from recllm.evaluate.recommendations import hits_names
-from recllm.evaluate.statistics import Estimate
-from recllm.evaluate.tasks import Prediction, Task
+from recllm.evaluate.next_events import TYPE_ACCURACY
+from recllm.evaluate.statistics import Estimate, as_json
+from recllm.evaluate.tasks import EXPLAIN, ON_ITEM, QUESTION, Prediction, Task, predicted_labels, valid_rows
 from recllm.recipe import BootstrapSection, Protocol
+from recllm.schema import NO_ITEM, actions_of, items_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,29 +36,25 @@ SEGMENT_NOTES = {
     "training; cold: cold-start items, without any interaction in training",
     "history length": "interactions of the user before the cut-off of the example",
     "user": "in training: the user has interactions in training; new: none",
+    "asked in training": "yes: training has a question about the same item, or an explanation of it; no: it has none",
+    "taste": "of their own: the utility is fitted to the customer's purchases before the date; of all customers: to "
+    "those of all, where the customer's are too few",
 }
-
-
-def valid_rows(prediction: Prediction) -> npt.NDArray[np.bool_]:
-    """(N,): examples for which every score is a number."""
-    return np.asarray(~np.isnan(prediction.scores).any(axis=1))
-
-
-def predicted_labels(prediction: Prediction) -> npt.NDArray[np.int64]:
-    """Closed tasks: the column with the highest score (the first among equals), -1 where invalid. (N,)"""
-    filled = np.where(np.isnan(prediction.scores), -np.inf, prediction.scores)
-    return np.where(valid_rows(prediction), filled.argmax(axis=1), -1)
 
 
 def example_metrics(task: Task, prediction: Prediction, cutoffs: Sequence[int]) -> dict[str, Floats]:
     """Metrics that are means over examples, each (N,): ranking metrics, accuracy, supported or hits; valid_ratio, nats.
 
-    Of the task assets a prediction without answers is chance.
+    Of a bank's tasks a prediction without answers is chance. With a rationale rationale_finished is the share of
+    rationales that ended by themselves.
     """
     valid = valid_rows(prediction)
     if task.judge is not None:
         written = prediction.generations
         table = task.judge.chance(cutoffs) if written is None else task.judge.figures(written, cutoffs)
+    elif task.events is not None:
+        known = task.events.figures(prediction.generations or [])
+        table = {name: known[name] for name in (TYPE_ACCURACY, "valid_ratio")}
     elif task.is_explained:
         verdicts = np.array(prediction.verdicts)
         table = {"supported": (verdicts == SUPPORTED).astype(np.float64)}
@@ -64,22 +64,31 @@ def example_metrics(task: Task, prediction: Prediction, cutoffs: Sequence[int]) 
         table["valid_ratio"] = metrics.valid_ratio(valid)
     else:
         table = metrics.ranking(metrics.ranks(prediction.scores, task.right_column), valid, cutoffs)
+    if prediction.rationales is not None:
+        table["rationale_finished"] = np.array([done for _, done in prediction.rationales], dtype=np.float64)
     return table if prediction.nats is None else table | {"nats": prediction.nats}
 
 
 def system_entries(
-    task: Task, systems: Sequence[System], titles: list[str], protocol: Protocol
+    task: Task,
+    systems: Sequence[System],
+    titles: list[str],
+    protocol: Protocol,
+    training: npt.NDArray[np.int64] | None = None,
 ) -> list[dict[str, Any]]:
-    """The entries of `systems` for one task."""
+    """The entries of `systems` for one task; of tasks about actions `training` (C,) counts the labels of training."""
     cutoffs, predictions = protocol.ranking.k, [system.predictions[task.name] for system in systems]
     tables = [example_metrics(task, prediction, cutoffs) for prediction in predictions]
     full_tables = [_full_metrics(prediction, cutoffs) for prediction in predictions]
-    found = estimates([*tables, *full_tables], task.users, protocol.bootstrap)
-    scored, full = found[: len(systems)], found[len(systems) :]
-    if task.is_closed:
+    found = estimates([*tables, *full_tables], task.clusters, protocol.bootstrap)
+    scored, full, further = found[: len(systems)], found[len(systems) :], [dict[str, Any]() for _ in systems]
+    if task.is_action:
+        assert training is not None
+        further = action_figures.entries(task, predictions, protocol, training)
+        scored = [more.pop("metrics") | own for own, more in zip(scored, further, strict=True)]
+    elif task.is_closed:
         closed = closed_figures(task, predictions, protocol.bootstrap)
         scored = [own | more for own, more in zip(scored, closed, strict=True)]
-    size = {"num_examples": len(task.target), "num_users": len(np.unique(task.users))}
     return [
         {
             "name": system.name,
@@ -88,15 +97,29 @@ def system_entries(
             "has_gate": system.has_gate,
             "task": task.name,
             "description": system.description,
-            **size,
+            **size_of(task, np.arange(len(task.target))),
             "metrics": figures,
             "full_catalogue": ranked or None,
             "beam": prediction.beam,
-            "generation": None if task.is_written else generation_figures(task, prediction, titles, protocol),
-            "verdicts": None if prediction.verdicts is None else counted(prediction.verdicts),
+            "generation": generation_figures(task, prediction, titles, protocol),
+            "verdicts": _verdicts(task, prediction),
+            **more,
         }
-        for system, prediction, figures, ranked in zip(systems, predictions, scored, full, strict=True)
+        for system, prediction, figures, ranked, more in zip(systems, predictions, scored, full, further, strict=True)
     ]
+
+
+def size_of(task: Task, rows: npt.NDArray[np.int64]) -> dict[str, int]:
+    """How many examples, users and, of tasks about actions, sessions some rows of a task have."""
+    found = {"num_examples": len(rows), "num_users": len(np.unique(task.users[rows]))}
+    return found | ({"num_sessions": len(np.unique(task.clusters[rows]))} if task.is_action else {})
+
+
+def _verdicts(task: Task, prediction: Prediction) -> dict[str, int] | None:
+    """How often each verdict was given on explanations; of next_event why answers could not be read."""
+    if task.events is not None:
+        return task.events.reasons(prediction.generations or [])
+    return None if prediction.verdicts is None else counted(prediction.verdicts)
 
 
 def _full_metrics(prediction: Prediction, cutoffs: Sequence[int]) -> dict[str, Floats]:
@@ -115,7 +138,29 @@ def estimates(
     rng = np.random.default_rng(section.seed)
     values = np.stack(columns, axis=1)
     found = iter(statistics.bootstrap_means(values, users, rng, section.samples, section.confidence))
-    return [{name: as_json(next(found)) for name in table} for table in tables]
+    return [
+        {name: as_json(_signed(next(found), table) if name in SIGNED else next(found)) for name in table}
+        for table in tables
+    ]
+
+
+def _signed(estimate: Estimate, table: dict[str, Floats]) -> Estimate:
+    """Of a mean within [−1, 1]: where no example differs, its interval is by the bound that holds within [0, 1].
+
+    With a width w of that bound, all ones are at least 1 − 2 w; all zeros, of answers that are no ranking, are τ ≠ 0 in
+    a share of at most w: −w to w. All −1 have no interval. Chance, a table without answers, is 0 exactly.
+
+    >>> answers = {"permutation_valid": np.zeros(9)}
+    >>> _signed(Estimate(1.0, 0.75, 1.0), answers), _signed(Estimate(0.0, 0.0, 0.25), answers)
+    (Estimate(value=1.0, low=0.5, high=1.0), Estimate(value=0.0, low=-0.25, high=0.25))
+    """
+    if "permutation_valid" not in table:
+        return Estimate(estimate.value, estimate.value, estimate.value)
+    if estimate.value == -1:
+        return Estimate(-1.0, math.nan, math.nan)
+    if estimate.value == 1:
+        return estimate._replace(low=2 * estimate.low - 1)
+    return estimate._replace(low=-estimate.high) if estimate.value == estimate.low == 0 else estimate
 
 
 def closed_figures(
@@ -125,7 +170,7 @@ def closed_figures(
     tables = [_closed_statistics(task, prediction) for prediction in predictions]
     asked = [statistic for table in tables for statistic in table.values()]
     rng = np.random.default_rng(section.seed)
-    found = iter(statistics.bootstrap_statistics(asked, task.users, rng, section.samples, section.confidence))
+    found = iter(statistics.bootstrap_statistics(asked, task.clusters, rng, section.samples, section.confidence))
     return [{name: as_json(next(found)) for name in table} for table in tables]
 
 
@@ -153,24 +198,49 @@ def positive_probability(scores: Floats) -> Floats:
 def generation_figures(
     task: Task, prediction: Prediction, titles: list[str], protocol: Protocol
 ) -> dict[str, Any] | None:
-    """Free answers matched to the catalogue: valid_ratio and exact_hit, on the first examples."""
-    if prediction.generations is None:
+    """Free answers, on the first examples: valid_ratio, and exact_hit, those that are right.
+
+    Titles are matched to the catalogue, labels to the words of the answers, events are read as JSON.
+    """
+    written = prediction.free if task.events is not None else prediction.generations
+    if written is None or task.judge is not None or task.is_explained:
         return None
-    found = match_titles(prediction.generations, titles)
-    count = len(found)
-    table = {
-        "valid_ratio": metrics.valid_ratio(found != NO_ITEM),
-        "exact_hit": (found == task.target[:count]).astype(np.float64),
-    }
+    count, note = len(written), "an answer with anything around it cannot be read"
+    if task.events is not None:
+        known = task.events.figures(written)
+        table = {"valid_ratio": known["valid_ratio"], "exact_hit": known["exact"]}
+    else:
+        found, right, note = _matched(task, written, titles, note)
+        table = {"valid_ratio": metrics.valid_ratio(found != NO_ITEM), "exact_hit": metrics.accuracy(right, found)}
     return {
         "num_examples": count,
         "max_new_tokens": protocol.decoding.max_new_tokens,
-        "note": f"the first {count} of {len(task.target)} evaluated examples; a title of several items is no hit",
-        **estimates([table], task.users[:count], protocol.bootstrap)[0],
+        "note": f"the first {count} of {len(task.target)} evaluated examples; {note}",
+        **estimates([table], task.clusters[:count], protocol.bootstrap)[0],
     }
 
 
-NO_ITEM, SEVERAL_ITEMS = -1, -2
+def _matched(
+    task: Task, written: Sequence[tuple[str, bool]], titles: Sequence[str], note: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], str]:
+    """What was written and what is right, as numbers of labels or items, and a note on the reading."""
+    if task.is_closed:
+        return match_words(written, task.words), task.right_column[: len(written)], note
+    found = match_titles(written, titles)
+    return found, task.target[: len(written)], "a title of several items is no hit"
+
+
+SEVERAL_ITEMS = -2
+
+
+def match_words(generations: Sequence[tuple[str, bool]], words: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The label whose words each answer is, letter by letter but for white space around it; -1 where it is none.
+
+    >>> match_words([("buy ", True), ("buy", False), ("buy it", True)], ["view", "buy"]).tolist()
+    [1, -1, -1]
+    """
+    known = {text: place for place, text in enumerate(words)}
+    return np.array([known.get(text.strip(), -1) if done else -1 for text, done in generations], dtype=np.int64)
 
 
 def match_titles(generations: Sequence[tuple[str, bool]], titles: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -206,7 +276,16 @@ def comparisons(task: Task, systems: Sequence[System], main: str, protocol: Prot
         for other, table in by_name.items()
         if other != main and name in table
     ]
-    return _adjusted(task, compare_pairs(pairs, task.users, protocol.bootstrap), "metric")
+    tests = compare_pairs(pairs, task.clusters, protocol.bootstrap, _unit(task))
+    if task.is_action:
+        exact = {s.name: action_figures.exact_match(task, s.predictions[task.name]) for s in systems}
+        of_sessions = [Pair(main, b, EXACT_MATCH, exact[main], values) for b, values in exact.items() if b != main]
+        tests = compare_sessions(of_sessions, len(task.target), protocol.bootstrap) + tests
+    return _adjusted(task, tests, "metric")
+
+
+def _unit(task: Task) -> str:
+    return "sessions" if task.is_action else "users"
 
 
 def against_plain(task: Task, systems: Sequence[System], protocol: Protocol) -> list[dict[str, Any]]:
@@ -221,7 +300,7 @@ def against_plain(task: Task, systems: Sequence[System], protocol: Protocol) -> 
         for name, values in nats.items()
         if name != other
     ]
-    return _adjusted(task, compare_pairs(pairs, task.users, protocol.bootstrap), "b")
+    return _adjusted(task, compare_pairs(pairs, task.clusters, protocol.bootstrap, _unit(task)), "b")
 
 
 def _adjusted(task: Task, tests: Sequence[dict[str, Any]], within: str) -> list[dict[str, Any]]:
@@ -235,9 +314,13 @@ def _adjusted(task: Task, tests: Sequence[dict[str, Any]], within: str) -> list[
 
 
 def compared_metrics(task: Task, protocol: Protocol) -> list[str]:
-    """The metrics that are tested and shown by segment."""
+    """The means over examples that are tested; of tasks about actions exact match is tested beside them."""
+    if task.events is not None:
+        return [TYPE_ACCURACY, "nats"]
+    if task.is_action:
+        return ["nats"]  # accuracy is exact match but for the weight of sessions
     if task.judge is not None:
-        return [*hits_names(max(protocol.ranking.k)), "nats"]
+        return [*task.judge.leading(protocol.ranking.k), "nats"]
     if task.is_explained:
         return ["supported", "nats"]
     if task.is_closed:
@@ -255,8 +338,10 @@ class Pair(NamedTuple):
     values_b: Floats  # (N,)
 
 
-def compare_pairs(pairs: Sequence[Pair], users: npt.NDArray, section: BootstrapSection) -> list[dict[str, Any]]:
-    """a − b of each pair with its interval and p-value; the users (N,) are drawn once for all pairs.
+def compare_pairs(
+    pairs: Sequence[Pair], users: npt.NDArray, section: BootstrapSection, unit: str = "users"
+) -> list[dict[str, Any]]:
+    """a − b of each pair with its interval and p-value; the users (N,), or sessions, are drawn once for all pairs.
 
     McNemar's exact test for hits where each user has one example; it takes examples as independent, so otherwise, and
     for all that is not 0 or 1, the paired bootstrap over users. The interval is the bootstrap's in any case. With fewer
@@ -267,14 +352,34 @@ def compare_pairs(pairs: Sequence[Pair], users: npt.NDArray, section: BootstrapS
     rng = np.random.default_rng(section.seed)
     gaps = np.stack([pair.values_a - pair.values_b for pair in pairs], axis=1)
     found = statistics.paired_differences(gaps, users, rng, section.samples, section.confidence)
-    num_users = len(np.unique(users))
-    return [_test_entry(pair, difference, len(users), num_users) for pair, difference in zip(pairs, found, strict=True)]
+    size = {"num_examples": len(users), f"num_{unit}": len(np.unique(users))}
+    return [_test_entry(pair, difference, size, unit) for pair, difference in zip(pairs, found, strict=True)]
 
 
-def _test_entry(pair: Pair, found: statistics.Difference, num_examples: int, num_users: int) -> dict[str, Any]:
-    binary = pair.metric.startswith("hit_rate@") or pair.metric in ("accuracy", "supported")
-    method, p_value = "paired_bootstrap", found.p_value
-    if binary and num_users == num_examples and num_users >= statistics.FEW_USERS:
+def compare_sessions(pairs: Sequence[Pair], num_examples: int, section: BootstrapSection) -> list[dict[str, Any]]:
+    """a − b of exact match, one value a session, by McNemar's test: exact where each session has one example.
+
+    Otherwise the test for clusters (Durkalski et al. 2003), whose statistic is about these very means. The interval is
+    the paired bootstrap's over sessions.
+    """
+    if not pairs:
+        return []
+    count = len(pairs[0].values_a)
+    entries = compare_pairs(pairs, np.arange(count), section, "sessions")
+    if count == num_examples:
+        return entries
+    for entry, pair in zip(entries, pairs, strict=True):
+        entry["num_examples"] = num_examples
+        if count >= statistics.FEW_USERS:
+            entry["method"] = "mcnemar_clustered"
+            entry["p_value"] = statistics.clustered_mcnemar(pair.values_a - pair.values_b)
+    return entries
+
+
+def _test_entry(pair: Pair, found: statistics.Difference, size: dict[str, int], unit: str) -> dict[str, Any]:
+    binary = pair.metric.startswith("hit_rate@") or pair.metric in ("accuracy", "supported", EXACT_MATCH, TYPE_ACCURACY)
+    method, p_value, clusters = "paired_bootstrap", found.p_value, size[f"num_{unit}"]
+    if binary and clusters == size["num_examples"] and clusters >= statistics.FEW_USERS:
         method, p_value = "mcnemar", statistics.mcnemar(pair.values_a, pair.values_b)
     return {
         "a": pair.a,
@@ -285,8 +390,7 @@ def _test_entry(pair: Pair, found: statistics.Difference, num_examples: int, num
         "high": _json_number(found.high),
         "p_value": _json_number(p_value),
         "method": method,
-        "num_examples": num_examples,
-        "num_users": num_users,
+        **size,
     }
 
 
@@ -303,6 +407,7 @@ def segments(task: Task, systems: Sequence[System], dataset: Dataset, protocol: 
         ranked = _full_metrics(prediction, protocol.ranking.k)
         tables[system.name] = example_metrics(task, prediction, protocol.ranking.k)
         tables[system.name] |= {f"full {full}": ranked[full]} if ranked else {}
+    right = {s.name: action_figures.right_rows(task, s.predictions[task.name]) for s in systems if task.is_action}
     result: dict[str, Any] = {}
     for segment, (values, order) in segment_values(task, dataset).items():
         result[segment] = {}
@@ -310,12 +415,21 @@ def segments(task: Task, systems: Sequence[System], dataset: Dataset, protocol: 
             rows = np.flatnonzero(values == value)
             if not len(rows):
                 continue
-            users = task.users[rows]
-            size = {"num_examples": len(rows), "num_users": len(np.unique(users))}
             parts = [{c: table[c][rows] for c in columns if c in table} for table in tables.values()]
-            found = estimates(parts, users, protocol.bootstrap)
+            found = estimates(parts, task.clusters[rows], protocol.bootstrap)
+            found = [a | b for a, b in zip(_exact_matches(task, right, rows, protocol) or [{}] * len(found), found)]
+            size = size_of(task, rows)
             result[segment][value] = {name: part | size for name, part in zip(tables, found, strict=True)}
     return result
+
+
+def _exact_matches(
+    task: Task, right: dict[str, Floats], rows: npt.NDArray[np.int64], protocol: Protocol
+) -> list[dict[str, Any]]:
+    """Exact match of some rows of a task about actions, by system; nothing of other tasks."""
+    sessions = task.clusters[rows]
+    means = [{EXACT_MATCH: action_metrics.session_means(values[rows], sessions)} for values in right.values()]
+    return estimates(means, np.arange(len(np.unique(sessions))), protocol.bootstrap) if means else []
 
 
 def segment_values(task: Task, dataset: Dataset) -> dict[str, tuple[npt.NDArray, list[str]]]:
@@ -328,12 +442,17 @@ def segment_values(task: Task, dataset: Dataset) -> dict[str, tuple[npt.NDArray,
     user = np.repeat(np.arange(sequences.num_users), np.diff(sequences.offsets))
     seen = np.bincount(user[training_interactions(dataset)], minlength=sequences.num_users) > 0
     users = np.where(seen[task.users], "in training", "new")
+    found = {"history length": (lengths, list(buckets)), "user": (users, ["in training", "new"])}
+    if task.judge is not None:
+        found |= {name: (values, sorted(set(values.tolist()))) for name, values in task.judge.groups.items()}
+    if (task.target == NO_ITEM).any() or (task.is_action and task.kind != ON_ITEM):
+        return found  # no item is asked about
+    if task.kind in (QUESTION, EXPLAIN):
+        train = dataset.examples("train", ["task", "target"])
+        known = train["target"].filter(pc.equal(train["task"], task.kind)).to_numpy()
+        found["asked in training"] = np.where(np.isin(task.target, known), "yes", "no"), ["yes", "no"]
     popular = popularity_classes(item_counts(dataset))[task.target]
-    of_targets = {} if task.judge is not None else {"target popularity": (popular, ["head", "tail", "cold"])}
-    return of_targets | {
-        "history length": (lengths, list(buckets)),
-        "user": (users, ["in training", "new"]),
-    }
+    return {"target popularity": (popular, ["head", "tail", "cold"]), **found}
 
 
 def popularity_classes(counts: npt.NDArray[np.int64]) -> npt.NDArray:
@@ -365,12 +484,22 @@ def _example_entry(task: Task, systems: Sequence[System], dataset: Dataset, row:
         "task": task.name,
         "example_id": task.examples.example_ids[row],
         "user_id": dataset.sequences.user_ids[user].as_py(),
-        "history": [titles[item] for item in dataset.history(user, end, shown)],
+        "history": history_lines(dataset, user, end, shown),
         "history_length": end,
-        "target": None if task.judge is not None else titles[task.target[row]],
+        "target": None if task.target[row] == NO_ITEM or task.events is not None else titles[task.target[row]],
         "label": right[row] if (right := task.right_texts) else None,
         "systems": {s.name: _example_system(task, s.predictions[task.name], titles, row) for s in systems},
     }
+
+
+def history_lines(dataset: Dataset, user: int, end: int, shown: int) -> list[str]:
+    """The last `shown` of what a user did before a position: titles, of events with the words of the action."""
+    titles = dataset.titles
+    if not dataset.is_events:
+        return [titles[item] for item in dataset.history(user, end, shown)]
+    codes, words = dataset.read(user, end, shown).astype(np.int64), dataset.words
+    pairs = zip(actions_of(codes, dataset.num_items).tolist(), items_of(codes, dataset.num_items).tolist())
+    return [words[action] if item == NO_ITEM else f"{words[action]}: {titles[item]}" for action, item in pairs]
 
 
 def _example_system(task: Task, prediction: Prediction, titles: list[str], row: int, top: int = 5) -> dict[str, Any]:
@@ -408,7 +537,10 @@ PREDICTIONS = pa.schema(
         ("valid", pa.bool_()),
         ("label", pa.string()),
         ("predicted", pa.string()),
-        ("figures", pa.map_(pa.string(), pa.float64())),  # of the task assets: every metric of this example
+        # of a bank's tasks every metric of this example, of next_event what is known of it
+        ("figures", pa.map_(pa.string(), pa.float64())),
+        ("session", pa.int64()),  # of event datasets: equal for the examples of a session
+        ("rationale", pa.string()),  # that was written before the answer
     ]
 )
 
@@ -419,6 +551,9 @@ def predictions_table(task: Task, system: System, cutoffs: Sequence[int]) -> pa.
     valid, predicted = valid_rows(prediction), list[str | None]([None] * count)
     if task.is_closed:
         predicted = [task.labels[place] if place >= 0 else None for place in predicted_labels(prediction)]
+    if task.events is not None:
+        places = action_figures.predicted_classes(task, prediction)
+        valid, predicted = places >= 0, [task.labels[place] if place >= 0 else None for place in places]
     if prediction.verdicts is not None:
         predicted = list(prediction.verdicts)
     texts: list[str | None] = [text for text, _ in prediction.generations or []]
@@ -428,7 +563,7 @@ def predictions_table(task: Task, system: System, cutoffs: Sequence[int]) -> pa.
         "task": [task.name] * count,
         "example_id": task.examples.example_ids,
         "user_index": task.users,
-        "target": task.target if task.judge is None else nothing,
+        "target": [None if item == NO_ITEM else item for item in task.target.tolist()],
         "candidates": nothing if task.candidates is None else list(task.candidates),
         "scores": list(prediction.scores),
         "rank": nothing if not task.is_ranked else metrics.ranks(prediction.scores, task.right_column),
@@ -438,24 +573,29 @@ def predictions_table(task: Task, system: System, cutoffs: Sequence[int]) -> pa.
         "valid": valid,
         "label": task.right_texts or nothing,
         "predicted": predicted,
-        "figures": nothing if task.judge is None else _rows(example_metrics(task, prediction, cutoffs)),
+        "figures": _figures_of(task, prediction, cutoffs),
+        "session": nothing if task.sessions is None else task.sessions,
+        "rationale": nothing if prediction.rationales is None else [text for text, _ in prediction.rationales],
     }
     return pa.table(
         {field.name: pa.array(columns[field.name], type=field.type) for field in PREDICTIONS}, schema=PREDICTIONS
     )
 
 
+def _figures_of(task: Task, prediction: Prediction, cutoffs: Sequence[int]) -> list[Any]:
+    """(N,) names and values of what is written and judged; null elsewhere."""
+    if task.events is not None:
+        return _rows(task.events.figures(prediction.generations or []))
+    return [None] * len(task.target) if task.judge is None else _rows(example_metrics(task, prediction, cutoffs))
+
+
 def _rows(table: dict[str, Floats]) -> list[list[tuple[str, float]]]:
-    """Columns (N,) as N lists of names and values."""
-    return [list(zip(table, values)) for values in zip(*(column.tolist() for column in table.values()))]
+    """Columns (N,) as N lists of names and values, without those that are undefined."""
+    rows = zip(*(column.tolist() for column in table.values()))
+    return [[(name, value) for name, value in zip(table, values) if not math.isnan(value)] for values in rows]
 
 
 # ---- JSON ----
-
-
-def as_json(estimate: Estimate) -> dict[str, float | None]:
-    """{"value", "low", "high"}; what is undefined is null."""
-    return {name: _json_number(value) for name, value in estimate._asdict().items()}
 
 
 def _json_number(value: float) -> float | None:

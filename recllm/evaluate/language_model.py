@@ -5,7 +5,7 @@ it, asked, and taken off again.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recllm.convert.titles import tokenizer_special_tokens
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
+from recllm.evaluate.calibration import fit_temperature
 from recllm.evaluate.catalogue import Catalogue
 from recllm.evaluate.explanations import NEW_TOKENS, Explanations
 from recllm.evaluate.tasks import NEXT_ITEM, Prediction, Task
@@ -79,21 +79,32 @@ class Gates(NamedTuple):
 
 
 class LanguageModels:
-    """Everything that is scored by language models, checked before anything is."""
+    """Everything that is scored by language models, checked before anything is.
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, adapters: list[Adapter]) -> None:
+    `held` has validation examples of some closed tasks, by the task's name: they fit each system's temperature, and are
+    reported nowhere. `explanations` judges the task explain, where that is asked.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        adapters: list[Adapter],
+        held: Mapping[str, Task] | None = None,
+        explanations: Explanations | None = None,
+    ) -> None:
         from recllm.evaluate.engines import make_engines
         from recllm.model.adapter import check_vocabulary
 
         for adapter in adapters:
             check_adapter_folder(adapter.folder)
             check_vocabulary(adapter.folder, dataset.vocabulary_sha256)
-        self.recipe, self.dataset, self.adapters = recipe, dataset, adapters
+        self.recipe, self.dataset, self.adapters, self.held = recipe, dataset, adapters, dict(held or {})
         self.engines = make_engines(recipe, [adapter.folder for adapter in adapters])
         self.gates: Gates | None = None  # of the run's own adapter
         self.notes: list[str] = []  # what was not scored, and why
         self.catalogue = Catalogue(recipe, dataset, self.engines.tokenizer)
-        self.explanations: Explanations | None = None
+        self.explanations = explanations
 
     def check(self, tasks: list[Task]) -> None:
         """Find now what would stop the scoring later: prompts beyond the context, adapters with damaged weights.
@@ -102,16 +113,14 @@ class LanguageModels:
             UserError: names the prompt or the file.
         """
         tokens = self.engines.tokens
-        if any(task.is_explained for task in tasks):
-            special = tokenizer_special_tokens(self.recipe.model.name_or_path)
-            self.explanations = Explanations(self.dataset, self.recipe.graph, special)
-        for task in tasks:
+        for task in [*tasks, *self.held.values()]:
             answers = task.answer_texts(self.dataset.titles)
             if self.catalogue.is_asked(task):
                 longest = max(self.dataset.titles, key=lambda title: tokens.num_tokens([[title]])[0, 0])
                 answers = [[*row, f"{longest}{end}"] for row, end in zip(answers, task.ends)]
             tokens.pairs(task.prompts, answers)
-            tokens.for_generation(task.prompts[: _generated(task)], self._limit(task))
+            tokens.for_generation(task.prompts[: self._written(task)], self._room(task, answers))
+            tokens.grammar(self._schema(task))
         self.engines.check([adapter.folder for adapter in self.adapters])
 
     def systems(self, tasks: list[Task]) -> Iterator[System]:
@@ -131,21 +140,22 @@ class LanguageModels:
     def _longest(self, tasks: list[Task]) -> int:
         """Tokens of the longest prompt with what may follow it."""
         tokens, lengths = self.engines.tokens, [1]
-        for task in tasks:
+        for task in [*tasks, *self.held.values()]:
             answers = task.answer_texts(self.dataset.titles)
             rows, candidates = tokens.pairs(task.prompts, answers)
             ends = [max(map(len, texts)) for texts in candidates]
             if self.catalogue.is_asked(task):
                 ends = [max(end, self.catalogue.trie(task.ends[0]).depth + 1) for end in ends]
-            few = _generated(task)
-            limit = self._limit(task)
+            few = self._written(task)
+            limit = self._room(task, answers)
             lengths += [
                 len(row) + max(end, limit if place < few else 0) for place, (row, end) in enumerate(zip(rows, ends))
             ]
         return max(lengths) + 1
 
     def _adapter(self, engine: Any, adapter: Adapter, tasks: list[Task]) -> Iterator[System]:
-        given = self._given(adapter, tasks)
+        held = list(self.held.values())
+        given = self._given(adapter, [*tasks, *held])
         what = METHODS[adapter.method]
         text = f"{what} of this run" if adapter.is_main else f"{what} from {adapter.folder}"
         yield self._ask(engine, tasks, adapter.name, "adapter", text, adapter.method, given, True)
@@ -155,6 +165,7 @@ class LanguageModels:
             if changed is None:
                 self.notes.append(f"No {control} control: all examples are of one user, so there is none to swap.")
                 continue
+            changed |= control_rows(control, given, neutral, held, self.recipe.seed) or {}
             name, text = f"{adapter.name}_{control}", CONTROLS[adapter.method][control]
             yield self._ask(engine, tasks, name, "control", text, adapter.method, changed, False)
 
@@ -182,38 +193,111 @@ class LanguageModels:
         generate: bool,
     ) -> System:
         started = time.monotonic()
-        rows = {task.name: {_GIVEN_AS[method]: given[task.name]} if given and method else {} for task in tasks}
-        predictions = {task.name: self._predict(engine, task, name, rows[task.name], generate) for task in tasks}
+
+        def rows(task: Task) -> dict[str, npt.NDArray[np.float32]]:
+            return {_GIVEN_AS[method]: given[task.name]} if given and method else {}
+
+        predictions = {task.name: self._predict(engine, task, name, rows(task), generate) for task in tasks}
+        for task, held in self.held.items():
+            if not given or held.name in given:
+                scores = self._scores(engine, held, f"{name}: {held.name}", rows(held))[0]
+                fit = fit_temperature(scores, held.right_column), len(scores)
+                predictions[task] = predictions[task]._replace(calibration=fit)
         return System(name, kind, description, predictions, time.monotonic() - started, method)
 
     def _predict(
         self, engine: Any, task: Task, name: str, given: dict[str, npt.NDArray[np.float32]], generate: bool
     ) -> Prediction:
-        answers, decoding = task.answer_texts(self.dataset.titles), self.recipe.protocol.decoding
-        label = f"{name}: {task.name}"
-        mean = decoding.score == "mean"
-        scores = engine.score(task.prompts, answers, length_normalised=mean, progress=label, **given)
+        answers, label = task.answer_texts(self.dataset.titles), f"{name}: {task.name}"
+        scores, rationales = self._scores(engine, task, label, given)
         nats = -scores[np.arange(len(scores)), task.right_column]
-        if mean:
+        if self.recipe.protocol.decoding.score == "mean":
             nats = nats * engine.num_tokens([[row[right]] for row, right in zip(answers, task.right_column)])[:, 0]
         full = self.catalogue.full_ranks(engine, task, label, given)
-        prediction = Prediction(scores, nats=nats)
+        prediction = Prediction(scores, nats=nats, rationales=rationales)
         if full is not None:
-            prediction = prediction._replace(full_rank=full.ranks, beam=full.beam)
-        if not task.is_written and (not generate or task.kind != NEXT_ITEM):
+            prediction = prediction._replace(full_rank=full.ranks, beam=full.beam, top=full.top)
+        if not task.is_written and (not generate or not _generated(task)):
             return prediction
-        few = slice(0, _generated(task))
-        generated = engine.generate(
-            task.prompts[few],
+        prompts = _behind(task.prompts, rationales)
+        written = self._generate(engine, task, prompts, _generated(task), label, given, self._schema(task))
+        prediction = prediction._replace(generations=written)
+        if self._schema(task) is not None and generate:
+            free = self._generate(engine, task, prompts, MAX_GENERATIONS, label, given, None)
+            prediction = prediction._replace(free=free)
+        if self.explanations is None or not task.is_explained:
+            return prediction
+        return prediction._replace(verdicts=self.explanations.verdicts(task, written))
+
+    def _scores(
+        self, engine: Any, task: Task, label: str, given: dict[str, npt.NDArray[np.float32]]
+    ) -> tuple[npt.NDArray[np.float64], list[tuple[str, bool]] | None]:
+        """Log-likelihoods of the answers (N, C), and of tasks with a rationale what was written before each of them.
+
+        Such an answer stands behind the rationale that the system itself writes, which ends at its newline; one that
+        was cut off is ended there.
+        """
+        rationales = None
+        if task.is_reasoned:
+            made = engine.generate(
+                task.prompts,
+                max_new_tokens=self._limit(task),
+                listed=[True] * len(task.prompts),
+                progress=f"{label}, rationales",
+                **given,
+            )
+            rationales = [(one.text, one.finished) for one in made]
+        at_once = {"one_forward": True} if task.is_closed and getattr(engine, "share_prompts", False) else {}
+        scores = engine.score(
+            _behind(task.prompts, rationales),
+            task.answer_texts(self.dataset.titles),
+            length_normalised=self.recipe.protocol.decoding.score == "mean",
+            progress=label,
+            **at_once,
+            **given,
+        )
+        return scores, rationales
+
+    def _generate(
+        self,
+        engine: Any,
+        task: Task,
+        prompts: Sequence[Any],
+        count: int,
+        label: str,
+        given: dict[str, npt.NDArray[np.float32]],
+        schema: Mapping[str, Any] | None,
+    ) -> list[tuple[str, bool]]:
+        """Answers to the first `count` prompts, under a JSON schema where there is one."""
+        few = slice(0, count)
+        made = engine.generate(
+            prompts[few],
             max_new_tokens=self._limit(task),
             listed=[end == "\n" for end in task.ends[few]],
             progress=f"{label}, generating",
+            **({} if schema is None else {"json_schema": schema}),
             **{argument: rows[few] for argument, rows in given.items()},
         )
-        prediction = prediction._replace(generations=[(text.text, text.finished) for text in generated])
-        if self.explanations is None or not task.is_explained or prediction.generations is None:
-            return prediction
-        return prediction._replace(verdicts=self.explanations.verdicts(task, prediction.generations))
+        return [(one.text, one.finished) for one in made]
+
+    def _schema(self, task: Task) -> dict[str, Any] | None:
+        """What answers of a task are held to, if anything."""
+        if task.events is None or not self.recipe.protocol.decoding.constrained:
+            return None
+        return task.events.json_schema
+
+    def _written(self, task: Task) -> int:
+        """How many of a task's prompts something is written behind: an answer, or a rationale before it."""
+        if task.is_reasoned:
+            return len(task.prompts)
+        return 0 if any(task is held for held in self.held.values()) else _generated(task)
+
+    def _room(self, task: Task, answers: Sequence[Sequence[str]]) -> int:
+        """Tokens of what may be generated behind a prompt: a free answer, and a rationale before the longest answer."""
+        if not task.is_reasoned:
+            return self._limit(task)
+        longest = max(map(max, self.engines.tokens.num_tokens(answers).tolist()), default=0)
+        return self._limit(task) + max(longest, self._limit(task)) + 1  # the newline between them
 
     def _limit(self, task: Task) -> int:
         """Tokens of a free answer."""
@@ -232,7 +316,7 @@ class LanguageModels:
         encoder, _ = load_encoder(adapter.folder / ENCODER)
         longest = int(self.dataset.manifest["history_max_items"])
         pairs = [pair for task in tasks for pair in zip(task.users.tolist(), task.examples.gate_end.tolist())]
-        histories = [self.dataset.history(user, end, longest) for user, end in pairs]
+        histories = [self.dataset.read(user, end, longest) for user, end in pairs]
         device = "cuda" if torch.cuda.is_available() and self.recipe.evaluate.engine == "transformers" else "cpu"
         states = encode_histories(encoder, histories, device=device).numpy()
         ends = np.cumsum([len(task.users) for task in tasks])[:-1]
@@ -240,10 +324,17 @@ class LanguageModels:
 
 
 def _generated(task: Task) -> int:
-    """How many of a task's examples are also answered freely: some titles, and all that is judged as text."""
+    """How many of a task's examples are also answered freely: some titles, some actions, all that is judged as text."""
     if task.is_written:
         return len(task.prompts)
-    return MAX_GENERATIONS if task.kind == NEXT_ITEM else 0
+    return MAX_GENERATIONS if task.kind == NEXT_ITEM or task.is_action else 0
+
+
+def _behind(prompts: list[Any], rationales: Sequence[tuple[str, bool]] | None) -> list[Any]:
+    """Prompts whose answers have begun with the rationales, or as they are."""
+    from recllm.infer.tokens import continued
+
+    return prompts if rationales is None else continued(prompts, [text for text, _ in rationales])
 
 
 def _weigh(adapter: Adapter, states: dict[str, npt.NDArray[np.float32]]) -> Gates:
@@ -297,7 +388,7 @@ def control_rows(
     `neutral` is what switches them off: the uniform weight of a gate, zero for a representation.
     """
     if control != "shuffled":
-        return {name: np.full_like(rows, neutral) for name, rows in given.items()}
+        return {task.name: np.full_like(given[task.name], neutral) for task in tasks}
     changed = {}
     for task in tasks:
         rows = swapped_rows(task.examples.user_index, np.random.default_rng([seed, 1]))

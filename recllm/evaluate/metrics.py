@@ -154,9 +154,9 @@ def auc(score: Floats, positive: Booleans, weights: Floats | None = None) -> Flo
     if not len(score):
         return np.full(len(weights), np.nan)
     order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.diff(score[order], prepend=np.nan) != 0)  # the first of each group of equal scores
-    up = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)  # (S, groups)
-    down = np.add.reduceat(weights[:, order] * ~positive[order], starts, axis=1)
+    starts = np.flatnonzero(differs(score[order]))  # the first of each group of equal scores
+    ordered = weights[:, order]
+    up, down = (sums_of(ordered * mine, starts) for mine in (positive[order], ~positive[order]))  # (S, groups)
     below = np.cumsum(down, axis=1) - down
     return _ratio((up * (below + down / 2)).sum(axis=1), up.sum(axis=1) * down.sum(axis=1))
 
@@ -187,6 +187,24 @@ def calibration_error(probability: Floats, positive: Booleans, weights: Floats |
     gap = np.where(known, positive - np.where(known, probability, 0), 0)
     total = sum(np.abs(weights @ np.where(place == b, gap, 0)) for b in range(bins))
     return _ratio(np.asarray(total), weights @ known)
+
+
+def differs(values: NDArray) -> Booleans:
+    """Whether each of sorted values (N,) is another than the one before it; the first is. −∞ equals −∞.
+
+    >>> differs(np.array([-np.inf, -np.inf, 2.0])).tolist()
+    [True, False, True]
+    """
+    return np.concatenate([np.ones(min(1, len(values)), bool), values[1:] != values[:-1]])
+
+
+def sums_of(table: Floats, starts: Integers) -> Floats:
+    """Sums (S, G) of the columns of (S, N) in groups that begin at `starts` (G,); alone, a column is its own sum.
+
+    >>> sums_of(np.array([[1.0, 2.0, 4.0]]), np.array([0, 2])).tolist()
+    [[3.0, 4.0]]
+    """
+    return table if len(starts) == table.shape[1] else np.add.reduceat(table, starts, axis=1)
 
 
 def _positive(k: int) -> int:

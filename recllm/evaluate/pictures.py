@@ -39,13 +39,17 @@ def known(system: Metrics, metric: str) -> bool:
 def heading(metric: str, task: str) -> str:
     """A metric as the heading of a column or a plot, with an arrow where lower is better."""
     unit = "nats a title" if task.startswith("next_item") or task.startswith("attribute_to_item") else "nats an answer"
-    return (unit if metric == "nats" else metric) + (" ↓" if metric in LOWER_IS_BETTER else "")
+    plain = metric.removesuffix(BEFORE).removesuffix(AFTER)
+    return (unit if metric == "nats" else metric) + (" ↓" if plain in LOWER_IS_BETTER else "")
+
+
+BEFORE, AFTER = " as it is", " calibrated"  # of columns that show both
 
 
 def of_metrics(task: str, systems: Sequence[Metrics], styles: Mapping[str, plots.Style], lead: str) -> list[Picture]:
     """One dot plot a metric, best on top."""
     made = []
-    for metric in dict.fromkeys(("hit_rate@1", lead, "nats", "auc")):
+    for metric in dict.fromkeys(("hit_rate@1", lead, "macro_f1", "nats", "auc", "macro_auc")):
         scored = [system for system in systems if known(system, metric)]
         if scored:
             rows = [_row(s["name"], s["metrics"][metric], styles) for s in scored]
@@ -67,7 +71,7 @@ def of_ranks(
     task: str, predictions: pa.Table | None, num_candidates: int, styles: Mapping[str, plots.Style]
 ) -> list[Picture]:
     """Share of targets within the first k candidates, for every k."""
-    if predictions is None or reading.is_closed(task) or reading.is_explained(task):
+    if predictions is None or reading.is_closed(task) or reading.is_action(task) or reading.is_explained(task):
         return []
     mine = predictions.filter(pc.equal(predictions["task"], task))
     series = {}
@@ -138,8 +142,69 @@ def of_segment(
 
 def size(found: Mapping[str, Any]) -> str:
     """How many examples a segment holds, and whether its users are too few for intervals."""
-    examples, users = (max((s.get(key, 0) for s in found.values()), default=0) for key in ("num_examples", "num_users"))
-    return f"n = {examples}" + (", too few for intervals" if users < FEW_USERS else "")
+    examples = max((one.get("num_examples", 0) for one in found.values()), default=0)
+    clusters = max((reading.num_clusters({"num_users": 0, **one}) for one in found.values()), default=0)
+    return f"n = {examples}" + (", too few for intervals" if clusters < FEW_USERS else "")
+
+
+# ---- actions ----
+
+MAX_CLASSES = 14  # rows and columns of a confusion matrix: more are not readable
+
+
+def of_actions(task: str, system: Metrics | None) -> list[Picture]:
+    """The confusion matrix of a system, and how often it is right where it is sure."""
+    if system is None or not system.get("classes"):
+        return []
+    return [_confusion(task, system), *_reliability(task, system)]
+
+
+def _confusion(task: str, system: Metrics) -> Picture:
+    classes, table = system["classes"]["per_class"], np.array(system["classes"]["confusion"], dtype=np.float64)
+    number = np.array([one["support"] + one["predicted"] for one in classes])
+    shown = np.sort(np.argsort(-number, kind="stable")[:MAX_CLASSES])
+    columns = [*shown, len(classes)] if table[:, -1].any() else list(shown)
+    heads = [*(one["label"] for one in classes), "unreadable"]
+    total = np.maximum(table.sum(axis=1, keepdims=True), 1)
+    cells = [
+        [_confusion_cell(table[row, column], total[row, 0], len(classes), row == column) for column in columns]
+        for row in shown
+    ]
+    rows = [f"{classes[row]['label']} ({classes[row]['support']})" for row in shown]
+    name, title = _slug(task, "confusion"), f"What {system['name']} answers, by what is right"
+    wide = [_column(heads[column]) for column in columns]
+    svg = plots.heat_map(name, title, rows, wide, cells, "times an even share of the row")
+    caption = "rows: the right label and its examples; bold: answered rightly"
+    left = "" if len(shown) == len(classes) else f"; the {len(shown)} most frequent of {len(classes)} classes"
+    return Picture(name, title, svg, caption + left)
+
+
+def _confusion_cell(count: float, total: float, classes: int, right: bool) -> HeatCell:
+    share = count / total
+    return HeatCell(f"{share:.0%}" if count else "–", share * classes if count else None, right)
+
+
+def _column(label: str) -> str:
+    return label if len(label) <= 11 else f"{label[:10].rstrip()}…"
+
+
+def _reliability(task: str, system: Metrics) -> list[Picture]:
+    found = system.get("reliability")
+    if not found:
+        return []
+    looks = {
+        "before": ("as it is", plots.Style("orange", "o", False)),
+        "after": ("calibrated", plots.Style("blue", "o")),
+    }
+    series = {}
+    for when, bins in found.items():
+        label, style = looks[when]
+        count = max(1, sum(one["num_examples"] for one in bins))
+        columns = [np.array([one[key] for one in bins]) for key in ("confidence", "accuracy", "num_examples")]
+        series[label] = (columns[0], columns[1], columns[2] / count, style)
+    name, title = _slug(task, "reliability"), f"How often {system['name']} is right where it is sure"
+    svg = plots.reliability(name, title, series)
+    return [Picture(name, title, svg, "on the diagonal confidence is what it says; area: share of the examples")]
 
 
 def of_training(log: Sequence[Metrics], gate: Metrics | None) -> list[Picture]:
@@ -156,7 +221,29 @@ def of_training(log: Sequence[Metrics], gate: Metrics | None) -> list[Picture]:
     name, title = "training-loss", "Training loss"
     caption = "nats a token of the completion" + ("; strong: mean of the last five entries" if faint else "")
     made = [Picture(name, title, plots.lines(name, title, curves, "step", faint=faint), caption)] if curves else []
-    return made + _gate_training(log, gate)
+    return made + _dro_training(log) + _gate_training(log, gate)
+
+
+def _dro_training(log: Sequence[Metrics]) -> list[Picture]:
+    """Weights and losses of the groups of distributionally robust optimisation."""
+    made = []
+    for kind, title, caption in (
+        ("dro_weight", "Weight of each group in training", "groups that do badly weigh more and more"),
+        ("dro_loss", "Loss of each group in training", "nats a token"),
+    ):
+        keys = [key for key in dict.fromkeys(key for entry in log for key in entry) if key.startswith(f"{kind}/")]
+        series = {
+            key.removeprefix(f"{kind}/"): (*_series(log, key), plots.expert_style(number))
+            for number, key in enumerate(keys[:MAX_CLASSES])
+        }
+        series = {group: found for group, found in series.items() if len(found[0])}
+        if not series:
+            continue
+        name = f"training-{kind.replace('_', '-')}"
+        even = (1 / len(keys), "even") if kind == "dro_weight" else None
+        left = "" if len(keys) <= MAX_CLASSES else f"; the first {MAX_CLASSES} of {len(keys)} groups"
+        made.append(Picture(name, title, plots.lines(name, title, series, "step", even), caption + left))
+    return made
 
 
 def _gate_training(log: Sequence[Metrics], gate: Metrics | None) -> list[Picture]:

@@ -256,6 +256,42 @@ def _heat_legend(figure: Figure, label: str) -> None:
     made.get_title().set(color=_light("muted"), fontsize=7)
 
 
+def reliability(name: str, title: str, series: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, Style]]) -> str:
+    """How often answers of a confidence are right: label → (confidences, accuracies, shares of the examples, style).
+
+    On the dashed diagonal confidence is what it says; a mark's area is the share of the examples that it stands for.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _finish(axes, title, "confidence", grid="y")
+        axes.plot([0, 1], [0, 1], color=_light("muted"), linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        for label, (confidences, accuracies, shares, style) in series.items():
+            colour = _light(style.colour)
+            face = colour if style.filled else _light("surface")
+            axes.plot(confidences, accuracies, color=colour, linewidth=1.2, alpha=0.6, label="_" + label)
+            axes.scatter(
+                confidences,
+                accuracies,
+                s=12 + 160 * np.asarray(shares),
+                marker=style.marker,
+                facecolors=face,
+                edgecolors=colour,
+                linewidths=1.4,
+                label=_shorten(label),
+                zorder=3,
+            )
+        axes.set_ylabel("share of right answers")
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        # legend marks of one size: the sizes in the plot mean something else
+        for handle in figure.legend(loc="outside lower left", ncols=3, labelcolor=_light("ink")).legend_handles:
+            if handle is not None:
+                handle.set(sizes=[30])
+
+    return render(name, title, (4.7, 3.6), draw)
+
+
 def histogram(name: str, title: str, values: np.ndarray, xlabel: str, reference: tuple[float, str]) -> str:
     """Histogram of `values` (N,) from zero to a little beyond the labelled vertical line `reference`."""
 

@@ -9,10 +9,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from recllm.evaluate.asset_rankings import LEADING
 from recllm.evaluate.recommendations import hits_names
 from recllm.evaluate.statistics import FEW_USERS
+from recllm.evaluate.tasks import ACTION_KINDS, CLOSED_KINDS
 
-LOWER_IS_BETTER = frozenset({"nats", "brier", "calibration_error"})
+LOWER_IS_BETTER = frozenset(
+    {"nats", "label_nats", "brier", "multiclass_brier", "calibration_error", "top_label_calibration_error"}
+)
 Verdict = Literal["ahead", "behind", "open"]
 Metrics = Mapping[str, Any]
 
@@ -74,7 +78,43 @@ def is_closed(task: str) -> bool:
     >>> is_closed("like.2"), is_closed("next_item")
     (True, False)
     """
-    return task.partition(".")[0] == "like"
+    return task.partition(".")[0] in CLOSED_KINDS
+
+
+def is_action(task: str) -> bool:
+    """Whether a task is about actions, by its name: its intervals and tests are over sessions.
+
+    >>> is_action("next_event.2"), is_action("like")
+    (True, False)
+    """
+    return task.partition(".")[0] in ACTION_KINDS
+
+
+def unit(task: str) -> str:
+    """What is resampled of a task.
+
+    >>> unit("outcome"), unit("like")
+    ('sessions', 'users')
+    """
+    return "sessions" if is_action(task) else "users"
+
+
+def num_clusters(entry: Metrics) -> int:
+    """How many sessions or users a system's figures or a test are about, whichever is resampled."""
+    sessions = entry.get("num_sessions")
+    return int(entry["num_users"] if sessions is None else sessions)
+
+
+def clusters(entry: Metrics) -> str:
+    """The same in words.
+
+    >>> clusters({"num_users": 3, "num_sessions": 7}), clusters({"num_users": 3})
+    ('7 sessions of 3 users', '3 users')
+    """
+    users = f"{entry['num_users']} users" if "num_users" in entry else ""
+    if entry.get("num_sessions") is None:
+        return users
+    return f"{entry['num_sessions']} sessions" + (f" of {users}" if users else "")
 
 
 def is_explained(task: str) -> bool:
@@ -95,22 +135,74 @@ def is_listed(task: str) -> bool:
     return task.partition(".")[0] == "assets"
 
 
+def is_ordered(task: str) -> bool:
+    """Whether a task's answers are orders of candidate assets, by its name.
+
+    >>> is_ordered("rank_assets.2"), is_ordered("assets")
+    (True, False)
+    """
+    return task.partition(".")[0] == "rank_assets"
+
+
+def candidates_note(metrics: Metrics, task: str) -> str:
+    """How the candidates of a task came about.
+
+    >>> found = {"candidates_label": "sampled: 1 target + 19 uniform items", "protocol": {"candidates": {"count": 20}}}
+    >>> candidates_note(found, "next_item")
+    'sampled: 1 target + 19 uniform items'
+    >>> candidates_note(found, "item_to_attribute.2")
+    'of a question: the right answer and 19 wrong ones, drawn as often as the relation leads to them'
+    """
+    if task.partition(".")[0] == "item_to_attribute":
+        wrong = metrics["protocol"]["candidates"]["count"] - 1
+        return f"of a question: the right answer and {wrong} wrong ones, drawn as often as the relation leads to them"
+    return str(metrics.get("candidates_label") or "")
+
+
 def leading_metrics(metrics: Metrics, task: str) -> list[str]:
     """The metrics that a task's report begins with; the first leads its pictures and sentences."""
+    if is_ordered(task):
+        return list(LEADING)
     if is_listed(task):
         return hits_names(max(metrics["protocol"]["ranking"]["k"]))
     return [ranking_metric(metrics, task)]
 
 
 def ranking_metric(metrics: Metrics, task: str) -> str:
-    """The metric that leads a task's pictures and sentences: ndcg at the largest k; accuracy, supported, or hits."""
+    """The metric that leads a task's pictures and sentences: ndcg at the largest k; accuracy, supported, hits, or exact
+    match."""
+    if is_ordered(task):
+        return LEADING[0]
     if is_listed(task):
         return hits_names(max(metrics["protocol"]["ranking"]["k"]))[0]
+    if is_action(task):
+        return "exact_match"
     if is_explained(task):
         return "supported"
     if is_closed(task):
         return "accuracy"
     return f"ndcg@{max(metrics['protocol']['ranking']['k'])}"
+
+
+def below_constant(metrics: Metrics) -> list[str]:
+    """What a report opens with: main systems that do worse than always giving the most frequent answer."""
+    return [_below_constant(found) for found in metrics.get("below_constant") or []]
+
+
+def _below_constant(found: Metrics) -> str:
+    name = "exact match" if found["metric"] == "exact_match" else "accuracy of the action's type"
+    text = (
+        f"Below the constant answer: on {found['task']}, {found['system']} has an {name} of {found['value']:.3f}, "
+        f"always giving the most frequent answer of training has {found['constant']:.3f}."
+    )
+    if found["answer"] is None:
+        return f"{text} None of its answers can be read."
+    rest = (
+        ""
+        if found["rest_recall"] is None
+        else f", and its mean recall on all other classes is {found['rest_recall']:.1%}"
+    )
+    return f'{text} {found["answer_share"]:.1%} of its answers are "{found["answer"]}"{rest}.'
 
 
 def read(metrics: Metrics, task: str) -> list[Sentence]:
@@ -130,6 +222,9 @@ def read(metrics: Metrics, task: str) -> list[Sentence]:
     sentences += _about_collapse(metrics, main)
     sentences += _about_generation(systems[main])
     sentences += _about_lists(systems[main])
+    sentences += _about_orders(systems[main], task)
+    sentences += _about_classes(systems[main])
+    sentences += _about_calibration(systems[main])
     return sentences + list(_about_size(tests, systems, lead))
 
 
@@ -145,9 +240,9 @@ def _against_others(
     if by_verdict["ahead"]:
         names = _list([f"{t['b']} ({signed(t['difference'])})" for t in by_verdict["ahead"]])
         yield Sentence("good", f"{main} is ahead of {names} in {metric}.")
-    if by_verdict["open"] and by_verdict["open"][0]["num_users"] < FEW_USERS:
-        count = by_verdict["open"][0]["num_users"]
-        yield Sentence("open", f"{count} users are too few to compare systems: at least {FEW_USERS} are needed.")
+    if by_verdict["open"] and num_clusters(by_verdict["open"][0]) < FEW_USERS:
+        found = clusters(by_verdict["open"][0])
+        yield Sentence("open", f"{found} are too few to compare systems: at least {FEW_USERS} are needed.")
     elif by_verdict["open"]:
         names = _list([t["b"] for t in by_verdict["open"]], "or")
         yield Sentence(
@@ -333,11 +428,11 @@ def _about_generation(system: Metrics) -> Iterator[Sentence]:
     generation = system.get("generation")
     if generation and generation.get("valid_ratio"):
         valid, hit = generation["valid_ratio"]["value"], generation["exact_hit"]["value"]
-        yield Sentence(
-            "note",
-            f"Writing freely, {system['name']} named an item of the catalogue in {valid:.0%} of "
-            f"{generation['num_examples']} answers and the target in {hit:.0%}.",
-        )
+        named = "named an item of the catalogue in {} of {} answers and the target in {}"
+        if is_action(system["task"]):
+            named = "gave an answer that can be read in {} of {} cases and the right one in {}"
+        told = named.format(f"{valid:.0%}", generation["num_examples"], f"{hit:.0%}")
+        yield Sentence("note", f"Writing freely, {system['name']} {told}.")
 
 
 def _about_lists(system: Metrics) -> Iterator[Sentence]:
@@ -353,6 +448,49 @@ def _about_lists(system: Metrics) -> Iterator[Sentence]:
         )
 
 
+def _about_classes(system: Metrics) -> Iterator[Sentence]:
+    """Whether a system only gives its favourite answer: a high accuracy does not tell."""
+    if not system.get("classes"):
+        return
+    often = system["classes"]["most_frequent"]
+    if often is None:
+        yield Sentence("bad", f"None of the answers of {system['name']} can be read.")
+        return
+    support = {one["label"]: one["support"] for one in system["classes"]["per_class"]}
+    share = support[often["label"]] / max(1, sum(support.values()))
+    rest = often["rest_recall"]["value"]
+    recall = "" if rest is None else f"; its mean recall on all other classes is {rest:.1%}"
+    yield Sentence(
+        "note",
+        f'{often["share"]["value"]:.1%} of the answers of {system["name"]} are "{often["label"]}", which is right in '
+        f"{share:.1%} of the examples{recall}.",
+    )
+
+
+def _about_calibration(system: Metrics) -> Iterator[Sentence]:
+    found, name = system.get("calibration"), "top_label_calibration_error"
+    if found and found["before"][name]["value"] is not None:
+        before, after = (found[when][name]["value"] for when in ("before", "after"))
+        yield Sentence(
+            "note",
+            f"A temperature of {found['temperature']:.2f}, fitted on {found['num_examples']} validation examples, "
+            f"takes the calibration error of {system['name']} from {before:.3f} to {after:.3f}.",
+        )
+
+
+def _about_orders(system: Metrics, task: str) -> Iterator[Sentence]:
+    """What became of the answers of the task rank_assets as text."""
+    figures, names = system["metrics"], ("permutation_valid", "json_valid", "finished")
+    if is_ordered(task) and all(figures.get(name) for name in names):
+        valid, read, finished = (figures[name]["value"] for name in names)
+        yield Sentence(
+            "note",
+            f"Of the {system['num_examples']} answers of {system['name']} {finished:.0%} ended by themselves, "
+            f"{read:.0%} were lists that can be read and {valid:.0%} held every candidate once; the others count as 0. "
+            "fitted_utility is the order that was taught: nothing can be ahead of it in undcg and tau/utility.",
+        )
+
+
 def _about_size(tests: Sequence[Metrics], systems: Mapping[str, Metrics], metric: str) -> Iterator[Sentence]:
     """The resolution of the run: half the interval of a typical difference, controls left out."""
     mine = [
@@ -360,11 +498,11 @@ def _about_size(tests: Sequence[Metrics], systems: Mapping[str, Metrics], metric
         for test in tests
         if test["metric"] == metric and systems.get(test["b"], {}).get("kind") != "control" and _width(test) > 0
     ]
-    if mine and mine[0]["num_users"] >= FEW_USERS:
+    if mine and num_clusters(mine[0]) >= FEW_USERS:
         halves = sorted(_width(test) / 2 for test in mine)
         yield Sentence(
             "note",
-            f"With {mine[0]['num_examples']} examples of {mine[0]['num_users']} users, differences in {metric} smaller "
+            f"With {mine[0]['num_examples']} examples of {clusters(mine[0])}, differences in {metric} smaller "
             f"than about {halves[len(halves) // 2]:.3f} cannot be seen.",
         )
 

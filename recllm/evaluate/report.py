@@ -111,8 +111,8 @@ def _view(metrics: Metrics, predictions: pa.Table | None, gates: pa.Table | None
         "description": metrics.get("description") or "",
         "facts": _facts(metrics),
         "confidence": _confidence(metrics),
+        "below": reading.below_constant(metrics),
         "warnings": _warnings(metrics),
-        "notes": metrics.get("notes") or [],
         "collapse": reading.collapse_warning(gate),
         "light": plots.css_variables(dark=False),
         "dark": plots.css_variables(dark=True),
@@ -149,7 +149,8 @@ def _facts(metrics: Metrics) -> list[tuple[str, str]]:
     for task, evaluated in ((metrics.get("counts") or {}).get("evaluated") or {}).items():
         of = evaluated.get("of_examples")
         share = f" of {of:,}" if of and of != evaluated["examples"] else ""
-        facts.append((task, f"{evaluated['examples']:,}{share} examples, {evaluated['users']:,} users"))
+        sessions = f"{evaluated['sessions']:,} sessions, " if "sessions" in evaluated else ""
+        facts.append((task, f"{evaluated['examples']:,}{share} examples, {sessions}{evaluated['users']:,} users"))
     base = (provenance.get("base_model") or {}).get("name_or_path")
     facts += [("base model", str(base))] if base else []
     return facts + [(key, str(provenance[key])) for key in ("seed", "created") if provenance.get(key) is not None]
@@ -184,15 +185,20 @@ def _task(
     systems = [system for system in metrics["systems"] if system["task"] == task]
     tests = [test for test in metrics["comparisons"] if test["task"] == task]
     lead = reading.ranking_metric(metrics, task)
+    main = next((system for system in systems if system["name"] == metrics["main_system"].get(task)), None)
     return {
         "name": task,
         "main": metrics["main_system"].get(task),
         "lead": lead,
+        "unit": reading.unit(task),
+        "notes": _notes(metrics, task),
         "sentences": reading.read(metrics, task),
         "tiles": _tiles(metrics, task, systems),
         "tables": _tables(metrics, task, systems, tests, styles),
+        "classes": _classes(systems, main),
         "all_metrics": _all_metrics(metrics, systems, tests, styles),
         "pictures": pictures.of_metrics(task, systems, styles, lead)
+        + pictures.of_actions(task, main)
         + pictures.of_ranks(task, predictions, metrics["protocol"]["candidates"]["count"], styles),
         "ranks_note": "" if predictions is not None else "predictions.parquet is missing: no curve of ranks.",
         "tests": _tests(metrics, tests),
@@ -201,6 +207,12 @@ def _task(
         "segments": _segments(metrics, task, styles, lead),
         "examples": _examples(metrics, task, styles),
     }
+
+
+def _notes(metrics: Metrics, task: str) -> list[str]:
+    """Sentences of a task, and those that are about no task."""
+    others = tuple(f"{name}:" for name in metrics["tasks"] if name != task)
+    return [note for note in metrics.get("notes") or [] if not note.startswith(others)]
 
 
 def _tiles(metrics: Metrics, task: str, systems: Sequence[Metrics]) -> list[dict[str, str]]:
@@ -234,6 +246,8 @@ def _tables(
     confidence = metrics["protocol"]["bootstrap"]["confidence"]
     scored = {system["name"]: system["metrics"] for system in systems}
     full = {system["name"]: system.get("full_catalogue") for system in systems}
+    if reading.is_action(task):
+        return _action_tables(systems, tests, confidence, styles)
     if reading.is_closed(task):
         columns = sorted({metric for values in scored.values() for metric in values}, key=_natural)
         return [_system_table("Closed answers", "every example", systems, scored, columns, tests, confidence, styles)]
@@ -253,6 +267,19 @@ def _tables(
         label = "every example"
         return [_system_table("Recommended assets", label, systems, scored, columns, tests, confidence, styles, note)]
     count = metrics["protocol"]["candidates"]["count"]
+    if reading.is_ordered(task):
+        columns = ["undcg/rank", "undcg/utility", "tau/utility", "tau/momentum", "tau/safety", "mrr"]
+        columns += [*(f"hit_rate@{k}" for k in ks), "json_valid", "permutation_valid", "finished", "nats"]
+        note = (
+            "undcg: the order against the customer's utility, fitted to purchases before the date; gains are C for the "
+            "best candidate down to 1 for the last (undcg/rank), or the utility less the least one (undcg/utility). "
+            "tau: Kendall's, against utility, mean return (momentum) and little risk (safety). mrr and hit_rate: where "
+            "the asset stands that the customer then bought first. What is not a list of every candidate once counts "
+            "as 0 everywhere, which in tau is what chance has. fitted_utility is the order that completions teach, and "
+            "so the ceiling of undcg and tau/utility; chance: the expectation over all orders"
+        )
+        label = f"every example, {count} candidates"
+        return [_system_table("Ranked assets", label, systems, scored, columns, tests, confidence, styles, note)]
     columns = [f"hit_rate@{k}" for k in ks] + [f"ndcg@{ks[-1]}", "mrr"]
     sampled = f"sampled ({count} candidates)"
     tables = [
@@ -265,7 +292,7 @@ def _tables(
             tests,
             confidence,
             styles,
-            str(metrics.get("candidates_label") or ""),
+            reading.candidates_note(metrics, task),
         ),
     ]
     if any(full.values()):
@@ -284,7 +311,104 @@ def _tables(
                 missing="no full-catalogue ranking for this system",
             )
         )
-    return tables + _generation_table(systems, styles, confidence)
+    return tables + _otto_table(systems, styles, confidence) + _generation_table(systems, styles, confidence)
+
+
+_ACTIONS_NOTE = (
+    "exact_match: averaged within a session, then over sessions. macro: each class alike; weighted: by its examples; "
+    "head: the most frequent classes that together hold half of training, tail: the others. A class without an example "
+    "is left out of every mean; answers that cannot be read are wrong"
+)
+_PROBABILITIES_NOTE = (
+    "grouped: within each user, weighted by examples; macro: the mean over classes, each against the rest. label_nats: "
+    "−log p of the right label among the labels"
+)
+
+
+def _action_tables(
+    systems: Sequence[Metrics], tests: Sequence[Metrics], confidence: float, styles: Mapping[str, plots.Style]
+) -> list[Table]:
+    """Answers, probabilities, and these before and after calibration."""
+    scored = {system["name"]: system["metrics"] for system in systems}
+    known = dict.fromkeys(name for values in scored.values() for name in values)
+    fields = [name for name in known if name.startswith("rouge_l/")]
+    columns = ["exact_match", "accuracy", "type_accuracy", *fields, "macro_f1", "weighted_f1", "macro_recall"]
+    columns += ["macro_recall/head", "macro_recall/tail", "valid_ratio", "rationale_finished", "nats"]
+    given = (systems, scored)
+    made = [_system_table("Answers", "every example", *given, columns, tests, confidence, styles, _ACTIONS_NOTE)]
+    columns = ["auc", "macro_auc", "grouped_auc", "macro_grouped_auc", "brier", "multiclass_brier"]
+    columns += ["top_label_calibration_error", "label_nats"]
+    if any(name in known for name in columns):
+        able = [system for system in systems if any(name in system["metrics"] for name in columns)]
+        title, label = "Probabilities", "every example"
+        made.append(_system_table(title, label, able, scored, columns, tests, confidence, styles, _PROBABILITIES_NOTE))
+    return made + _calibration_table(systems, styles, confidence) + _generation_table(systems, styles, confidence)
+
+
+def _calibration_table(systems: Sequence[Metrics], styles: Mapping[str, plots.Style], confidence: float) -> list[Table]:
+    able = [system for system in systems if system.get("calibration")]
+    if not able:
+        return []
+    values, columns = {}, dict[str, None]()
+    for system in able:
+        found = system["calibration"]
+        values[system["name"]] = {"temperature": {"value": found["temperature"], "is_exact": True}}
+        for name in found["before"]:
+            pair = {name + pictures.BEFORE: found["before"][name], name + pictures.AFTER: found["after"][name]}
+            values[system["name"]] |= pair
+            columns |= dict.fromkeys(pair)
+    counts = {system["calibration"]["num_examples"] for system in able}
+    note = (
+        f"One temperature a system, fitted on {max(counts)} validation examples by the fewest nats (Guo et al. 2017); "
+        "no answer changes"
+    )
+    title, label = "Calibrated probabilities", "every example"
+    names = ["temperature", *columns]
+    return [_system_table(title, label, able, values, names, [], confidence, styles, note, bold=False)]
+
+
+def _otto_table(systems: Sequence[Metrics], styles: Mapping[str, plots.Style], confidence: float) -> list[Table]:
+    """recall@k by action, where items are held against all that follows in the session."""
+    able = {system["name"]: system["otto"] for system in systems if system.get("otto")}
+    if not able:
+        return []
+    first = next(iter(able.values()))
+    values = {
+        name: {f"recall@{found['k']} {label}": one for label, one in found["recall"].items()}
+        | {"score": found["score"]}
+        for name, found in able.items()
+    }
+    to_find = ", ".join(f"{label} {count:,}" for label, count in first["possible"].items())
+    note = (
+        f"Of the items that follow in the session the share among the first {first['k']}, Σ hits / Σ min({first['k']}, "
+        f"items) (OTTO – Recommender Systems Challenge, Kaggle 2022). To be found: {to_find}. One list for all actions"
+    )
+    columns = list(next(iter(values.values())))
+    title, missing = "Items to come, by action", "no full-catalogue ranking for this system"
+    return [
+        _system_table(title, "full catalogue", systems, values, columns, [], confidence, styles, note, missing=missing)
+    ]
+
+
+def _classes(systems: Sequence[Metrics], main: Metrics | None) -> list[dict[str, Any]]:
+    """The figures of each class, of the main system and of the constant answer."""
+    shown = [system for system in systems if system.get("classes") and (system is main or system["name"] == "constant")]
+    made = []
+    for system in sorted(shown, key=lambda one: one is not main):
+        found = system["classes"]["per_class"]
+        rows = [
+            {
+                "label": one["label"],
+                "words": one["words"],
+                "part": "head" if one["head"] else "tail",
+                "support": f"{one['support']:,}",
+                "predicted": f"{one['predicted']:,}",
+                "cells": [_cell(one[name]) for name in ("precision", "recall", "f1")],
+            }
+            for one in found
+        ]
+        made.append({"system": system["name"], "rows": rows})
+    return made
 
 
 def _generation_table(systems: Sequence[Metrics], styles: Mapping[str, plots.Style], confidence: float) -> list[Table]:
@@ -295,10 +419,9 @@ def _generation_table(systems: Sequence[Metrics], styles: Mapping[str, plots.Sty
     first = written[0]["generation"]
     note = f"{first.get('note') or ''}; at most {first['max_new_tokens']} new tokens. Invalid answers count as misses."
     columns = ["exact_hit", "valid_ratio"]
+    label = "written answers" if reading.is_action(written[0]["task"]) else "written titles"
     return [
-        _system_table(
-            "Free generation", "written titles", written, values, columns, [], confidence, styles, note.lstrip("; ")
-        )
+        _system_table("Free generation", label, written, values, columns, [], confidence, styles, note.lstrip("; "))
     ]
 
 
@@ -322,12 +445,13 @@ def _system_table(
     styles: Mapping[str, plots.Style],
     note: str = "",
     missing: str = "not scored",
+    bold: bool = True,
 ) -> Table:
     """Rows are systems in their order, columns those metrics that at least one system has."""
     columns = [metric for metric in columns if any((found or {}).get(metric) for found in values.values())]
     best = {
         metric: None  # nothing is tested, so nothing is bold
-        if systems[0]["num_users"] < FEW_USERS
+        if not bold or reading.num_clusters(systems[0]) < FEW_USERS
         else reading.supported_best(
             {name: (v or {}).get(metric) for name, v in values.items()}, metric, tests, confidence
         )
@@ -345,7 +469,7 @@ def _system_table(
 def _cell(estimate: Metrics | None, best: bool = False) -> Cell:
     if not estimate or estimate.get("value") is None:
         return Cell(MISSING)
-    return Cell(_number(estimate["value"]), _interval(estimate), best)
+    return Cell(_number(estimate["value"]), "" if estimate.get("is_exact") else _interval(estimate), best)
 
 
 def _number(value: float) -> str:
@@ -419,11 +543,15 @@ def _with_intervals(found: Mapping[str, Metrics]) -> dict[str, Metrics]:
     """The figures of one segment; with fewer than FEW_USERS the bootstrap's interval means little: dropped."""
     return {
         name: {
-            metric: {"value": value["value"]} if isinstance(value, dict) and system["num_users"] < FEW_USERS else value
+            metric: {"value": value["value"]} if isinstance(value, dict) and _is_small(system) else value
             for metric, value in system.items()
         }
         for name, system in found.items()
     }
+
+
+def _is_small(found: Metrics) -> bool:
+    return reading.num_clusters(found) < FEW_USERS
 
 
 def _natural(text: str) -> tuple[Any, ...]:

@@ -1,16 +1,17 @@
-"""Intervals and tests over users, in NumPy.
+"""Intervals and tests over users, in NumPy; of the tasks about actions over sessions, which then stand for "users".
 
 Per-example values and the user of each example enter; estimates with intervals and p-values leave. Examples of one user
 depend on each other, so users are what is resampled (cluster bootstrap; Davison & Hinkley 1997, §3.8), never examples.
 Randomness comes in as a generator: the same seed gives every system the same resamples.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, chi2
 
 Floats = NDArray[np.float64]
 
@@ -33,6 +34,15 @@ class Difference(NamedTuple):
     low: float
     high: float
     p_value: float
+
+
+def as_json(estimate: Estimate) -> dict[str, float | None]:
+    """{"value", "low", "high"}; what is undefined is null.
+
+    >>> as_json(Estimate(0.5, np.nan, 0.75))
+    {'value': 0.5, 'low': None, 'high': 0.75}
+    """
+    return {name: float(value) if np.isfinite(value) else None for name, value in estimate._asdict().items()}
 
 
 def bootstrap_means(
@@ -76,8 +86,20 @@ def bootstrap_statistics(
     that is 0 or 1 in every resample has no interval, as none of them says how far it may move; nor have fewer than two
     users.
     """
+    columns = [functools.partial(_as_column, statistic) for statistic in statistics]
+    return [found for (found,) in bootstrap_columns(columns, users, rng, samples, confidence)]
+
+
+def bootstrap_columns(
+    statistics: Sequence[Callable[[Floats], Floats]],
+    users: NDArray,
+    rng: np.random.Generator,
+    samples: int = 2000,
+    confidence: float = 0.95,
+) -> list[list[Estimate]]:
+    """The same where each of `statistics` computes several figures at once, (S, N) → (S, M): M estimates of each."""
     members, sizes = _clusters(users)
-    values = [float(statistic(np.ones((1, len(members))))[0]) for statistic in statistics]
+    values = [statistic(np.ones((1, len(members))))[0] for statistic in statistics]  # (M,) each
     parts: list[list[Floats]] = [[] for _ in statistics]
     for counts in _counts(len(sizes) if len(sizes) > 1 else 0, samples, rng, width=len(members)):
         weights = counts[:, members]
@@ -85,10 +107,20 @@ def bootstrap_statistics(
             part.append(statistic(weights))
     found = []
     for value, part in zip(values, parts, strict=True):
-        estimate = _estimate(value, np.concatenate(part) if part else np.array([]), confidence)
-        stuck = value in (0, 1) and estimate.low == estimate.high
-        found.append(Estimate(value, np.nan, np.nan) if stuck else estimate)
+        resampled = np.concatenate(part) if part else np.empty((0, len(value)))
+        found.append([_moving(one, column, confidence) for one, column in zip(value, resampled.T, strict=True)])
     return found
+
+
+def _as_column(statistic: Callable[[Floats], Floats], weights: Floats) -> Floats:
+    return statistic(weights)[:, None]
+
+
+def _moving(value: float, resampled: Floats, confidence: float) -> Estimate:
+    """`_estimate`, without an interval where every resample is the same 0 or 1."""
+    estimate = _estimate(float(value), resampled, confidence)
+    stuck = value in (0, 1) and estimate.low == estimate.high
+    return Estimate(estimate.value, np.nan, np.nan) if stuck else estimate
 
 
 def paired_difference(
@@ -178,6 +210,26 @@ def mcnemar(hit_a: NDArray, hit_b: NDArray) -> float:
         raise ValueError(f"hits {hit_a.shape} and {hit_b.shape}: pairs of the same examples are expected")
     only_a, only_b = int((hit_a & ~hit_b).sum()), int((hit_b & ~hit_a).sum())
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+
+
+def clustered_mcnemar(gaps: Floats) -> float:
+    """McNemar's test of two systems' hits where clusters hold several examples each: p-value, two-sided.
+
+    gaps (K,) hold each cluster's mean difference d_k = (b_k − c_k) / n_k, with b_k the examples that only the first
+    system hits, c_k those that only the second does. Under the hypothesis that both are alike
+
+        T = (Σ_k d_k)² / Σ_k d_k²  ~  χ² with one degree of freedom          (Durkalski et al. 2003, Stat. Med. 22:2417)
+
+    which takes clusters as independent, and is McNemar's own (b − c)² / (b + c) where each has one example. No
+    disagreement gives 1.
+
+    >>> gaps = np.array([1.0, 1, 1, 1, 1, 1, 1, 1, 1, -1])  # b = 9, c = 1
+    >>> clustered_mcnemar(gaps) == float(chi2.sf((9 - 1) ** 2 / (9 + 1), 1))
+    True
+    """
+    gaps = np.asarray(gaps, dtype=np.float64)
+    squares = float((gaps**2).sum())
+    return float(chi2.sf(gaps.sum() ** 2 / squares, 1)) if squares else 1.0
 
 
 def holm(p_values: Sequence[float] | Floats) -> Floats:

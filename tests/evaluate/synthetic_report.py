@@ -29,7 +29,9 @@ TITLES = [f"Invented Film {letter}{number}" for letter in "ABCDE" for number in 
 FULL_CATALOGUE = ("sasrec", "item_to_item", "popularity", "random")
 
 
-def estimate(value: float, half: float = 0.03) -> dict[str, float]:
+def estimate(value: float | None, half: float = 0.03) -> dict[str, float | None]:
+    if value is None:
+        return dict.fromkeys(("value", "low", "high"))
     return {"value": value, "low": value - half, "high": value + half}
 
 
@@ -121,6 +123,137 @@ def closed_task() -> dict[str, Any]:
         )
     document["comparisons"].append(comparison("constant", "accuracy", 0.1, 0.05, 0.001, task="like"))
     return document
+
+
+ACTIONS = {"view": 0.5, "add_to_cart": 0.2, "buy": 0.1, "leave the shop": 0.15, "search": 0.05, "rate": 0.0}
+
+
+def action_task() -> dict[str, Any]:
+    """The same run with `next_action` beside the ranking: a model that nearly always leaves, and is below constant."""
+    document = metrics()
+    document["tasks"].append("next_action")
+    document["main_system"]["next_action"] = "ilora"
+    counts = {"examples": EXAMPLES, "users": 40, "sessions": 60, "of_examples": EXAMPLES, "chosen_by_seed": 0}
+    document["counts"]["evaluated"]["next_action"] = counts
+    for name, kind, exact in (
+        ("ilora", "adapter", 0.2),
+        ("ilora_uniform", "control", 0.21),
+        ("base_model", "base_model", 0.1),
+        ("constant", "baseline", 0.5),
+        ("markov", "baseline", 0.45),
+        ("last_action", "baseline", 0.3),
+    ):
+        document["systems"].append(_of_actions(name, kind, exact))
+        if name != "ilora":
+            size = {"num_examples": EXAMPLES, "num_sessions": 60}
+            test = comparison(name, "exact_match", 0.2 - exact, 0.05, 0.001, task="next_action", **size)
+            document["comparisons"].append({k: v for k, v in test.items() if k != "num_users"})
+    document["below_constant"] = [
+        {
+            "task": "next_action",
+            "system": "ilora",
+            "metric": "exact_match",
+            "value": 0.2,
+            "constant": 0.5,
+            "answer": "leave the shop",
+            "answer_share": 0.97,
+            "rest_recall": 0.007,
+        }
+    ]
+    document["notes"] = [
+        'next_action: none of the 120 evaluated examples has the label "rate": it has no recall and no F1, and means '
+        "over classes leave it out."
+    ]
+    recalls = {"view": estimate(0.3), "buy": estimate(0.5), "search": estimate(None)}
+    for system in document["systems"]:
+        if system["task"] == "next_item" and system["name"] in FULL_CATALOGUE:
+            possible = {"view": 90, "buy": 12, "search": 0}
+            system["otto"] = {"k": 20, "recall": recalls, "possible": possible, "score": estimate(0.4)}
+    for entry in document["training_log"]:
+        draw = np.random.default_rng(entry["step"])
+        weights = draw.dirichlet(np.ones(3) * (3 + entry["step"] / 50))
+        entry |= {f"dro_weight/{group}": float(w) for group, w in zip(ACTIONS, weights, strict=False)}
+        entry |= {f"dro_loss/{group}": 2 - float(w) for group, w in zip(ACTIONS, weights, strict=False)}
+    return document
+
+
+def _of_actions(name: str, kind: str, exact: float) -> dict[str, Any]:
+    able = name != "last_action"
+    figures = {
+        "exact_match": estimate(exact),
+        "accuracy": estimate(exact + 0.01),
+        "macro_f1": estimate(exact - 0.05),
+        "weighted_f1": estimate(exact),
+        "macro_recall": estimate(exact - 0.02),
+        "macro_recall/head": estimate(0.007),
+        "macro_recall/tail": estimate(exact),
+        "valid_ratio": estimate(1.0, 0.0),
+    }
+    probabilities = {
+        "multiclass_brier": estimate(0.6),
+        "top_label_calibration_error": estimate(0.3),
+        "label_nats": estimate(1.4),
+    }
+    if able:
+        figures |= {"macro_auc": estimate(0.6), "macro_grouped_auc": estimate(0.55), **probabilities}
+    if kind != "baseline":
+        figures["nats"] = estimate(8.0)
+    after = {metric: estimate(value["value"] / 2) for metric, value in probabilities.items()}
+    return {
+        "name": name,
+        "kind": kind,
+        "task": "next_action",
+        "description": "…",
+        "num_examples": EXAMPLES,
+        "num_users": 40,
+        "num_sessions": 60,
+        "metrics": figures,
+        "full_catalogue": None,
+        "generation": None,
+        "classes": _classes_of(name),
+        "calibration": {"temperature": 2.5, "num_examples": 80, "before": probabilities, "after": after}
+        if able
+        else None,
+        "reliability": {"before": _bins(0.7), "after": _bins(1.0)} if able else None,
+    }
+
+
+def _classes_of(name: str) -> dict[str, Any]:
+    """Answers of a model that leaves, or of one that views."""
+    favourite = 0 if name == "constant" else 3
+    support = [round(share * EXAMPLES) for share in ACTIONS.values()]
+    table = [[0] * (len(ACTIONS) + 1) for _ in support]
+    for line, count in zip(table, support, strict=True):
+        line[favourite], line[1], line[-1] = round(0.97 * count), round(0.02 * count), round(0.01 * count)
+    per_class = [
+        {
+            "label": label,
+            "words": label.replace("_", " "),
+            "head": label == "view",
+            "support": count,
+            "predicted": sum(line[place] for line in table),
+            "precision": estimate(0.2),
+            "recall": estimate(0.97 if place == favourite else 0.007) if count else estimate(None),
+            "f1": estimate(0.1) if count else estimate(None),
+        }
+        for place, (label, count) in enumerate(zip(ACTIONS, support, strict=True))
+    ]
+    often = {"label": list(ACTIONS)[favourite], "share": estimate(0.97), "rest_recall": estimate(0.007)}
+    return {"per_class": per_class, "confusion": table, "most_frequent": often}
+
+
+def _bins(factor: float) -> list[dict[str, Any]]:
+    """A reliability plot: right `factor` times as often as it says."""
+    return [
+        {
+            "low": low / 10,
+            "high": (low + 1) / 10,
+            "num_examples": 5 + 3 * low,
+            "confidence": low / 10 + 0.05,
+            "accuracy": factor * (low / 10 + 0.05),
+        }
+        for low in range(2, 10)
+    ]
 
 
 def _protocol() -> dict[str, Any]:
@@ -387,5 +520,5 @@ def _gates() -> pa.Table:
 if __name__ == "__main__":
     from recllm.evaluate import report
 
-    made = {"--like": closed_task, "--layers": layered}
+    made = {"--like": closed_task, "--layers": layered, "--actions": action_task}
     report.write(write(Path(sys.argv[1]), made[sys.argv[2]]() if len(sys.argv) > 2 else None))

@@ -97,7 +97,7 @@ def test_candidates_and_full_ranks_agree_with_the_matrix(small, monkeypatch):
         asked.extend(part.example_ids)
         return score(part)
 
-    found, ranks = baselines.score_examples(counted, small, wanted, candidates, target, True, False)
+    found, ranks, _ = baselines.score_examples(counted, small, wanted, candidates, target, True, False)
     assert (found == np.take_along_axis(matrix, candidates, 1)).all()
     assert ranks.tolist() == metrics.ranks(matrix, target).tolist()
     assert asked == wanted.example_ids  # the catalogue is scored once for both

@@ -33,7 +33,15 @@ def run(name, **rows):
 
 
 def row(hit, user, candidates=(1, 2), **changes):
-    values = {"rank": 1 if hit else 2, "valid": True, "nats": None, "user_index": user, "target": 1, "label": None}
+    values = {
+        "task": "next_item",
+        "rank": 1 if hit else 2,
+        "valid": True,
+        "nats": None,
+        "user_index": user,
+        "target": 1,
+        "label": None,
+    }
     return values | {"candidates": list(candidates)} | changes
 
 
@@ -115,3 +123,42 @@ def test_another_vocabulary_is_refused(reports, tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(UserError, match="another item vocabulary"):
         compare([reports[0], tmp_path / "other"])
+
+
+def acts(name, hits, session, task="next_action", **more):
+    """One example a hit, of a task about actions."""
+    schema = SCHEMA.append(PREDICTIONS.field("session"))
+    rows = [
+        {"example_id": f"e{n}", "task": task, "user_index": 0, "label": "buy", "valid": True, "session": session[n]}
+        | {"predicted": "buy" if hit else None}
+        | {key: values[n] for key, values in more.items()}
+        for n, hit in enumerate(hits)
+    ]
+    return Run(name, pa.Table.from_pylist(rows, schema))
+
+
+def test_exact_match_of_actions_is_averaged_within_sessions_first():
+    session = [0, 0, 0, 1, 2, 3, 4]
+    a, b = acts("a", [1, 1, 1, 0, 0, 0, 0], session), acts("b", [0] * 7, session)
+    found = compare_rows(a, b, "exact_match", BootstrapSection())
+    assert found["difference"] == 1 / 5
+    assert (found["num_examples"], found["num_sessions"], found["method"]) == (7, 5, "mcnemar_clustered")
+    assert compare_rows(a, b, "accuracy", BootstrapSection())["difference"] == 3 / 7
+    with pytest.raises(UserError, match="other sessions"):
+        compare_rows(a, acts("b", [0] * 7, [9, *session[1:]]), "exact_match", BootstrapSection())
+
+
+def test_exact_match_of_events_is_what_their_figures_say():
+    session, said = [0, 1, 2, 3, 4], [[("exact", 1.0), ("type_accuracy", 1.0)]] * 5
+    a = acts("a", [1] * 5, session, "next_event", figures=said)
+    b = acts("b", [1] * 5, session, "next_event", figures=[[("exact", 0.0), ("type_accuracy", 1.0)]] * 5)
+    assert compare_rows(a, b, "exact_match", BootstrapSection())["difference"] == 1
+    assert compare_rows(a, b, "type_accuracy", BootstrapSection())["difference"] == 0
+
+
+def test_reports_of_earlier_versions_have_no_sessions(reports, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(reports[0], old)
+    table = pq.read_table(old / "predictions.parquet")
+    pq.write_table(table.drop_columns(["session"]), old / "predictions.parquet")
+    assert "next_item, hit_rate@1" in compare([old, reports[1]])

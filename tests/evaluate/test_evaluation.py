@@ -356,7 +356,7 @@ def test_an_adapter_of_another_vocabulary_is_refused(made, tmp_path, no_scoring)
     shutil.copytree(made.adapter, tmp_path / "other")
     document = json.loads((tmp_path / "other/ilora.json").read_text())
     (tmp_path / "other/ilora.json").write_text(json.dumps(document | {"vocabulary_sha256": "0" * 64}))
-    refuse(made, tmp_path, "item vocabulary 000000000000", adapter_folder=tmp_path / "other")
+    refuse(made, tmp_path, "vocabulary 000000000000", adapter_folder=tmp_path / "other")
 
 
 def test_an_adapter_of_another_base_model_is_refused(made, tmp_path, no_scoring):

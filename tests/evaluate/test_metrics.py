@@ -108,6 +108,13 @@ def test_auc_is_the_share_of_pairs_in_order():
     assert np.isnan(metrics.auc(np.array([]), np.array([], bool))).all()
 
 
+def test_invalid_scores_tie_with_one_another():
+    score, positive = np.array([NAN, NAN, 0.5]), np.array([True, False, False])
+    expected = (1 / 2 + 0) / 2
+    for order in ([0, 1, 2], [1, 0, 2]):
+        assert metrics.auc(score[order], positive[order]) == pytest.approx([expected])
+
+
 def test_probabilities():
     probability, positive = np.array([0.9, 0.15, 0.12, NAN]), np.array([True, False, True, True])
     assert metrics.brier(probability, positive) == pytest.approx([0.1**2, 0.15**2, 0.88**2, 1])

@@ -199,6 +199,115 @@ def test_a_second_closed_task_is_read_as_the_first(tmp_path: Path) -> None:
     assert "ilora is ahead of constant" in page
 
 
+# ---- actions ----
+
+
+@pytest.fixture(scope="module")
+def acted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("actions")
+    written(folder, synthetic.action_task())
+    return folder
+
+
+SAID = (
+    "Below the constant answer: on next_action, ilora has an exact match of 0.200, always giving the most frequent "
+    'answer of training has 0.500. 97.0% of its answers are "leave the shop", and its mean recall on all other classes '
+    "is 0.7%."
+)
+
+
+def test_a_report_opens_with_a_model_below_the_constant(acted: Path) -> None:
+    assert (acted / "report.md").read_text(encoding="utf-8").splitlines()[0] == f"> ▼ **{SAID}**"
+    page = (acted / "report.html").read_text(encoding="utf-8")
+    main = page[page.index("<main>") :]
+    assert main.index(SAID.replace('"', "&#34;")) < main.index("<header>") < main.index("<h1>")
+    assert reading.below_constant(synthetic.action_task()) == [SAID]
+
+
+def test_a_report_that_is_not_below_opens_with_its_name(folder: Path) -> None:
+    assert "Below the constant" not in (folder / "report.html").read_text(encoding="utf-8")
+    assert (folder / "report.md").read_text(encoding="utf-8").startswith("# ")
+
+
+def test_answers_that_cannot_be_read_at_all_are_said_so() -> None:
+    document = synthetic.action_task()
+    document["below_constant"][0] |= {"answer": None, "answer_share": None, "rest_recall": None}
+    assert reading.below_constant(document)[0].endswith("None of its answers can be read.")
+    ilora = next(s for s in document["systems"] if (s["task"], s["name"]) == ("next_action", "ilora"))
+    ilora["classes"]["most_frequent"] = None
+    said = [sentence.text for sentence in reading.read(document, "next_action")]
+    assert "None of the answers of ilora can be read." in said
+
+
+def test_what_actions_are_read_by(acted: Path) -> None:
+    page = (acted / "report.html").read_text(encoding="utf-8")
+    for title in ("Answers", "Probabilities", "Calibrated probabilities", "Items to come, by action"):
+        assert f"<h3>{title}<span" in page
+    assert "Each class: ilora" in page
+    assert "Each class: constant" in page
+    assert "Each class: markov" not in page
+    assert "60 sessions, 40 users" in page
+    assert "bootstrap over sessions" in page
+    assert "bootstrap over users" in page  # of the ranking
+    assert "view 90, buy 12, search 0" in page
+    lines = (acted / "report.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith("| rate |"))
+    assert row == "| rate | rate | tail | 0 | 0 | 0.200 (0.170 to 0.230) | – (–) | – (–) |".replace("– (–)", "–")
+    temperatures = next(line for line in lines if line.startswith("| ilora | 2.500 |"))
+    assert "0.300 (0.270 to 0.330) | 0.150 (0.120 to 0.180)" in temperatures
+
+
+def test_notes_stand_in_their_own_task(acted: Path) -> None:
+    page = (acted / "report.html").read_text(encoding="utf-8")
+    assert page.count("evaluated examples has the label") == 1
+    assert page.index('id="next_action"') < page.index("evaluated examples has the label")
+
+
+def test_sentences_of_actions_are_about_sessions() -> None:
+    said = [sentence.text for sentence in reading.read(synthetic.action_task(), "next_action")]
+    assert (
+        "constant, which needs no language model, is ahead of ilora in exact_match: +0.300 [+0.250, +0.350]" in said[0]
+    )
+    assert any(
+        "97.0% of the answers of ilora are" in text and "right in 15.0% of the examples" in text for text in said
+    )
+    assert any("A temperature of 2.50, fitted on 80 validation examples" in text for text in said)
+    assert any("With 120 examples of 60 sessions, differences in exact_match" in text for text in said)
+
+
+def test_pictures_of_actions(acted: Path) -> None:
+    confusion = (acted / "plots" / "next-action-confusion.svg").read_text(encoding="utf-8")
+    for text in ("view (60)", "leave the…", "unreadable", "97%"):
+        assert f">{text}<" in confusion
+    assert (acted / "plots" / "next-action-reliability.svg").is_file()
+    weights = (acted / "plots" / "training-dro-weight.svg").read_text(encoding="utf-8")
+    for text in ("view", "add_to_cart", "buy", "even"):
+        assert f">{text}<" in weights
+    assert (acted / "plots" / "training-dro-loss.svg").is_file()
+    # each group is a curve of its own, and no expert of a gate
+    assert len(pictures.of_training(synthetic.metrics()["training_log"], None)) == 3
+    assert len(pictures.of_training(synthetic.action_task()["training_log"], None)) == 3 + 2
+
+
+def test_many_classes_leave_the_rare_ones_out_of_the_picture() -> None:
+    system = next(s for s in synthetic.action_task()["systems"] if (s["task"], s["name"]) == ("next_action", "ilora"))
+    classes = [system["classes"]["per_class"][0] | {"label": f"c{n}", "support": n, "predicted": 0} for n in range(20)]
+    table = [[0] * 20 + [0] for _ in range(20)]
+    system["classes"] |= {"per_class": classes, "confusion": table}
+    picture = pictures.of_actions("next_action", system)[0]
+    assert "the 14 most frequent of 20 classes" in picture.caption
+    assert ">c19 (19)<" in picture.svg
+    assert ">c5 (5)<" not in picture.svg
+    assert "unreadable" not in picture.svg
+
+
+def test_the_page_of_actions_is_well_formed(acted: Path) -> None:
+    text = (acted / "report.html").read_text(encoding="utf-8")
+    assert Tags(text).open == []
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
 def test_items_that_share_their_text_are_told(tmp_path: Path) -> None:
     said = "30 items share their text with another item"
     document = synthetic.metrics()

@@ -197,3 +197,38 @@ def test_what_cannot_be_resampled_has_no_interval():
 
 def test_no_groups_have_no_lifts():
     assert statistics.bootstrap_lifts(np.ones((1, 4)), np.empty((1, 0)), np.random.default_rng(0)) == []
+
+
+# ---- clusters ----
+
+
+def test_mcnemar_of_clusters_is_mcnemars_own_where_each_has_one_example():
+    from scipy.stats import chi2
+
+    gaps = np.array([1.0] * 7 + [-1.0] * 3 + [0.0] * 40)
+    assert statistics.clustered_mcnemar(gaps) == pytest.approx(chi2.sf((7 - 3) ** 2 / (7 + 3), 1))
+    assert statistics.clustered_mcnemar(np.zeros(5)) == 1
+
+
+def test_mcnemar_of_clusters_rejects_as_often_as_it_says():
+    """No difference in mean, examples of a cluster alike: 5% of runs are rejected; one example at a time it is more."""
+    rng, clustered, plain, runs = generator(0), 0, 0, 600
+    for _ in range(runs):
+        lean = rng.choice([-0.4, 0.4], size=60)[:, None]  # of a cluster, towards a or b
+        a, b = (rng.random((60, 8)) < 0.5 + lean / 2), (rng.random((60, 8)) < 0.5 - lean / 2)
+        clustered += statistics.clustered_mcnemar(a.mean(axis=1) - b.mean(axis=1)) < 0.05
+        plain += statistics.mcnemar(a.ravel(), b.ravel()) < 0.05
+    assert 0.03 <= clustered / runs <= 0.08
+    assert plain / runs > 0.1
+
+
+def test_several_figures_at_once_are_those_one_by_one():
+    values, users = generator(1).random((60, 2)), np.arange(60) // 2
+    ((first, second),) = statistics.bootstrap_columns(
+        [lambda w: (w @ values) / w.sum(axis=1, keepdims=True)], users, generator(5), 300
+    )
+    alone = statistics.bootstrap_statistics(
+        [lambda w, c=c: (w @ values[:, c]) / w.sum(axis=1) for c in (0, 1)], users, generator(5), 300
+    )
+    for ours, one in zip((first, second), alone, strict=True):
+        assert ours == pytest.approx(one)

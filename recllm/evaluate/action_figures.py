@@ -1,0 +1,347 @@
+"""Figures of the tasks about actions: tasks and predictions enter, the parts of metrics.json about them leave.
+
+evaluation.py says what each part holds, action_metrics.py how each figure is defined. Intervals are over sessions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from recllm.data.dataset import Dataset
+from recllm.evaluate import action_metrics, metrics, statistics
+from recllm.evaluate.action_metrics import Found
+from recllm.evaluate.calibration import probabilities
+from recllm.evaluate.next_events import EXACT, ROUGE, TYPE_ACCURACY
+from recllm.evaluate.statistics import Estimate, as_json
+from recllm.evaluate.tasks import Prediction, Task, predicted_labels
+from recllm.recipe import ActionProtocol, BootstrapSection, Protocol
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+EXACT_MATCH = "exact_match"  # the figure that leads these tasks
+CONSTANT = "constant"  # the baseline that a model must not be below
+
+
+class Columns(NamedTuple):
+    """Figures that one function computes at once from weights of examples, (S, N) → (S, M)."""
+
+    names: list[str]  # (M,)
+    of: Callable[[Floats], Floats]
+
+
+def predicted_classes(task: Task, prediction: Prediction) -> Integers:
+    """(N,) the action that a prediction says, by its place in the task's labels; -1 where it says none."""
+    if task.events is None:
+        return predicted_labels(prediction)
+    return task.events.predicted(prediction.generations or [])
+
+
+def right_rows(task: Task, prediction: Prediction) -> Floats:
+    """(N,) 1 where all that is asked is right."""
+    if task.events is None:
+        return metrics.accuracy(task.right_column, predicted_labels(prediction))
+    return task.events.figures(prediction.generations or [])[EXACT]
+
+
+def exact_match(task: Task, prediction: Prediction) -> Floats:
+    """A session's exact match, sessions in ascending order: their mean is the figure."""
+    return action_metrics.session_means(right_rows(task, prediction), task.clusters)
+
+
+# ---- of one system ----
+
+
+def entries(
+    task: Task, predictions: Sequence[Prediction], protocol: Protocol, training: Integers
+) -> list[dict[str, Any]]:
+    """By system what its entry has more: {metrics, classes, calibration, reliability}; training (C,) counts labels."""
+    head = action_metrics.head_classes(training)
+    columns = [_columns(task, prediction, head, protocol.actions) for prediction in predictions]
+    section = protocol.bootstrap
+    exact = np.stack([exact_match(task, prediction) for prediction in predictions], axis=1)
+    means = _bootstrapped(statistics.bootstrap_means, exact, np.arange(len(exact)), section)
+    asked = [one.of for own in columns for one in own]
+    found = iter(_bootstrapped(statistics.bootstrap_columns, asked, task.clusters, section))
+    return [
+        _entry(task, prediction, mean, {n: e for one in own for n, e in zip(one.names, next(found))}, head, protocol)
+        for prediction, mean, own in zip(predictions, means, columns, strict=True)
+    ]
+
+
+def _bootstrapped(method: Callable[..., Any], figures: Any, clusters: npt.NDArray, section: BootstrapSection) -> Any:
+    return method(figures, clusters, np.random.default_rng(section.seed), section.samples, section.confidence)
+
+
+def _entry(
+    task: Task,
+    prediction: Prediction,
+    exact: Estimate,
+    found: Mapping[str, Estimate],
+    head: npt.NDArray[np.bool_],
+    protocol: Protocol,
+) -> dict[str, Any]:
+    plain = {EXACT_MATCH: exact} | {name: one for name, one in found.items() if "|" not in name}
+    return {
+        "metrics": {name: as_json(one) for name, one in plain.items()},
+        "classes": _classes(task, prediction, found, head),
+        "calibration": _calibration(prediction, found),
+        "reliability": _reliability(task, prediction, protocol.actions.bins),
+    }
+
+
+def _columns(task: Task, prediction: Prediction, head: npt.NDArray[np.bool_], section: ActionProtocol) -> list[Columns]:
+    """Everything that is no mean of examples. "A|B" are figures of class B, or after calibration."""
+    found = [_of_classes(task, prediction, head)]
+    if task.events is not None:
+        found += _of_fields(task, prediction)
+    elif prediction.has_probabilities:
+        found.append(_of_probabilities(task, probabilities(prediction.scores), section.bins, ""))
+        if prediction.calibration is not None:
+            scaled = probabilities(prediction.scores, prediction.calibration[0])
+            found.append(_of_probabilities(task, scaled, section.bins, "|calibrated"))
+    return found
+
+
+def _of_classes(task: Task, prediction: Prediction, head: npt.NDArray[np.bool_]) -> Columns:
+    label, predicted, size = task.classes, predicted_classes(task, prediction), len(task.labels)
+    names = ["macro_f1", "weighted_f1", "macro_recall", "weighted_recall"]
+    names += [f"{mean}_recall/{part}" for part in ("head", "tail") for mean in ("macro", "weighted")]
+    names += ["most_frequent_share|", "rest_recall|"]
+    names += [f"{figure}|{place}" for figure in ("precision", "recall", "f1") for place in range(size)]
+    answered = np.bincount(predicted[predicted >= 0], minlength=size)
+    often = np.arange(size) == answered.argmax()  # the answer that is given most often
+
+    def compute(weights: Floats) -> Floats:
+        table = action_metrics.confusion(label, predicted, size, weights)
+        of = action_metrics.class_figures(table)
+        columns = [action_metrics.macro(of.f1), action_metrics.weighted(of.f1, of.support)]
+        for part in (None, head, ~head):
+            columns += [
+                action_metrics.macro(of.recall, part),
+                action_metrics.weighted(of.recall, of.support, part),
+            ]
+        share = table[:, :, :-1].sum(axis=1)[:, often][:, 0] / weights.sum(axis=1)
+        columns += [share, action_metrics.macro(of.recall, ~often)]
+        return np.concatenate([np.stack(columns, axis=1), of.precision, of.recall, of.f1], axis=1)
+
+    return Columns(names, compute)
+
+
+def _of_probabilities(task: Task, probability: Floats, bins: int, suffix: str) -> Columns:
+    """AUC and its user-grouped form, Brier score, calibration error and nats among the labels.
+
+    With two labels the first is the positive one, and AUC and Brier score are those of two classes.
+    """
+    label, nats = task.right_column, action_metrics.label_nats(probability, task.right_column)
+    known = np.asarray(~np.isnan(probability).any(axis=1))
+    names, ranked, error = _of_two(task, probability) if len(task.labels) == 2 else _of_many(task, probability)
+    if suffix:  # a temperature changes no order: AUC stays as it is, or nearly so of many classes
+        names, ranked = names[2:], []
+
+    def compute(weights: Floats) -> Floats:
+        columns = [one(weights) for one in ranked] + [weights @ error / weights.sum(axis=1)]
+        columns.append(action_metrics.top_label_calibration_error(probability, label, weights, bins))
+        columns.append(_mean(np.where(known, nats, 0), known, weights))
+        return np.stack(columns, axis=1)
+
+    return Columns([name + suffix for name in [*names, "top_label_calibration_error", "label_nats"]], compute)
+
+
+Ranked = tuple[list[str], list[Callable[[Floats], Floats]], Floats]  # names, two figures of ranks, errors (N,)
+
+
+def _of_two(task: Task, probability: Floats) -> Ranked:
+    first, positive, users = probability[:, 0], task.right_column == 0, task.users
+    ranked = [
+        lambda w: metrics.auc(first, positive, w),
+        lambda w: action_metrics.grouped_auc(first, positive, users, w),
+    ]
+    return ["auc", "grouped_auc", "brier"], ranked, metrics.brier(first, positive)
+
+
+def _of_many(task: Task, probability: Floats) -> Ranked:
+    label, users = task.right_column, task.users
+    ranked = [
+        lambda w: action_metrics.one_vs_rest_auc(probability, label, w),
+        lambda w: action_metrics.grouped_one_vs_rest_auc(probability, label, users, w),
+    ]
+    names = ["macro_auc", "macro_grouped_auc", "multiclass_brier"]
+    return names, ranked, action_metrics.multiclass_brier(probability, label)
+
+
+def _of_fields(task: Task, prediction: Prediction) -> list[Columns]:
+    """ROUGE-L of each field, over the examples whose right answer has it."""
+    assert task.events is not None
+    figures = task.events.figures(prediction.generations or [])
+    return [_of_known(name, values) for name, values in figures.items() if name.startswith(ROUGE)]
+
+
+def _of_known(name: str, values: Floats) -> Columns:
+    known = ~np.isnan(values)
+    filled = np.where(known, values, 0)
+    return Columns([name], lambda weights: _mean(filled, known, weights)[:, None])
+
+
+def _mean(values: Floats, known: npt.NDArray[np.bool_], weights: Floats) -> Floats:
+    """(S,) the weighted mean of the values (N,) that are known."""
+    total = weights @ known
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, weights @ values / total, np.nan)
+
+
+def _classes(
+    task: Task, prediction: Prediction, found: Mapping[str, Estimate], head: npt.NDArray[np.bool_]
+) -> dict[str, Any]:
+    label, predicted = task.classes, predicted_classes(task, prediction)
+    table = action_metrics.confusion(label, predicted, len(task.labels))[0]
+    answered = table[:, :-1].sum(axis=0)
+    often = {
+        "label": task.labels[int(answered.argmax())],
+        "share": as_json(found["most_frequent_share|"]),
+        "rest_recall": as_json(found["rest_recall|"]),
+    }
+    per_class = [
+        {
+            "label": name,
+            "words": words,
+            "head": bool(head[place]),
+            "support": int(table[place].sum()),
+            "predicted": int(answered[place]),
+            **{figure: as_json(found[f"{figure}|{place}"]) for figure in ("precision", "recall", "f1")},
+        }
+        for place, (name, words) in enumerate(zip(task.labels, task.words, strict=True))
+    ]
+    return {
+        "per_class": per_class,
+        "confusion": table.astype(int).tolist(),
+        "most_frequent": often if answered.any() else None,
+    }
+
+
+def _calibration(prediction: Prediction, found: Mapping[str, Estimate]) -> dict[str, Any] | None:
+    if prediction.calibration is None:
+        return None
+    after = {name.partition("|")[0]: one for name, one in found.items() if name.endswith("|calibrated")}
+    return {
+        "temperature": prediction.calibration[0],
+        "num_examples": prediction.calibration[1],
+        "before": {name: as_json(found[name]) for name in after},
+        "after": {name: as_json(one) for name, one in after.items()},
+    }
+
+
+def _reliability(task: Task, prediction: Prediction, bins: int) -> dict[str, Any] | None:
+    if task.events is not None or not prediction.has_probabilities:
+        return None
+    scales = {"before": 1.0} | ({} if prediction.calibration is None else {"after": prediction.calibration[0]})
+    return {
+        name: [
+            one._asdict()
+            for one in action_metrics.reliability(probabilities(prediction.scores, scale), task.right_column, bins)
+        ]
+        for name, scale in scales.items()
+    }
+
+
+# ---- items to come ----
+
+
+def wants_otto(task: Task, dataset: Dataset) -> bool:
+    """Whether a task's ranked items are held against all that follows in the session, by action."""
+    return dataset.is_events and task.kind == "next_item" and bool(task.section and task.section.within_session)
+
+
+def items_to_come(task: Task, dataset: Dataset, split: str, next_only: Sequence[str]) -> list[list[Integers]]:
+    """By example and action the items that follow in the session, from the target on.
+
+    Of the actions `next_only` the next one alone, as OTTO asks of clicks. What another split holds is left out: of
+    valid sessions what is newer than the cut-off of test.
+    """
+    sequences = dataset.sequences
+    assert sequences.actions is not None
+    assert sequences.sessions is not None
+    cutoff = dataset.manifest["split"]["cutoffs"].get("test") if split == "valid" else None
+    alone = [label in next_only for label in dataset.actions]
+    found = []
+    for user, end in zip(task.users.tolist(), task.examples.history_end.tolist()):
+        begin, stop = sequences.offsets[user] + end, sequences.offsets[user + 1]
+        rest = np.arange(begin, stop)
+        mine = (sequences.sessions[rest] == sequences.sessions[begin]) & (sequences.items[rest] >= 0)
+        if cutoff is not None:
+            mine &= sequences.timestamps[rest] < cutoff
+        items, actions = sequences.items[rest[mine]], sequences.actions[rest[mine]]
+        line = [items[actions == place].astype(np.int64) for place in range(len(alone))]
+        found.append([of[:1] if only else of for of, only in zip(line, alone, strict=True)])
+    return found
+
+
+def otto(
+    task: Task, predictions: Sequence[Prediction], to_come: list[list[Integers]], labels: list[str], protocol: Protocol
+) -> list[dict[str, Any] | None]:
+    """By system {k, recall {label: ESTIMATE}, possible {label: items to be found}, score}; None without a ranking."""
+    section, made = protocol.actions, list[dict[str, Any] | None]()
+    for prediction in predictions:
+        if prediction.top is None:
+            made.append(None)
+            continue
+        found = action_metrics.found_items(prediction.top, to_come, section.otto_k)
+        made.append(_otto_entry(found, task.clusters, labels, protocol))
+    return made
+
+
+def _otto_entry(found: Found, clusters: Integers, labels: list[str], protocol: Protocol) -> dict[str, Any]:
+    parts = protocol.actions.otto_weights
+
+    def compute(weights: Floats) -> Floats:
+        recalls = action_metrics.recall_at_k(found, weights)
+        if not parts:
+            return recalls
+        return np.concatenate([recalls, action_metrics.otto_score(recalls, labels, parts)[:, None]], axis=1)
+
+    estimates = _bootstrapped(statistics.bootstrap_columns, [compute], clusters, protocol.bootstrap)[0]
+    return {
+        "k": protocol.actions.otto_k,
+        "recall": {label: as_json(one) for label, one in zip(labels, estimates)},
+        "possible": dict(zip(labels, found.possible.sum(axis=0).tolist())),
+        "score": as_json(estimates[-1]) if parts else None,
+    }
+
+
+# ---- what is to be said of them ----
+
+
+def warnings(task: Task) -> list[str]:
+    """A sentence for each class that no evaluated example has."""
+    counts = np.bincount(task.classes, minlength=len(task.labels))
+    return [
+        f'{task.name}: none of the {len(task.classes)} evaluated examples has the label "{label}": it has no recall '
+        "and no F1, and means over classes leave it out."
+        for label, count in zip(task.labels, counts.tolist())
+        if not count
+    ]
+
+
+def below_constant(task: str, systems: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any] | None:
+    """Of the main system what the report must open with, where it is below the constant answer; None where it is not.
+
+    Below in exact match, or of next_event in the accuracy of the action's type: {task, system, metric, value, constant,
+    answer, answer_share, rest_recall}, with the answer that it gives most often and its macro recall on all other
+    classes; these are null where none of its answers can be read.
+    """
+    of = {system["name"]: system for system in systems if system["task"] == task}
+    own, constant = of.get(main), of.get(CONSTANT)
+    if own is None or constant is None or own["kind"] == "baseline":
+        return None
+    for metric in (EXACT_MATCH, TYPE_ACCURACY):
+        value, level = ((one["metrics"].get(metric) or {}).get("value") for one in (own, constant))
+        if value is not None and level is not None and value < level:
+            found = {"task": task, "system": main, "metric": metric, "value": value, "constant": level}
+            often = own["classes"]["most_frequent"]
+            if often is None:
+                return found | dict.fromkeys(("answer", "answer_share", "rest_recall"))
+            shares = {"answer_share": often["share"]["value"], "rest_recall": often["rest_recall"]["value"]}
+            return found | {"answer": often["label"]} | shares
+    return None
