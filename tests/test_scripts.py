@@ -1,5 +1,6 @@
 """The scripts of reproduce/ and bench/: that they run at tiny sizes, resume, and compare what they say they compare."""
 
+import gzip
 import json
 import runpy
 import sys
@@ -133,6 +134,145 @@ def test_movielens_seeds_share_the_data_and_reports_are_made_again(
     (report.parents[2] / "seed0-0123456789").rename(report.parents[1])
     with pytest.raises(SystemExit, match="sigmoid, and the adapters of lora, ilora, soft_token are gone"):
         run("reproduce/movielens.py", *ask, "sigmoid")
+
+
+@pytest.fixture
+def actions_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
+    import actions
+
+    return actions
+
+
+def test_action_evidence_runs_resumes_and_reports(run, tmp_path):
+    small = ["--work", tmp_path / "work", "--seeds", 0, "--knobs", 1, "--workers", 1]
+    small += ["--users", 60, "--sessions", 16, "--steps", 2, "--base-steps", 2, "--output", tmp_path / "actions.md"]
+    run("reproduce/actions.py", *small)
+    path = tmp_path / "work" / "cells.jsonl"
+    cells = [json.loads(line) for line in path.read_text().splitlines()]
+    arms = ("lora", "ilora", "uniform", "shuffled", "oracle", "soft_token", "ilora@uniform", "ilora@shuffled")
+    reads = ("ilora", "shuffled", "soft_token", "ilora@uniform", "ilora@shuffled")
+    found = [(cell["setting"], cell["arm"]) for cell in cells]
+    assert sorted(found) == sorted([("4:all", arm) for arm in arms] + [("4:prompt", arm) for arm in reads])
+    counts = [cell["parameters"] for cell in cells]
+    assert max(counts) <= 1.02 * min(counts)  # equal within 2%
+    first = cells[0]
+    assert all(cell[name] == first[name] for cell in cells for name in ("users", "labels", "bayes"))
+    assert all(len(cell["nats"]) == len(first["labels"]) and np.isfinite(cell["nats"]).all() for cell in cells)
+    assert np.mean(np.array(first["labels"]) == 4) == pytest.approx(0.75, abs=0.1)  # "leave", of four actions and it
+    limits = [first["bayes"][name]["nats"] for name in ("prompt", "all", "cluster")]
+    assert limits == sorted(limits, reverse=True)
+    by_arm = {cell["arm"]: cell for cell in cells if cell["setting"] == "4:all"}
+    # experts that all weigh the same, the same start and the same batches: the plain LoRA
+    assert by_arm["uniform"]["nats"] == pytest.approx(by_arm["lora"]["nats"], abs=1e-3)
+    assert by_arm["oracle"]["nats"] != pytest.approx(by_arm["lora"]["nats"], abs=1e-3)
+    before = path.read_bytes()
+    (tmp_path / "actions.md").write_text("# Another part\n\nstays\n")
+    done = run("reproduce/actions.py", *small, "--report")
+    assert path.read_bytes() == before
+    text = (tmp_path / "actions.md").read_text()
+    assert text.startswith("# Another part\n\nstays\n\n# Synthetic sessions")
+    assert "| oracle |" in text
+    assert "| *always leave* |" in done
+    run("reproduce/actions.py", *small)  # every cell is there: nothing is trained
+    assert path.read_bytes() == before
+    other = ["--split", "valid", "--arms", "lora", "--rates", "lora=0.001,0.03"]
+    assert "scored here: valid" in run("reproduce/actions.py", *small, *other)
+    assert len(path.read_text().splitlines()) == len(cells) + 1
+    assert len(list(path.parent.glob("conflict*"))) == 1
+    with pytest.raises(SystemExit, match="are in one file"):
+        run("reproduce/actions.py", *small, "--report")
+    with pytest.raises(SystemExit, match="SHOWN:all"):
+        run("reproduce/actions.py", *small, "--settings", "4:2")
+    with pytest.raises(SystemExit, match="multiple of 1/8"):
+        run("reproduce/actions.py", *small, "--exit-rate", 0.7)
+
+
+def test_action_evidence_has_recalls_as_means(actions_script):
+    """Six examples: four of "leave" (action 2), of which three are right, one right of action 0, one wrong of 1."""
+    cell = {"hits": [1, 1, 1, 0, 1, 0], "labels": [2, 2, 2, 2, 0, 1], "settings": {"world": {"num_actions": 2}}}
+    found = actions_script.with_recalls(cell)
+    assert np.mean(found["macro"]) == pytest.approx((3 / 4 + 1 + 0) / 3)
+    assert np.mean(found["left"]) == pytest.approx(3 / 4)
+
+
+def test_a_part_of_a_report_is_replaced_and_the_others_stay(evidence, tmp_path):
+    path = tmp_path / "report.md"
+    for heading, text in (("# One", "first"), ("# Two", "second"), ("# One", "## Under it\n\nagain")):
+        evidence.write_part(path, heading, f"{heading}\n\n{text}\n")
+    assert path.read_text() == "# One\n\n## Under it\n\nagain\n\n# Two\n\nsecond\n"
+
+
+def test_arms_are_compared_by_any_metric_of_an_example(evidence):
+    cells = seeds_with([0.1, 0.1, 0.1])
+    for arm, shift in (("lora", 0.0), ("ilora", 0.5)):
+        for cell in cells[arm]:
+            cell["hits"] = [shift] * len(cell["users"])
+    rows, _ = evidence.comparisons(cells, "lora", [], name="hits")
+    assert rows[1][1:3] == ["0.500 [0.500, 0.500]", "+0.500 [+0.500, +0.500], p < 0.0001"]
+    assert evidence.comparisons(cells, "lora", [])[0][1][2].startswith("-0.1")
+
+
+def write_visits(folder):
+    """A shop's log and a click log in the forms that the recipes ecommerce and yoochoose read."""
+    rng = np.random.default_rng(0)
+    pages = ["product_view", "add_to_cart", "cart", "purchase"]
+    shop = ["user_id,session_id,event,timestamp,platform,acquisition_channel,user_lifecycle"]
+    clicks = ["SessionId\tItemId\tTime"]
+    for visit in range(80):  # ten users, who come once in ten days
+        for place in range(5):
+            page = pages[rng.integers(4)] if place else "home"
+            time = np.datetime64("2024-01-01", "s") + 86_400 * visit + 60 * place
+            shop.append(f"u{visit % 10},s{visit},{page},{str(time).replace('T', ' ')},mobile,email,new")
+            clicks.append(f"{visit}\t{rng.integers(30)}\t{time.astype(int)}.5")
+    (folder / "ecom.csv.gz").write_bytes(gzip.compress("\n".join(shop).encode()))
+    for part, lines in (("train_full", clicks[:320]), ("test", [clicks[0], *clicks[320:]])):
+        (folder / f"yoochoose-clicks-100k_{part}.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_real_action_evidence_runs_resumes_and_reports(run, tmp_path, long_model_folder):
+    write_visits(tmp_path)
+    small = ["--work", tmp_path / "work", "--output", tmp_path / "actions.md", "--seeds", 0, "--steps", 1]
+    small += ["--runs", "ecommerce", "yoochoose", "--data", f"ecommerce={tmp_path}", f"yoochoose={tmp_path}"]
+    small += ["--max-examples", 6, "--set", f"model.name_or_path={long_model_folder}", "model.dtype=float32"]
+    small += ["encoder.max_epochs=1", "train.use_cpu=true", "protocol.bootstrap.samples=100", "tasks.0.dense_window=0"]
+    run("reproduce/actions_real.py", *small)
+    reports = {path: path.read_bytes() for path in tmp_path.glob("work/*/seed*/report/metrics.json")}
+    assert len(reports) == 2
+    assert len(list(tmp_path.glob("work/*/dataset"))) == 2  # beside the seeds, which share them
+    assert not list(tmp_path.glob("work/*/seed*/ilora"))  # all is in the report
+    for path, text in reports.items():
+        names = {system["name"] for system in json.loads(text)["systems"]}
+        assert {"ilora", "plain_lora", "ilora_uniform", "ilora_shuffled"} <= names
+        took = json.loads((path.parents[1] / "seconds.json").read_text())
+        assert {"encoder", "plain_lora", "ilora", "report"} <= set(took)
+    done = run("reproduce/actions_real.py", *small, "--report")
+    assert {path: path.read_bytes() for path in reports} == reports
+    text = (tmp_path / "actions.md").read_text()
+    assert text in done
+    shop, clicks = text.split("## ")[1:]
+    assert "| constant |" in shop
+    assert "exact match" in shop
+    assert "hit_rate@20, whole catalogue" in clicks
+    assert "- nats of the answer, plain LoRA" in clicks
+    assert "given seed 0" in shop
+
+
+def test_real_action_evidence_averages_within_sessions(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
+    import actions_real
+
+    rows = [
+        {"example_id": name, "label": "buy", "predicted": said, "nats": nats, "full_rank": None}
+        for name, said, nats in (("a", "buy", 1.0), ("b", "buy", 2.0), ("c", "view", 4.0), ("d", "buy", 8.0))
+    ]
+    found = actions_real._by_session(rows, {"a": 7, "b": 3, "c": 3, "d": 3})
+    assert found["users"] == [3, 7]
+    assert found["exact"] == pytest.approx([2 / 3, 1])
+    assert found["nats"] == pytest.approx([14 / 3, 1])
+    assert "hits" not in found  # no ranks
+    rows[0]["predicted"] = None  # an answer that is none of the actions is wrong
+    assert actions_real._by_session(rows, {"a": 7, "b": 3, "c": 3, "d": 3})["exact"][1] == 0
 
 
 @pytest.fixture

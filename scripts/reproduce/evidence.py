@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from recllm import files
 from recllm.data.dataset import Dataset, pad_left
 from recllm.errors import UserError
 from recllm.evaluate.evaluation import machine
@@ -228,17 +230,18 @@ def fresh_adapter(
 
 @torch.no_grad()
 def states(
-    encoder_folder: Path, dataset: Dataset, examples: TokenizedExamples, max_items: int, device: str
+    encoder_folder: Path, dataset: Dataset, examples: TokenizedExamples, max_items: int | np.ndarray, device: str
 ) -> torch.Tensor:
-    """(N, D): what the encoder says of everything that the gate may read of each example."""
+    """(N, D): what the encoder says of all that the gate may read: the newest `max_items`, of all examples or (N,)."""
     encoder, _ = load_encoder(encoder_folder)
     encoder.to(device)
     found = torch.empty(len(examples), encoder.hidden_size)
-    order = np.argsort(examples.gate_ends, kind="stable")
+    limits = np.broadcast_to(max_items, len(examples))
+    order = np.argsort(np.minimum(examples.gate_ends, limits), kind="stable")
     for start in range(0, len(order), 256):
         rows = order[start : start + 256]
-        users, ends = examples.user_indices[rows], examples.gate_ends[rows]
-        histories = [dataset.history(int(user), int(end), max_items) for user, end in zip(users, ends)]
+        asked = zip(examples.user_indices[rows].tolist(), examples.gate_ends[rows].tolist(), limits[rows].tolist())
+        histories = [dataset.read(*one) for one in asked]
         items = torch.from_numpy(pad_left(histories)).to(device)
         found[torch.from_numpy(rows)] = encoder(items).float().cpu()
     return found
@@ -474,14 +477,19 @@ def _two_way(seeds: list[Values]) -> Difference:
 
 
 def comparisons(
-    arms: dict[str, list[Cell]], reference: str, further: Sequence[tuple[str, str]], extra: Sequence[str] = ()
+    arms: dict[str, list[Cell]],
+    reference: str,
+    further: Sequence[tuple[str, str]],
+    extra: Sequence[str] = (),
+    name: str = "nats",
 ) -> tuple[list[list[str]], list[str]]:
     """Rows of a table and the lines under it; p is Holm's over all comparisons of both.
 
     A row: arm, figures, difference to `reference`, difference by seed, trained parameters. `further` are pairs of arms.
+    Compared is what cells hold of each example under `name`.
     """
     pairs = [(arm, reference) for arm in arms if arm != reference] + list(further)
-    found = {pair: gap for pair in pairs if (gap := against(arms[pair[0]], arms[pair[1]])) is not None}
+    found = {pair: gap for pair in pairs if (gap := against(arms[pair[0]], arms[pair[1]], name)) is not None}
     adjusted = dict(zip(found, holm([gap.p_value for gap in found.values()])))
     rows = []
     for arm, cells in arms.items():
@@ -489,7 +497,7 @@ def comparisons(
             continue
         gap = found.get((arm, reference))
         shown = (gap.text(adjusted[arm, reference]), gap.seeds()) if gap else ("", "")
-        figures = [interval(cells), *(f"{_mean(cells, name):.3f}" for name in extra)]
+        figures = [interval(cells, name), *(f"{_mean(cells, other):.3f}" for other in extra)]
         parameters = cells[0].get("parameters")
         rows.append([arm, *figures, *shown, "" if parameters is None else str(parameters)])
     lines = [
@@ -508,6 +516,19 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_part(path: Path, heading: str, text: str) -> None:
+    """Write a part of a Markdown file that begins with the line `heading` and ends before the next "# " line.
+
+    A part that is there is replaced; a new one stands behind the others.
+    """
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    parts = re.split(r"^(?=# )", old, flags=re.MULTILINE)
+    places = [number for number, part in enumerate(parts) if part.splitlines()[:1] == [heading]]
+    new = text.rstrip() + "\n"
+    parts = [new if number in places else part for number, part in enumerate(parts)] + ([] if places else [new])
+    files.write_text(path, "\n\n".join(part.strip() for part in parts if part.strip()) + "\n")
 
 
 def machine_line(cells: Iterable[Cell]) -> str:

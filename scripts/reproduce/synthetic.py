@@ -50,44 +50,45 @@ from evidence import (
     machine_line,
     markdown,
     of_current_arms,
-    rows_of_others,
-    same_start,
     score,
     seeds_said,
     settings_hash,
     this_machine,
     trained_parameters,
 )
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_llama import (
+    ARM_VERSIONS,
+    ARMS,
+    RANK,
+    READS_HISTORY,
+    WIDTH,
+    fit_base,
+    given_to,
+    make_arm,
+    method_of,
+    word_tokenizer,
+)
 
 from recllm import __version__, files
 from recllm.convert.pipeline import convert
 from recllm.data.dataset import Dataset, pad_left
 from recllm.data.synthetic import Clusters, Score, bayes_scores, best_score, window_score, write_clusters
 from recllm.errors import UserError
-from recllm.evaluate.language_model import swapped_rows
-from recllm.model.adapter import accepts_history, build_adapter, fit_gate_statistics
-from recllm.model.base_model import load_base_model
+from recllm.model.adapter import accepts_history, fit_gate_statistics
 from recllm.model.sequence_encoder import load_encoder
-from recllm.recipe import AdapterSection, ModelSection, Recipe
+from recllm.recipe import Recipe
 from recllm.train.collator import COLUMNS, Collator, TokenizedExamples, tokenize
 from recllm.train.encoder import fit_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "eval" / "reference" / "synthetic.md"
 KEY = ("knob", "setting", "arm", "seed", "settings_id")
-ARMS = ("lora", "ilora", "uniform", "shuffled", "oracle", "soft_token")
-ARM_VERSIONS = {"shuffled": 2}  # 1 gave each user one fixed partner, which a gate can learn by heart
-READS_HISTORY = ("ilora", "shuffled", "soft_token")  # the arms for which it matters what the gate reads
 LENGTH = 40  # items of each user
 SCORED_FROM = 16  # test targets have at least so many items before them
-RANK = 8
 # Learning rates of the LoRA and of what reads the representation. They were chosen by validation users of knob 1, seed
 # 0 (--split valid --rates …), among 0.002, 0.005, 0.01 (soft token: 0.02 too) and 0.01, 0.03, 0.1 (soft token: 0.3 too)
 RATES = {"lora": (5e-3, 3e-2), "ilora": (5e-3, 3e-2), "soft_token": (1e-2, 1e-1)}
 WORLD = Clusters(num_tiers=4, focus=0.8)
-WIDTH = 64  # of the base model
 ENCODER = {
     "type": "gru4rec",
     "hidden_size": 32,
@@ -165,7 +166,7 @@ def cell_settings(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
 
 def _rates(arguments: argparse.Namespace, arm: str) -> tuple[float, float]:
     """Learning rates of an arm's LoRA and of what reads the representation."""
-    method = _method(arm)
+    method = method_of(arm)
     for text in arguments.rates:
         found = re.fullmatch(r"(lora|ilora|soft_token)=([0-9.e-]+),([0-9.e-]+)", text)
         if not found:
@@ -237,7 +238,8 @@ class World:
         if not (self.log / "log").is_dir():
             write_clusters(self.log / "log", self.truth, arguments.users, LENGTH, seed)
         files.write_text(self.log / "template.yaml", yaml.safe_dump(TEMPLATE))
-        self.tokenizer = make_tokenizer(self.log / "log" / "items.parquet")
+        titles = pq.read_table(self.log / "log" / "items.parquet")["title"].to_pylist()
+        self.tokenizer = word_tokenizer(word for title in titles for word in title.split())
         self.tokenizer.save_pretrained(self.log / "tokenizer")
         recipe = make_recipe(self.log, seed, shown)
         if not (self.folder / "dataset").is_dir():
@@ -250,27 +252,18 @@ class World:
         if not self.encoder_folder.is_dir():
             fit_encoder(self.dataset, recipe.encoder, LENGTH, seed, self.encoder_folder, exclude_history=False)
         if not (self.folder / "base").is_dir():
-            self._fit_base()
+            steps, device = arguments.base_steps, arguments.device
+            fit_base(self.folder / "base", self.tokenizer, self.train, self.collator, steps, seed, device)
 
     def _tokenized(self, split: str) -> TokenizedExamples:
         return tokenize(self.dataset.example_batches(split, COLUMNS), self.tokenizer, 512, split)
-
-    def _fit_base(self) -> None:
-        """The base model: a tiny Llama, all weights trained on the training users' examples."""
-        torch.manual_seed(self.seed)
-        model = LlamaForCausalLM(llama_config(self.tokenizer)).to(self.arguments.device)
-        plan = Plan(self.arguments.base_steps, 128, 3e-3, 3e-3, self.seed, warmup=30)
-        log = fit(model, self.train, self.collator, {}, plan)
-        with files.replacing_folder(self.folder / "base") as staging:
-            model.save_pretrained(staging)
-            self.tokenizer.save_pretrained(staging)
-            files.write_json(staging / "base_log.json", log)
 
     # ---- cells ----
 
     def cells(self, setting: str, arm: str) -> list[Cell]:
         """Fit one arm and score it; of ilora also under the gates of the controls."""
-        model = self._model(arm)
+        base, device = self.folder / "base", self.arguments.device
+        model = make_arm(arm, base, self.encoder_folder, self.truth.num_clusters, self.seed, device)
         memory = setting.split(":")[1]
         trained, tested = self._tables(self.train, arm, memory), self._tables(self.asked, arm, memory)
         if accepts_history(model) and "representation" in trained:
@@ -283,38 +276,18 @@ class World:
                 found.append(self._cell(setting, control, model, self._tables(self.asked, given, memory), log))
         return found
 
-    def _model(self, arm: str) -> Any:
-        torch.manual_seed(self.seed)
-        base, _ = load_base_model(ModelSection(name_or_path=str(self.folder / "base"), dtype="float32"))
-        encoder, _ = load_encoder(self.encoder_folder)
-        method = _method(arm)
-        rank = equal_rank(base, encoder.hidden_size, method)
-        section = AdapterSection(
-            method=method, r=rank, lora_alpha=2 * rank, num_experts=self.truth.num_clusters if method == "ilora" else 1
-        )
-        model = build_adapter(base, section, encoder).to(self.arguments.device)
-        same_start(model, self.seed)
-        return model
-
     def _tables(self, examples: TokenizedExamples, arm: str, memory: str) -> Tables:
         """What the gate or the soft token is given for each example."""
-        count = self.truth.num_clusters
-        if arm == "lora":
-            return {}
-        if arm == "uniform":
-            return {"gate_weights": torch.full((len(examples), count), 1 / count)}
-        if arm == "oracle":
-            clusters = torch.from_numpy(self._clusters()[examples.user_indices])
-            return {"gate_weights": torch.nn.functional.one_hot(clusters, count).float()}
-        states = self._states(examples, LENGTH if memory == "all" else int(memory))
-        generator = np.random.default_rng([self.seed, 1])
-        if arm == "shuffled":
-            states = states[torch.from_numpy(rows_of_others(examples.user_indices, generator))]
-        if arm == "ilora@shuffled":
-            rows = swapped_rows(examples.user_indices, generator)
-            assert rows is not None  # there is more than one user
-            states = states[torch.from_numpy(rows)]
-        return {"representation": states}
+        users = examples.user_indices
+        max_items = LENGTH if memory == "all" else int(memory)
+        return given_to(
+            arm,
+            users,
+            lambda: self._states(examples, max_items),
+            self._clusters()[users],
+            self.truth.num_clusters,
+            self.seed,
+        )
 
     @torch.no_grad()
     def _states(self, examples: TokenizedExamples, max_items: int) -> torch.Tensor:
@@ -369,59 +342,7 @@ class World:
         return {name: round(float(values[rows, columns].mean()), 4) for name, values in seen.items()}
 
 
-def _method(arm: str) -> Any:
-    return arm if arm in ("lora", "soft_token") else "ilora"
-
-
-def equal_rank(base: Any, width: int, method: str) -> int:
-    """The rank whose number of trained parameters is nearest to that of an instance-wise adapter of rank RANK."""
-    modules = [m for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
-    a_rank = sum(m.in_features + m.out_features for m in modules)
-    beside = {"lora": 0, "ilora": 0, "soft_token": width * base.config.hidden_size}[method]
-    return RANK - round(beside / a_rank)
-
-
 # ---- data ----
-
-
-def make_tokenizer(items: Path) -> PreTrainedTokenizerFast:
-    """A word of a title is a token, and so is a newline; ChatML without anything else."""
-    words = sorted({word for title in pq.read_table(items)["title"].to_pylist() for word in title.split()})
-    special = ["<pad>", "<|user|>", "<|end|>", "<unk>"]
-    vocabulary = {token: number for number, token in enumerate([*special, "\n", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(Regex(" +"), "removed")]
-    )
-    tokenizer.add_special_tokens(special)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<|end|>",
-        bos_token="<|user|>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-    wrapped.chat_template = "{% for message in messages %}<|user|>{{ message.content }}<|end|>{% endfor %}"
-    return wrapped
-
-
-def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """Two layers of width 64: learns the whole world within a minute of one core."""
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-    )
 
 
 def make_recipe(folder: Path, seed: int, shown: int) -> Recipe:
@@ -505,7 +426,7 @@ def _parameters_said(cells: list[Cell]) -> str:
 
 
 def _rates_said(cells: list[Cell]) -> str:
-    rates = {_method(cell["arm"].split("@")[0]): cell["settings"]["rates"] for cell in cells}
+    rates = {method_of(cell["arm"].split("@")[0]): cell["settings"]["rates"] for cell in cells}
     said = ", ".join(f"{method} {lora:g} and {guide:g}" for method, (lora, guide) in sorted(rates.items()))
     return (
         f"Learning rates of the LoRA and of what reads the representation: {said}; chosen for each method on the "
