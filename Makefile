@@ -44,6 +44,7 @@ bench-serve: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(BIN)/pip install --disable-pip-version-check -e ".[trl]"
 	$(BIN)/python scripts/bench/convert.py
+	$(BIN)/python scripts/bench/actions.py
 	$(BIN)/python scripts/bench/score.py
 	$(BIN)/python scripts/bench/encode.py
 	$(BIN)/python scripts/bench/train_step.py

@@ -105,5 +105,5 @@ def warnings(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def _missing(split: str, name: str, labels: list[str]) -> str:
-    why = "it cannot be learnt" if split == "train" else "its recall and F1 there count as 0"
+    why = "it cannot be learnt" if split == "train" else "it has no recall and no F1 there"
     return f"{split}/{name} has no example of {', '.join(labels)}: {why}"

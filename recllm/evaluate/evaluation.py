@@ -657,7 +657,7 @@ def _shown_metrics(document: dict[str, Any], systems: list[dict[str, Any]]) -> l
     if reading.is_action(systems[0]["task"]):
         fields = [name for name in known if name.startswith("rouge_l/")]
         own = ["accuracy"] if "accuracy" in known else ["type_accuracy", *fields, "valid_ratio"]
-        return ["exact_match", *own, "macro_f1", "weighted_f1", "nats"]
+        return ["exact_match", *own, "macro_f1", "weighted_f1", "label_nats", "nats"]
     if "supported" in known:
         return ["supported", "valid_ratio", "nats"]
     if (hits := hits_names(max(document["protocol"]["ranking"]["k"])))[0] in known:

@@ -170,8 +170,8 @@ def test_a_class_that_a_split_lacks_is_warned_about(make_event_recipe, tmp_path,
     manifest = convert(recipe, tmp_path / "dataset", workers=1)
     assert manifest["actions"]["targets"]["test/next_action"]["buy"] == 0
     shown = capsys.readouterr().out
-    assert "warning: test/next_action has no example of cart, buy: its recall and F1 there count as 0" in shown
-    assert "warning: test/outcome has no example of yes: its recall and F1 there count as 0" in shown
+    assert "warning: test/next_action has no example of cart, buy: it has no recall and no F1 there" in shown
+    assert "warning: test/outcome has no example of yes: it has no recall and no F1 there" in shown
     assert "train/next_action has no example" not in shown
 
 
