@@ -307,7 +307,7 @@ class EncoderSection(Section):
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(32, ge=1)
     max_epochs: int = Field(200, ge=1)
-    patience: int = Field(10, ge=1)  # epochs without a better validation ndcg@10
+    patience: int = Field(10, ge=1)  # epochs without a better validation ndcg@10, with `actions` nats
     joint_learning_rate: float | None = Field(None, gt=0)  # trained on with the adapter; None: frozen
 
 
@@ -362,7 +362,10 @@ class AdapterSection(Section):
 
 
 class DroSection(Section):
-    """Group distributionally robust optimisation (Sagawa et al. 2020): groups that do badly weigh more and more."""
+    """Group distributionally robust optimisation (Sagawa et al. 2020): groups that do badly weigh more and more.
+
+    Rare groups need large batches, and train.max_grad_norm clips the steps in which one weighs most.
+    """
 
     groups: Literal["action", "user_cluster"] = "action"  # classes of the answers, or k-means of representations
     step_size: float = Field(0.01, gt=0)  # η of the paper's algorithm 1

@@ -55,7 +55,8 @@ def test_a_wrong_direction_would_be_seen() -> None:
     "module",
     ["recllm", "recllm.cli", "recllm.stages", "recllm.recipe", "recllm.data.sequences", "recllm.data.dataset",
      "recllm.graph.build", "recllm.convert.pipeline", "recllm.evaluate.finance", "recllm.evaluate.metrics",
-     "recllm.evaluate.statistics"],
+     "recllm.evaluate.statistics", "recllm.evaluate.action_figures", "recllm.evaluate.action_systems",
+     "recllm.evaluate.calibration", "recllm.evaluate.next_events"],
 )  # fmt: skip
 def test_light_modules_do_not_load_heavy_packages(module: str) -> None:
     code = f"import sys, {module}; print(' '.join(sorted({HEAVY!r} & set(sys.modules))))"
