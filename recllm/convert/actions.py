@@ -94,12 +94,12 @@ def _misfit(found: Mapping[str, Any], words: Sequence[str], fields: Sequence[str
         return UNKNOWN_KEY
     if ACTION not in found:
         return NO_ACTION_KEY
-    if not all(isinstance(value, str) and _is_unicode(value) for value in found.values()):
+    if not all(isinstance(value, str) and is_unicode(value) for value in found.values()):
         return NOT_TEXT
     return "" if found[ACTION] in words else UNKNOWN_ACTION
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether no half of a surrogate pair is in it, which JSON can write and no file can hold."""
     try:
         text.encode()

@@ -8,12 +8,11 @@ from typing import Any
 
 from recllm.convert.events import NO, YES
 from recllm.convert.examples import Task
-from recllm.convert.targets import LEFT_OUT
+from recllm.convert.targets import LEFT_OUT, WITHOUT_RATIONALE
 from recllm.convert.templates import ACTION_TASKS
 from recllm.recipe import ActionsSection
 from recllm.schema import SPLITS
 
-WITHOUT_RATIONALE = "without_rationale"  # examples of a task with rationales whose target has none
 TOLD = (*LEFT_OUT, WITHOUT_RATIONALE)
 _SAID = {
     "sessions_of_one_event": "sessions of one event",
@@ -43,7 +42,8 @@ def entry(
 
     Returns:
         labels, words: the vocabulary, label → words; targets: "split/task name" → label → examples, none left out;
-        left_out: "split/task name" → reason → sessions; without_rationale: "split/task name" → examples;
+        left_out: "split/task name" → reason → sessions; without_rationale: "split/task name" → events without the
+        rationale that the task asks for, of train left out, of valid and test examples with the answer alone;
         sessions, events_without_item: counts.
     """
     tasks = list(tasks)
@@ -100,7 +100,13 @@ def warnings(found: Mapping[str, Any] | None) -> list[str]:
             if missing := [label for label, count in of_split.items() if not count and label in occur]:
                 said.append(_missing(split, name, missing))
     for place, count in found[WITHOUT_RATIONALE].items():
-        said.append(f"{count} examples of {place} have no rationale in the log: their completion is the answer alone")
+        what = (
+            "examples have no rationale in the log and are left out"
+            if place.startswith("train/")
+            else "examples have no rationale in the log: their completion is the answer alone, and evaluation has the "
+            "model write its own"
+        )
+        said.append(f"{place}: {count} {what}")
     return said
 
 

@@ -180,6 +180,7 @@ def check_events(entry: TaskSection, recipe: Recipe) -> None:
         raise UserError(
             f"the task {entry.task} asks about actions, and the recipe has none: add `actions`, with the words of each"
         )
+    _check_targets(entry, recipe)
     for name, check in _CHECKS.items():
         check(entry, recipe, f"task {entry.task} has {name}={getattr(entry, name)!r}")
 
@@ -187,6 +188,19 @@ def check_events(entry: TaskSection, recipe: Recipe) -> None:
 def _check_within(entry: TaskSection, _: Recipe, found: str) -> None:
     if entry.within_session and entry.task not in ("next_item", "next_item_among", *ACTION_TASKS):
         raise UserError(f"{found}: next_item, next_item_among and action_on_item can ask so, leave it out")
+
+
+def _check_targets(entry: TaskSection, recipe: Recipe) -> None:
+    """One position a user, where a held-out session begins, is what a task within sessions never asks about."""
+    split = recipe.protocol.split
+    holds_out_sessions = split.whole_sessions or split.method in ("session_holdout", "user_holdout")
+    within = entry.within_session or entry.task in ("next_action", "next_event")
+    if within and holds_out_sessions and split.targets == "first":
+        raise UserError(
+            f"the task {entry.task} asks within sessions and never about a session's first event, "
+            f"protocol.split.targets is first, and with {'whole_sessions' if split.whole_sessions else split.method} "
+            "the first position of a user that is held out may be just that: set it to all"
+        )
 
 
 def _check_positive(entry: TaskSection, recipe: Recipe, found: str) -> None:

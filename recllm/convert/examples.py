@@ -24,11 +24,13 @@ from recllm.convert.knowledge import Ages, Knowledge, Moments, Shown
 from recllm.convert.targets import (
     PHRASING_SALT,
     START_SALT,
+    WITHOUT_RATIONALE,
     Dates,
     Groups,
     Ints,
     Sequences,
     Targets,
+    choose,
     find_dates,
     find_outcomes,
     find_targets,
@@ -113,7 +115,7 @@ def iterate_examples(
     tally = Counter() if tally is None else tally
     for split in schema.SPLITS:
         for task in converter.tasks:
-            targets = targets_of(sequences, task, split, converter.seed)
+            targets = targets_of(sequences, task, split, converter)
             tally.update({f"{split}/{task.name}/{why}": count for why, count in targets.left_out.items()})
             for part in targets.pieces(size):
                 piece = _Piece.of(sequences, taken, lines, part, task, split, converter)
@@ -146,21 +148,37 @@ def _lines(sequences: Sequences, converter: Converter) -> pa.StringArray | None:
     return converter.events.lines(sequences, converter.texts) if shown and converter.events is not None else None
 
 
-def targets_of(sequences: Sequences, task: Task, split: str, seed: int) -> Targets:
-    """What becomes the examples of a task and split."""
+def targets_of(sequences: Sequences, task: Task, split: str, converter: Converter) -> Targets:
+    """What becomes the examples of a task and split.
+
+    A training prompt that asks for a rationale must be answered with one: where the log has none, the event is left out
+    before max_train_targets chooses, and counted. In valid and test such events stay: evaluation has the model write
+    its own rationale and scores the answer after it.
+    """
+    if split != "train" or task.rationale is None:
+        return _found(sequences, task, split, task.max_train_targets, converter.seed)
+    found = _found(sequences, task, split, None, converter.seed)
+    texts = _rationales(sequences, task, converter, sequences.offsets[found.row] + found.start)
+    left_out = {**found.left_out, WITHOUT_RATIONALE: texts.null_count}
+    found = dataclasses.replace(found.take(texts.is_valid().to_numpy(zero_copy_only=False)), left_out=left_out)
+    most = task.max_train_targets
+    return found if most is None else choose(found, sequences.user_key, most, converter.seed)
+
+
+def _found(sequences: Sequences, task: Task, split: str, most: int | None, seed: int) -> Targets:
+    code = schema.SPLIT_CODES[split]
     if task.task == "outcome":
-        code, most = schema.SPLIT_CODES[split], task.max_train_targets
         return find_outcomes(sequences, code, task.positive, task.after, most, seed)
     if task.task in BANK_TASKS:
-        return find_dates(sequences, task.task, schema.SPLIT_CODES[split], task.max_train_targets, seed)
+        return find_dates(sequences, task.task, code, most, seed)
     return find_targets(
         sequences,
-        schema.SPLIT_CODES[split],
+        code,
         dense_window=task.dense_window,
         needs_action=task.task == "like",
         needs_item=task.task not in ("next_action", "next_event"),
         within_session=task.within_session,
-        max_train_targets=task.max_train_targets,
+        max_train_targets=most,
         seed=seed,
     )
 
@@ -198,14 +216,14 @@ class _Piece:
         converter: Converter,
     ) -> "_Piece":
         """With the beginnings of training windows, of which the first titles may carry no loss."""
-        window = None
-        if task.dense_window and split == "train":
-            window = targets.start
-            if task.dense_start == "random":
-                keys = mix(converter.seed, START_SALT, sequences.user_key[targets.row], targets.start)
-                skipped = (keys % (targets.stop - targets.start).astype(np.uint64)).astype(np.int64)
-                targets = dataclasses.replace(targets, start=targets.start + skipped)
-        return cls(sequences, taken, lines, targets, task, split, converter, window)
+        window = targets.start if task.dense_window and split == "train" else None
+        piece = cls(sequences, taken, lines, targets, task, split, converter, window)
+        if window is None or task.dense_start != "random":
+            return piece
+        offsets, flat = piece.learnt
+        skipped = (piece.draw(START_SALT) % np.diff(offsets).astype(np.uint64)).astype(np.int64)
+        start = flat[offsets[:-1] + skipped] - piece.begin
+        return dataclasses.replace(piece, targets=dataclasses.replace(targets, start=start))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -224,11 +242,27 @@ class _Piece:
     def shown(self) -> tuple[Ints, Ints]:
         """Offsets (N + 1,) and flat positions of what prompts list: the last items, of windows those without loss."""
         if self.window is not None:
-            return ranges(self.begin + self.window, self.end)
+            return self._titles(self.begin + self.window, self.end, with_last=False)
         most = self.converter.prompt_max_items
-        if self.task.within_session or not self.sequences.has_item.all():
-            return self.groups.last(self.end, self.sequences.has_item, most)
-        return ranges(np.maximum(self.begin, self.end - most), self.end)
+        if self.side_by_side:
+            return ranges(np.maximum(self.begin, self.end - most), self.end)
+        return self.groups.last(self.end, self.sequences.has_item, most)
+
+    @property
+    def learnt(self) -> tuple[Ints, Ints]:
+        """Offsets (N + 1,) and flat positions of what completions name: the target, of windows all from `start` on."""
+        return self._titles(self.end, self.begin + self.targets.stop - 1)
+
+    def _titles(self, first: Ints, last: Ints, with_last: bool = True) -> tuple[Ints, Ints]:
+        """Offsets (N + 1,) and flat positions of the items of a group from `first` to `last` (N,)."""
+        if self.side_by_side:
+            return ranges(first, last + with_last)
+        return self.groups.between(first, last, self.sequences.has_item, with_last)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether all positions of a user have items that prompts may show: those of a stretch need no search."""
+        return not self.task.within_session and bool(self.sequences.has_item.all())
 
     @functools.cached_property
     def listed(self) -> Ints:
@@ -367,8 +401,8 @@ def _examples(piece: _Piece, told: Counter[str]) -> pa.RecordBatch:
     if task.task in ACTION_TASKS:
         label = _action_labels(piece)
     choices, rationale = None, _rationale(piece)
-    if rationale is not None:
-        told["without_rationale"] += rationale.null_count
+    if rationale is not None:  # in training there is one everywhere: see targets_of
+        told[WITHOUT_RATIONALE] += rationale.null_count
     if piece.asked is not None:
         label, choices = piece.asked.answers, piece.asked.choices
     candidates = _candidates(piece, target) if draws_candidates(task, piece.split) else None
@@ -595,7 +629,7 @@ def _completion(piece: _Piece, label: pa.StringArray | None, rationale: pa.Strin
     elif label is not None:
         text = label if piece.asked is not None else _words(label, piece.task.template.answers)
     else:
-        offsets, flat = ranges(piece.end, piece.begin + piece.targets.stop)
+        offsets, flat = piece.learnt
         text = _joined(piece.texts(flat), offsets)
         if piece.task.dense_window:
             text = pc.binary_join_element_wise(text, "", "\n")
@@ -622,10 +656,16 @@ def _action_labels(piece: _Piece) -> pa.StringArray:
 
 def _rationale(piece: _Piece) -> pa.StringArray | None:
     """(N,) the line that a completion begins with, null where the log has none; None if the task asks for none."""
-    events, name = piece.converter.events, piece.task.rationale
-    if name is None or events is None:
+    if piece.task.rationale is None:
         return None
-    found = events.clean(piece.sequences, name, piece.end)
+    return _rationales(piece.sequences, piece.task, piece.converter, piece.end)
+
+
+def _rationales(sequences: Sequences, task: Task, converter: Converter, flat: Ints) -> pa.StringArray:
+    """(N,) the rationales of flat positions as completions begin with them; null where nothing is left of one."""
+    assert converter.events is not None  # check_events refuses a rationale without actions
+    assert task.rationale is not None  # callers look first
+    found = converter.events.clean(sequences, task.rationale, flat)
     return pc.if_else(pc.equal(found, ""), pa.scalar(None, pa.string()), found)
 
 

@@ -32,7 +32,7 @@ from recllm.convert.events import Events, check_events
 from recllm.convert.examples import Converter, Task, draws_candidates, iterate_examples, targets_of
 from recllm.convert.finance import ask_customers
 from recllm.convert.knowledge import Knowledge
-from recllm.convert.targets import Sequences
+from recllm.convert.targets import WITHOUT_RATIONALE, Sequences
 from recllm.convert.templates import ACTION_TASKS, BANK_TASKS, GRAPH_TASKS, GRAPH_VARIABLES, RANK_ASSETS, load_template
 from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
 from recllm.data.candidates import CandidateSampler
@@ -144,7 +144,7 @@ def set_up(recipe: Recipe, folder: Path, tokenizer: str | None = None) -> tuple[
         columns, finance = ask_customers(recipe, prepared, converter.texts.to_pylist(), folder, bank_tasks)
         further |= columns
     prepared = dataclasses.replace(prepared, sequences=dataclasses.replace(prepared.sequences, further=further))
-    check_not_empty(prepared.sequences, tasks, recipe.seed)
+    check_not_empty(prepared.sequences, converter)
     check_candidates(prepared.sequences, converter)
     if recipe.graph is not None and tokenizer is not None:
         graph = build_graph(recipe.graph, prepared.items.get_column(schema.ITEM_ID).to_list(), folder / GRAPH)
@@ -342,19 +342,25 @@ def _without_enough(batch: pa.RecordBatch, most: int, drawn: list[int]) -> pl.Da
     return frame.select(schema.USER_ID, pl.col("items").list.n_unique().alias("had")).filter(pl.col("had") > most)
 
 
-def check_not_empty(sequences: StoredSequences, tasks: tuple[Task, ...], seed: int) -> None:
+def check_not_empty(sequences: StoredSequences, converter: Converter) -> None:
     """Refuse a split without any example of a task. Looks at shards until every one has been seen."""
-    missing = {(split, task.name): task for split in schema.SPLITS for task in tasks}
+    missing = {(split, task.name): task for split in schema.SPLITS for task in converter.tasks}
+    unexplained: Counter[tuple[str, str]] = Counter()
     for shard in sequences.batches(SHARD_POSITIONS):
-        batch = Sequences.of(shard)
-        missing = {key: task for key, task in missing.items() if not len(targets_of(batch, task, key[0], seed))}
-        if not missing:
+        batch, found = Sequences.of(shard), {}
+        for (split, name), task in missing.items():
+            targets = targets_of(batch, task, split, converter)
+            unexplained[split, name] += targets.left_out.get(WITHOUT_RATIONALE, 0)
+            if not len(targets):
+                found[split, name] = task
+        if not (missing := found):
             return
-    split, name = next(iter(missing))
-    raise UserError(
-        f"the split {split} has no example of the task {name}: at least one is needed. Change "
-        "protocol.split (fractions, targets, min_history) or filter less"
-    )
+    (split, name), task = next(iter(missing.items()))
+    why, step = "", "Change protocol.split (fractions, targets, min_history) or filter less"
+    if count := unexplained[split, name]:
+        why = f', and {count} were left out because the log has no "{task.rationale}" of them, their rationale'
+        step = f"{step}, or leave the task's rationale out"
+    raise UserError(f"the split {split} has no example of the task {name}: at least one is needed{why}. {step}")
 
 
 def make_converter(

@@ -28,7 +28,7 @@ Bools = npt.NDArray[np.bool_]
 ONE_EVENT = "sessions_of_one_event"  # there is nothing before it
 TOO_SHORT, ALREADY, TRIMMED = "sessions_too_short", "sessions_already_positive", "sessions_trimmed"  # of outcome
 LEFT_OUT = (ONE_EVENT, TOO_SHORT, ALREADY, TRIMMED)
-
+WITHOUT_RATIONALE = "without_rationale"  # why an event is no target of training, where the task asks for a rationale
 
 DATES_TYPE = pa.list_(
     pa.struct(
@@ -111,6 +111,12 @@ class Groups:
         offsets, places = ranges(np.maximum(before[self.begin[flat]], end - most), end)
         return offsets, listed[places]
 
+    def between(self, first: Ints, last: Ints, chosen: Bools, with_last: bool = True) -> tuple[Ints, Ints]:
+        """Of N groups the `chosen` (P,) from flat position `first` to `last`, (N,) each; what `last` returns."""
+        listed, before = self.order[chosen[self.order]], _sums(chosen[self.order])
+        offsets, places = ranges(before[self.place[first]], before[self.place[last] + with_last])
+        return offsets, listed[places]
+
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
@@ -191,8 +197,9 @@ class Sequences:
 class Targets:
     """Examples to be: row of the batch, and positions [start, stop) of that user's sequence that are predicted.
 
-    The gate and the prompt see positions before `start` only. Of a bank's tasks start = stop, and `date` says which of
-    the batch's dates it is.
+    The gate and the prompt see positions before `start` only. Of a window of titles those of [start, stop) are
+    predicted that have an item, and within sessions those of the session of `start`; its first and last are such ones.
+    Of a bank's tasks start = stop, and `date` says which of the batch's dates it is.
     """
 
     row: Ints
@@ -236,6 +243,8 @@ def find_targets(
     Args:
         needs_item: positions without an item are no targets and do not count as earlier; else they are and do.
         within_session: the earlier item must be of the target's session, in every split; windows end with a session.
+
+    A window runs over events without item and over other sessions that interleave, of which it holds nothing.
     """
     wanted = sequences.splits == split
     if needs_action and sequences.actions is not None:
@@ -251,12 +260,12 @@ def find_targets(
     row = sequences.rows[place]
     position = place - sequences.offsets[row]
     if windows:
-        found = _windows(row, position, groups.begin[place], dense_window)
+        found = _windows(sequences, groups, place, groups.earlier(shown), dense_window)
     else:
         found = Targets(row, position, position + 1, left_out=left_out)
     if split != schema.TRAIN or max_train_targets is None:
         return found
-    return _choose(found, sequences.user_key, max_train_targets, seed)
+    return choose(found, sequences.user_key, max_train_targets, seed)
 
 
 def _single_events(sequences: Sequences, wanted: Bools) -> dict[str, int]:
@@ -276,8 +285,10 @@ def find_outcomes(
     """Whether sessions come to an action of `positive`: one example for each session of more than `after` events.
 
     It is asked at the event after these, whose split is the example's. Yes if that event or a later one of the session
-    is positive and of the same split. The answer is not known, and there is no example, where a session is cut off: no
-    event is positive, and some are of another split or UNUSED. Nor is there one where an event before is positive.
+    is positive. Where one of them is of another split or UNUSED, the session is cut off and has no example, whatever it
+    shows: cut sessions that had come to it would otherwise be kept and the others not, and the share of yes would rise
+    with the cut. Nor is there an example where an event before is positive. The end of the log cuts the newest sessions
+    off in the same way, which no log tells: the last of them are "no" because nothing more was written.
     """
     place, yes, left_out = _outcomes(sequences, split, positive, after)
     row = sequences.rows[place]
@@ -285,7 +296,7 @@ def find_outcomes(
     found = Targets(row, position, position + 1, yes=yes, left_out=left_out)
     if split != schema.TRAIN or max_train_targets is None:
         return found
-    return _choose(found, sequences.user_key, max_train_targets, seed)
+    return choose(found, sequences.user_key, max_train_targets, seed)
 
 
 def _outcomes(
@@ -297,12 +308,12 @@ def _outcomes(
     begin, end = groups.begin[first], groups.end[first]  # (S,) places
     own = (sequences.splits == split)[order]
     good = pc.is_in(sequences.actions, pa.array(list(positive))).to_numpy(zero_copy_only=False)[order]
-    of_split, own_good, all_good = (_sums(mask) for mask in (own, own & good, good))
+    of_split, of_good = _sums(own), _sums(good)
     asked = np.minimum(begin + after, end - 1)
     present, long = of_split[end] > of_split[begin], begin + after < end
-    already = long & (all_good[asked] > all_good[begin])
-    yes = own_good[end] > own_good[asked]
-    known = long & own[asked] & (yes | (of_split[end] - of_split[asked] == end - asked))
+    already = long & (of_good[asked] > of_good[begin])
+    yes = of_good[end] > of_good[asked]
+    known = long & (of_split[end] - of_split[asked] == end - asked)
     left_out = {
         TOO_SHORT: int((present & ~long).sum()),
         ALREADY: int((present & already).sum()),
@@ -341,30 +352,35 @@ def find_dates(
     found = Targets(dates.row[chosen], start, start, chosen)
     if split != schema.TRAIN or max_train_targets is None:
         return found
-    return _choose(found, sequences.user_key, max_train_targets, seed)
+    return choose(found, sequences.user_key, max_train_targets, seed)
 
 
-def _windows(row: Ints, position: Ints, group: Ints, size: int) -> Targets:
-    """Tile each run of consecutive positions of a group from its newest end; the oldest window may be shorter.
+def _windows(sequences: Sequences, groups: Groups, place: Ints, rank: Ints, size: int) -> Targets:
+    """Tile each run of a group's titles from its newest end; the oldest window may be shorter.
 
-    A window has at least two titles: a single left-over is the oldest item of its run, and dropped.
+    The titles are at the flat positions `place`; in a run their `rank` (P,) among all titles of the group, of whatever
+    split, counts up by one. A window has at least two titles: a single left-over is the oldest item of its run, and
+    dropped.
     """
-    if not len(row):
-        return Targets(row, position, position)
-    breaks = np.flatnonzero((np.diff(row) != 0) | (np.diff(group) != 0) | (np.diff(position) != 1)) + 1
-    run_begin = np.concatenate([[0], breaks])
-    run_end = np.concatenate([breaks, [len(row)]])
-    from_end = np.repeat(run_end, run_end - run_begin) - 1 - np.arange(len(row))  # 0 at the newest of a run
+    place = place[np.argsort(groups.place[place], kind="stable")]  # sessions may interleave
+    breaks = np.flatnonzero((np.diff(groups.begin[place]) != 0) | (np.diff(rank[place]) != 1)) + 1
+    run_begin = np.concatenate([[0], breaks]) if len(place) else breaks
+    run_end = np.append(breaks, len(place)) if len(place) else breaks
+    from_end = np.repeat(run_end, run_end - run_begin) - 1 - np.arange(len(place))  # 0 at the newest of a run
     first = from_end % size == size - 1
     first[run_begin] = True
     start = np.flatnonzero(first)
-    length = np.diff(np.concatenate([start, [len(row)]]))
+    length = np.diff(np.append(start, len(place)))
     start, length = start[length >= 2], length[length >= 2]
-    return Targets(row[start], position[start], position[start] + length)
+    begin, last = place[start], place[start + length - 1]
+    ascending = np.argsort(begin, kind="stable")
+    begin, last = begin[ascending], last[ascending]
+    row = sequences.rows[begin]
+    return Targets(row, begin - sequences.offsets[row], last + 1 - sequences.offsets[row])
 
 
-def _choose(targets: Targets, user_key: npt.NDArray[np.uint64], count: int, seed: int) -> Targets:
-    """The `count` examples of each user with the smallest seeded hash, in their old order."""
+def choose(targets: Targets, user_key: npt.NDArray[np.uint64], count: int, seed: int) -> Targets:
+    """The `count` examples of each user with the smallest seeded hash, in their old order: what training takes."""
     drawn = mix(seed, TARGET_SALT, user_key[targets.row], targets.start)
     order = np.lexsort((drawn, targets.row))
     ordered = targets.row[order]

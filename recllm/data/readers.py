@@ -24,6 +24,7 @@ from recllm.data.tables import (
     column_of,
     id_pairs,
     id_text,
+    leads_nowhere,
     natural_sort,
     nearest,
     one_line,
@@ -78,12 +79,17 @@ def read_interactions(
     Raises:
         UserError: missing file or column, blank id, unparsable timestamp or rating; of events also a blank action or
             session id, an action without the item that it needs, an attribute in JSON that is none. Names file, line
-            and value.
+            and value. Also a name that goes into JSON and leads nowhere in any row of any file.
     """
     if not (paths := paths_of(source)):
         raise UserError("data.interactions.path is an empty list: name at least one file")
     _known_keys(source.columns, actions)
-    frames = [_interactions_of(_open(path, source), source, skip, actions) for path in paths]
+    opened = [with_paths(_open(path, source), source.columns.values()) for path in paths]
+    read = [_interactions_of(table, source, skip, actions) for table in opened]
+    asked = [column for name, column in source.columns.items() if name not in skip]
+    if lost := [way for way in read[0][1] if way in asked and all(way in nowhere for _, nowhere in read)]:
+        raise leads_nowhere(opened[0], lost[0])
+    frames = [frame for frame, _ in read]
     first = frames[0].collect_schema().names()
     for path, frame in zip(paths, frames):
         if (names := frame.collect_schema().names()) != first:
@@ -115,9 +121,9 @@ def _known_keys(columns: Mapping[str, Any], actions: ActionsSection | None) -> N
 
 def _interactions_of(
     table: Table, source: InteractionsSource, skip: Collection[str], actions: ActionsSection | None
-) -> pl.LazyFrame:
+) -> tuple[pl.LazyFrame, list[str]]:
+    """The rows of a file, and the names of Table.json that lead nowhere in it."""
     columns, checks = {}, []
-    table = with_paths(table, source.columns.values())
     schema = table.frame.collect_schema()
     needed, filled = _needed(skip, actions)
     for name in INTERACTIONS.names:
@@ -131,13 +137,13 @@ def _interactions_of(
         checks += _complete_events(columns, table, source, actions)
     mapped = {name: table.json[str(column)] for name, column in source.columns.items() if column in table.json}
     checks += [(f"{_NO_JSON}{name}", column, broken_json(column)) for name, column in mapped.items()]
-    check(table, checks, partial(_complaint, source))
+    nowhere = check(table, checks, partial(_complaint, source))
     columns[ORDER] = columns.pop(TIMESTAMP)
     seconds = pl.col(ORDER).floordiv(1_000_000).alias(TIMESTAMP)
     ours = [name for name in INTERACTIONS.names if name in columns or name == TIMESTAMP]
     further = [name for name in columns if name not in INTERACTIONS.names]
     named = [column.alias(name) for name, column in columns.items()]
-    return table.frame.select(named).with_columns(seconds).select(*ours, *further)
+    return table.frame.select(named).with_columns(seconds).select(*ours, *further), nowhere
 
 
 def _needed(skip: Collection[str], actions: ActionsSection | None) -> tuple[Collection[str], Collection[str]]:

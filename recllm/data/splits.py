@@ -117,7 +117,8 @@ def assign(log: Log, rules: Rules, rows: dict[str, list[GivenRow]] | None = None
     all (`targets`) are scored, the others are UNUSED. TRAIN keeps every position, except that with session_holdout the
     positions of a user after the beginning of their first valid or test session are UNUSED, and with whole_sessions
     those that `trimmed` names: no history of a training example holds a target of valid or test, and no session of a
-    target of valid or test has a position in TRAIN.
+    target of valid or test has a position in TRAIN. With session_holdout VALID keeps no position after the beginning of
+    the user's first test session either: what is chosen on validation has seen no test answer in a history.
 
     Raises:
         UserError: session_holdout or whole_sessions without sessions.
@@ -184,8 +185,9 @@ def _by_lot(log: Log, section: SplitSection, lots: npt.NDArray[np.float64]) -> C
     codes = np.full(len(lots), TRAIN, dtype=np.int8)
     held_out = lots < section.test_fraction + section.valid_fraction
     codes[log.after_first(held_out)] = UNUSED
-    codes[held_out] = VALID
-    codes[lots < section.test_fraction] = TEST
+    test = lots < section.test_fraction
+    codes[held_out & ~log.after_first(test)] = VALID
+    codes[test] = TEST
     return _scored(log, codes, section)
 
 

@@ -33,6 +33,9 @@ _ENDINGS = {
 }
 CONTROL = r"[\s\p{Cc}\u{2028}\u{2029}]+"
 
+_LOOKED_AT = 1000  # rows of which the keys are told to somebody who asked for others
+_NEVER = "never "  # begins the names of columns of `check` that say so of a name
+
 Complaint = Callable[[str, str, Any, bool], str]
 
 
@@ -227,7 +230,7 @@ def with_paths(table: Table, names: Iterable[str | int | None]) -> Table:
     """The table with a column more for each of the names that goes into objects, a.b.c, and is no column itself.
 
     Of objects in the file a field; of text that is JSON what it holds there, as text, and Table.json says where that
-    stands. A name that leads nowhere gets no column.
+    stands. A name that leads nowhere gets no column, but of text that is JSON one of nulls: `check` finds those.
     """
     wanted = [name for name in names if isinstance(name, str) and "." in name and name not in table.names]
     if not wanted:
@@ -468,18 +471,22 @@ def _iso8601(value: pl.Expr) -> pl.Expr:
     return text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%#z", strict=False, time_unit="us").cast(pl.Int64)
 
 
-def check(table: Table, checks: Sequence[tuple[str, str, pl.Expr]], complaint: Complaint) -> None:
+def check(table: Table, checks: Sequence[tuple[str, str, pl.Expr]], complaint: Complaint) -> list[str]:
     """One streaming pass that counts bad values; the second one, to find the first of them, only if there are any.
+
+    Returns the names of Table.json that lead nowhere: null in every row. Where a row may not lack one, it is an error.
 
     Args:
         table: the opened file.
         checks: our name, the file's column, and what is true where its value cannot be used.
         complaint: (our name, the file's column, the value, whether it is stored as a time) → what is wrong, next step.
     """
-    sums = table.frame.select(bad.sum().alias(name) for name, _, bad in checks)
-    counts = collect(sums, [table.path], table.events)
+    sums = [bad.sum().alias(name) for name, _, bad in checks]
+    never = [(pl.col(way).is_null().all() & (pl.len() > 0)).alias(f"{_NEVER}{way}") for way in table.json]
+    counts = collect(table.frame.select(*sums, *never), [table.path], table.events)
+    nowhere = [way for way in table.json if counts[f"{_NEVER}{way}"][0]]
     for name, column, bad in checks:
-        if not (count := counts[name][0]):
+        if not (count := counts[name][0]) or column in nowhere:
             continue
         stored = table.frame.collect_schema()[column].is_temporal()  # as a number: Python's dates end in 9999
         value = pl.col(column).to_physical() if stored else pl.col(column)
@@ -489,6 +496,37 @@ def check(table: Table, checks: Sequence[tuple[str, str, pl.Expr]], complaint: C
             f"{table.path}, {table.line(found[0])}: {complaint(name, column, found[1], stored)}"
             + (f" ({count} such rows)" if count > 1 else "")
         )
+    if needed := [column for name, column, _ in checks if column in nowhere and counts[name][0]]:
+        raise leads_nowhere(table, needed[0])
+    return nowhere
+
+
+def leads_nowhere(table: Table, way: str) -> UserError:
+    """What is wrong with a name of Table.json that is null in every row: how far it leads, and what is there."""
+    column = table.json[way]
+    filled = table.frame.select(column).filter(pl.col(column).is_not_null()).head(_LOOKED_AT)
+    there: dict[str, None] = {column: None}
+    for text in collect(filled, [table.path], table.events)[column]:
+        with contextlib.suppress(ValueError):  # blank
+            there.update(dict.fromkeys(_ways(column, json.loads(text))))
+    ends = [place for place, letter in enumerate(way) if letter == "."] + [len(way)]
+    known, next_end = next((way[:end], after) for end, after in zip(ends[-2::-1], ends[:0:-1]) if way[:end] in there)
+    keys = [name for name in there if name.startswith(f"{known}.") and "." not in name[len(known) + 1 :]]
+    if way in there:
+        hint = "it is null wherever it stands"
+    else:
+        hint = nearest(way[:next_end], keys) if keys else f"{known} holds no object"
+    return UserError(
+        f'{table.path}: "{way}" has no value in any row, {hint} (of the first {_LOOKED_AT} rows with {column}): map '
+        "another name in the recipe's columns, or leave it out"
+    )
+
+
+def _ways(way: str, value: Any) -> Iterator[str]:
+    """The names of all that JSON objects hold, at any depth."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield f"{way}.{key}"
+        yield from _ways(f"{way}.{key}", inner)
 
 
 def bad_time(column: str, value: Any, stored: bool, unit: str, section: str) -> str:

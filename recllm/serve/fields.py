@@ -8,6 +8,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from recllm.convert.actions import is_unicode
+
 MAX_K, MAX_WIDTH, MAX_CANDIDATES = 200, 1000, 1000
 WIDTH_FACTOR, WIDE_ENOUGH = 10, 200  # the default width: so many times k, at most so much
 MAX_TEXT = 2000  # characters of an id, a title or what is told about a user
@@ -176,17 +178,9 @@ def _text(value: Any, field: str, expected: str = "a text is expected") -> str:
         raise FieldError(field, _short(value), expected)
     if len(value) > MAX_TEXT:
         raise FieldError(field, f"a text of {len(value)} characters", f"at most {MAX_TEXT} are expected")
-    if not value.isascii() and not _is_unicode(value):
+    if not value.isascii() and not is_unicode(value):
         raise FieldError(field, _short(value), "whole Unicode characters are expected, it has half a surrogate pair")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _integer(value: Any, field: str, least: int, most: int, default: int) -> int:

@@ -24,7 +24,7 @@ from recllm.errors import UserError
 from recllm.model.histories import batches, encode_histories
 from recllm.model.sequence_encoder import SequenceEncoder, make_encoder, save_encoder
 from recllm.recipe import EncoderSection
-from recllm.schema import TRAIN, VALID, event_codes, items_of
+from recllm.schema import TRAIN, VALID, event_codes
 
 FULL_SOFTMAX_ITEMS = 50_000  # up to here the loss runs over the whole catalogue, above over a sample of it
 SAMPLED_NEGATIVES = 8_192  # shared by a batch
@@ -46,10 +46,11 @@ class Window(NamedTuple):
 class Held(NamedTuple):
     """Validation targets and what came before each."""
 
-    # all item indices or event codes before each target, oldest first: the encoder reads the newest, none is ranked
-    histories: list[np.ndarray]
+    histories: list[np.ndarray]  # N, what the encoder reads: item indices or event codes, oldest first
     targets: np.ndarray  # (N,) NO_ITEM of events without one
-    exclude_history: bool
+    # N, all items before each target, NO_ITEM of events without one, views of the dataset's: they are not ranked. None
+    # where everything is
+    had: list[np.ndarray] | None
     actions: np.ndarray | None = None  # (N,) of events
 
 
@@ -94,17 +95,17 @@ def fit_encoder(
     Raises:
         UserError: no training or no validation target, a loss that is not finite, or as `make_encoder`.
     """
-    held = validation(dataset, exclude_history, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         num_actions = len(dataset.actions) if dataset.is_events else 0
         encoder = make_encoder(section, dataset.num_items, max_items, item_features, num_actions).to(device)
         windows = training_windows(dataset, encoder.reach)  # nothing older touches a state at a window's end
+        held = validation(dataset, encoder.reach, exclude_history, seed)
         _check(dataset, windows, held)
         _warn_of_cost(encoder, windows)
         metrics = _fit(encoder, section, windows, held, seed)
-    if (ranked := _with_items(held, dataset.num_items)) is not None:
+    if (ranked := _with_items(held)) is not None:
         popularity = _popularity(dataset).to(device)
         popular = _metrics(lambda rows: popularity.expand(len(ranked.targets[rows]), -1), ranked, device)
         metrics["popularity_ndcg@10"] = popular["ndcg@10"]
@@ -134,8 +135,11 @@ def training_windows(dataset: Dataset, max_items: int) -> list[Window]:
     return windows
 
 
-def validation(dataset: Dataset, exclude_history: bool, seed: int = 0) -> Held:
-    """Validation targets, at most VALIDATION_TARGETS by seeded choice, with all that came before each."""
+def validation(dataset: Dataset, reach: int, exclude_history: bool, seed: int = 0) -> Held:
+    """Validation targets, at most VALIDATION_TARGETS by seeded choice, with the newest `reach` positions before each.
+
+    No more is copied: what the ranking leaves out are views, however long users' histories are.
+    """
     sequences = dataset.sequences
     positions = np.flatnonzero(sequences.splits == VALID)
     if len(positions) > VALIDATION_TARGETS:
@@ -143,8 +147,9 @@ def validation(dataset: Dataset, exclude_history: bool, seed: int = 0) -> Held:
         positions = np.sort(generator.choice(positions, VALIDATION_TARGETS, replace=False))
     users = np.searchsorted(sequences.offsets, positions, side="right") - 1
     inside = positions - sequences.offsets[users]
-    histories = [dataset.read(int(user), int(end), int(end)) for user, end in zip(users, inside)]
-    return Held(histories, sequences.items[positions].astype(np.int64), exclude_history, _actions(dataset, positions))
+    histories = [dataset.read(int(user), int(end), reach) for user, end in zip(users, inside)]
+    had = [sequences.items[end - before : end] for end, before in zip(positions, inside)] if exclude_history else None
+    return Held(histories, sequences.items[positions].astype(np.int64), had, _actions(dataset, positions))
 
 
 def _actions(dataset: Dataset, positions: np.ndarray) -> np.ndarray | None:
@@ -320,7 +325,7 @@ def _event_metrics(encoder: SequenceEncoder, held: Held, actions: np.ndarray, re
     nats = -log_p[np.arange(len(actions)), actions].astype(np.float64)
     metrics = {"nats": float(nats.mean()), "action_nats": float(nats.mean())}
     metrics |= _action_figures(log_p.argmax(axis=1), actions)
-    if (ranked := _with_items(held, encoder.num_items)) is not None:
+    if (ranked := _with_items(held)) is not None:
         states, item_nats = read[torch.from_numpy(held.targets >= 0)], list[torch.Tensor]()
 
         def score(rows: slice) -> torch.Tensor:
@@ -336,15 +341,15 @@ def _event_metrics(encoder: SequenceEncoder, held: Held, actions: np.ndarray, re
     return metrics
 
 
-def _with_items(held: Held, num_items: int) -> Held | None:
-    """The targets that have an item, with the items of their histories; None without any."""
+def _with_items(held: Held) -> Held | None:
+    """The targets that have an item, with what is not ranked for them; None without any."""
     if held.actions is None:
         return held
     having = np.flatnonzero(held.targets >= 0)
     if not len(having):
         return None
-    histories = [items_of(np.asarray(held.histories[row], dtype=np.int64), num_items) for row in having]
-    return Held(histories, held.targets[having], held.exclude_history)
+    had = None if held.had is None else [held.had[row] for row in having]
+    return Held([held.histories[row] for row in having], held.targets[having], had)
 
 
 def _action_figures(predicted: np.ndarray, actions: np.ndarray) -> dict[str, float]:
@@ -376,7 +381,7 @@ def _metrics(
     start, count = 0, 1  # the first block tells how many items there are
     while start < len(held.targets):
         rows = slice(start, start + count)
-        excluded = torch.from_numpy(pad_left(held.histories[rows])).to(device) if held.exclude_history else None
+        excluded = None if held.had is None else torch.from_numpy(pad_left(held.had[rows])).to(device)
         targets = torch.from_numpy(held.targets[rows]).to(device)
         scores = score(rows).to(torch.float32, copy=True)
         ranks.append(_ranks(scores, excluded, targets).cpu())

@@ -176,12 +176,33 @@ def test_a_class_that_a_split_lacks_is_warned_about(make_event_recipe, tmp_path,
 
 
 def test_rationales_that_are_missing_are_counted(make_event_recipe, tmp_path, capsys):
+    """Left out of training; in valid and test they stay."""
+    plain = convert(make_event_recipe(tasks=[NEXT_ACTION]), tmp_path / "plain", workers=1)["counts"]["examples"]
     manifest = convert(make_event_recipe(tasks=[{**NEXT_ACTION, "rationale": "text"}]), tmp_path / "dataset", workers=1)
-    rows = read(tmp_path / "dataset", "train")
-    missing = sum(row["rationale"] is None for row in rows)
-    assert 0 < missing < len(rows)
-    assert manifest["actions"]["without_rationale"]["train/next_action"] == missing
-    assert f"warning: {missing} examples of train/next_action have no rationale in the log" in capsys.readouterr().out
+    found = {split: read(tmp_path / "dataset", split) for split in schema.SPLITS}
+    missing = {split: sum(row["rationale"] is None for row in rows) for split, rows in found.items()}
+    assert missing["train"] == 0 < missing["valid"] < len(found["valid"])
+    counted, shown = manifest["actions"]["without_rationale"], capsys.readouterr().out
+    left_out = plain["train/next_action"] - len(found["train"])
+    assert counted["train/next_action"] == left_out > 0
+    assert f"warning: train/next_action: {left_out} examples have no rationale in the log and are left out\n" in shown
+    for split in ("valid", "test"):
+        assert len(found[split]) == plain[f"{split}/next_action"]
+        assert counted[f"{split}/next_action"] == missing[split]
+    assert f"warning: valid/next_action: {missing['valid']} examples have no rationale in the log: their" in shown
+
+
+def test_no_rationale_at_all_leaves_nothing_to_train_on(make_event_recipe, tmp_path):
+    log = tmp_path / "events.csv"
+    make_event_recipe()
+    log.write_text(re.sub(r"words \d", "", log.read_text()))
+    count = convert(make_event_recipe(tasks=[NEXT_ACTION]), tmp_path / "plain", workers=1)["counts"]["examples"]
+    message = (
+        rf"split train has no example of the task next_action.*and {count['train/next_action']} were left out because "
+        r'the log has no "text" of them, their rationale.*leave the task.s rationale out'
+    )
+    with pytest.raises(UserError, match=message):
+        convert(make_event_recipe(tasks=[{**NEXT_ACTION, "rationale": "text"}]), tmp_path / "dataset", workers=1)
 
 
 def test_the_manifest_of_a_dataset_names_the_actions_it_read(make_event_recipe, tmp_path):
@@ -266,6 +287,23 @@ class TestMisfitsStopBeforeAnyDataIsRead:
         protocol = {"name": "p", "split": {"method": "temporal", "targets": "first"}}
         with pytest.raises(UserError, match=r"protocol\.split\.targets is first: set it to all"):
             convert(make_event_recipe(tasks=[OUTCOME], protocol=protocol), tmp_path / "dataset")
+
+    @pytest.mark.parametrize("entry", [TASKS[0], TASKS[1], TASKS[-1]], ids=lambda entry: entry["task"])
+    @pytest.mark.parametrize(
+        "split", [{"whole_sessions": True}, {"method": "session_holdout"}, {"method": "user_holdout"}]
+    )
+    def test_the_first_held_out_position_is_none_within_its_session(self, make_event_recipe, tmp_path, entry, split):
+        protocol = {"name": "p", "split": {"targets": "first", **split}, "candidates": {"count": 5}}
+        message = rf"the task {entry['task']} asks within sessions.*protocol\.split\.targets is first.*set it to all"
+        with pytest.raises(UserError, match=message):
+            convert(make_event_recipe(tasks=[entry], protocol=protocol), tmp_path / "dataset")
+        for allowed in ({**split, "targets": "last"}, {"targets": "first"}):
+            protocol = {"name": "p", "split": allowed, "candidates": {"count": 5}}
+            with pytest.raises(AssertionError, match="data was read first"):
+                convert(make_event_recipe(tasks=[entry], protocol=protocol), tmp_path / "dataset")
+        recipe = make_event_recipe(tasks=[TASKS[3]], protocol={"name": "p", "split": {"targets": "first", **split}})
+        with pytest.raises(AssertionError, match="data was read first"):  # asks about sessions' first events too
+            convert(recipe, tmp_path / "dataset")
 
     @pytest.mark.parametrize(
         ("line", "message"),

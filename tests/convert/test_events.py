@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +123,48 @@ def test_dense_windows_within_sessions(make_events, make_event_converter):
     assert before["next_item/u/7"]["gate_end"] == 4
 
 
+def test_dense_windows_run_over_events_without_item_and_over_other_sessions(make_events, make_event_converter):
+    """Two sessions that interleave, of which one leaves out an item: its titles, and no others, are listed and learnt.
+
+    Whatever is listed or read by the gate lies before the first title that is learnt.
+    """
+    events = [("view", n if n % 5 else None, n, n % 2, TRAIN) for n in range(1, 12)] + [("view", 12, 12, 0, TEST)]
+    users = {f"u{number}": events for number in range(30)}
+    titles = {0: [2, 4, 6, 8], 1: [1, 3, 7, 9, 11]}  # 5 and 10 have no item
+    shape = {**NEXT_ITEM, "dense_window": 5}
+    found = convert_batch(make_events(users), make_event_converter(**shape)).to_pylist()
+    train = [example for example in found if example["split"] == "train"]
+    assert len(train) == 2 * 30
+    for example in train:
+        assert answer(example) == "".join(f"Item {n}\n" for n in titles[example["session"]])
+        assert example["history_end"] == example["gate_end"] == titles[example["session"]][0] - 1
+        assert example["target"] == titles[example["session"]][-1]
+    for before_list in (False, True):
+        converter = make_event_converter(**shape, dense_start="random", before_list=before_list)
+        starts = set()
+        for example in convert_batch(make_events(users), converter).to_pylist():
+            if example["split"] != "train":
+                continue
+            whole = titles[example["session"]]
+            learnt = [int(line.removeprefix("Item ")) for line in answer(example).splitlines()]
+            listed = example["prompt"][1]["content"] if len(example["prompt"]) > 1 else ""
+            count = len(whole) - len(learnt)
+            assert learnt == whole[count:]
+            assert listed == "".join(f"Item {n}\n" for n in whole[:count])
+            assert example["history_end"] == learnt[0] - 1  # position n - 1 has item n
+            assert example["gate_end"] == (whole[0] if before_list else learnt[0]) - 1
+            starts.add((example["session"], count))
+        assert len(starts) == 4 + 5
+    across = convert_batch(make_events(users), make_event_converter("next_item", "next_item/items", dense_window=9))
+    assert answer(across.to_pylist()[0]) == "".join(f"Item {n}\n" for n in (1, 2, 3, 4, 6, 7, 8, 9, 11))
+
+
 @pytest.mark.parametrize("entry", [NEXT_ACTION, NEXT_EVENT, OUTCOME, ON_ITEM], ids=lambda entry: entry["task"])
 def test_a_rationale_stands_before_the_answer(make_events, make_event_converter, entry):
     plain = by_id(convert_batch(shopper(make_events), make_event_converter(**entry)))
     said = by_id(convert_batch(shopper(make_events), make_event_converter(**entry, rationale="why")))
-    assert list(plain) == list(said)
     reasons = {1: "I want it", 4: "still looking", 5: "too dear"}
+    assert list(said) == [n for n, e in plain.items() if e["split"] == "test" or e["history_end"] in reasons]
     for name, example in said.items():
         reason = reasons.get(example["history_end"])
         assert example["rationale"] == reason
@@ -135,6 +172,34 @@ def test_a_rationale_stands_before_the_answer(make_events, make_event_converter,
         assert answer(example) == (expected if reason is None else f"{reason}\n{expected}")
         assert prompt(example) != prompt(plain[name])  # asks for it
         assert example["label"] == plain[name]["label"]
+
+
+@pytest.mark.parametrize("entry", [NEXT_ACTION, NEXT_EVENT, OUTCOME, ON_ITEM], ids=lambda entry: entry["task"])
+def test_training_prompts_that_ask_for_a_rationale_are_answered_with_one(make_events, make_event_converter, entry):
+    """Of three events one has a rationale, one a text of which nothing is left; max_train_targets chooses among the
+    first."""
+    events = [("view", n % 7, n, n // 10, TRAIN if n < 90 else TEST, ("why", "", "\u200d")[n % 3]) for n in range(120)]
+    batch = make_events({"u": events, "w": events}, ["why"])
+    shape = {**entry, "rationale": "why"}
+    for most in (None, 2):
+        tally = Counter()
+        converter = make_event_converter(**shape, max_train_targets=most)
+        pieces = examples_module.iterate_examples(batch, converter, tally)
+        found = [example for *_, piece in pieces for example in piece.to_pylist()]
+        train = [example for example in found if example["split"] == "train"]
+        plain = convert_batch(batch, make_event_converter(**entry)).to_pylist()
+        unasked = {example["example_id"]: prompt(example) for example in plain}
+        for example in train:
+            assert prompt(example) != unasked[example["example_id"]]  # asks for it
+            assert example["rationale"] == "why"
+            assert answer(example).startswith("why\n")
+        asked = [example for example in plain if example["split"] == "train"]
+        with_one = sum(example["history_end"] % 3 == 0 for example in asked)
+        assert len(train) == (with_one if most is None else 2 * 2)
+        assert tally[f"train/{entry['task']}/without_rationale"] == len(asked) - with_one
+        test = [example for example in found if example["split"] == "test"]
+        assert len(test) == sum(example["split"] == "test" for example in plain)
+        assert tally[f"test/{entry['task']}/without_rationale"] == sum(e["rationale"] is None for e in test)
 
 
 def test_what_is_observed_of_the_event_is_shown_and_no_more(make_events, make_event_converter):
@@ -325,7 +390,7 @@ def test_that_check_sees_what_it_should(make_events, everything):
 
 
 def test_earlier_fills_up_what_the_session_leaves(make_events, everything):
-    events = [("view", n, 10 * n, n // 3, TRAIN, *[""] * 4) for n in range(8)]
+    events = [("view", n, 10 * n, n // 3, TEST, *[""] * 4) for n in range(8)]
     examples = by_id(convert_batch(make_events({"u": events}, NAMES), everything["next_action"]))
 
     def shown(position: int) -> tuple[list[str], list[str]]:

@@ -377,6 +377,43 @@ def test_columns_of_json_are_gone_into(write, prepared_from):
         prepared_from(rows, actions, columns={"page": "meta.page.no"}, name="log.csv")
 
 
+@pytest.mark.parametrize(
+    ("way", "hint"),
+    [
+        ("meta.page.nr", 'did you mean "meta.page.no"'),
+        ("meta.pgae.no", 'did you mean "meta.page"'),
+        ("meta.qqqqqqqqqq.y", "known: meta.page, meta.nil"),
+        ("meta.page.no.more", "meta.page.no holds no object"),
+        ("meta.nil", "it is null wherever it stands"),
+    ],
+)
+def test_a_name_that_leads_nowhere_in_json(prepared_from, way, hint):
+    """Not a column of blanks. One that leads somewhere in one row of one file is fine."""
+    meta = ('{"page": {"no": 3}, "nil": null}', None, "", "null")
+    rows = [{**row, "meta": text} for row, text in zip(events(ONE), meta)]
+    actions = ActionsSection(words=WORDS, without_item="*", attributes=["page"])
+    with pytest.raises(UserError, match=rf'log.csv: "{way}" has no value in any row, {hint}'):
+        prepared_from(rows, actions, columns={"page": way}, name="log.csv")
+    with pytest.raises(UserError, match=rf'log.csv: "{way}" has no value in any row, {hint}'):
+        prepared_from(rows, actions, columns={"page": "meta.page.no", "timestamp": way}, name="log.csv")
+    fine = {"page": "meta.page.no", "rating": way}  # ratings, which no filter asks for, are not read
+    assert prepared_from(rows, actions, columns=fine, name="log.csv").counts["interactions"] == 4
+
+
+def test_a_name_may_lead_nowhere_in_one_of_several_files(write, tmp_path):
+    rows = [{**row, "meta": '{"page": 3}' if place else "{}"} for place, row in enumerate(events(ONE))]
+    paths = [str(write(tmp_path / f"{place}.csv", part)) for place, part in enumerate((rows[:1], rows[1:]))]
+    actions = ActionsSection(words=WORDS, without_item="*", attributes=["page"])
+
+    def run(way):
+        source = InteractionsSource(path=paths, columns={"page": way})
+        return prepare(DataSection(interactions=source, items=None), FilterSection(), LAST, 0, tmp_path, actions)
+
+    assert run("meta.page").sequences.frame()["attribute:page"].to_list() == [["", "3", "3", "3"]]
+    with pytest.raises(UserError, match=r'0.csv: "meta.pag" has no value in any row, '):
+        run("meta.pag")
+
+
 def test_keys_with_quotes_and_dots(write, prepared_from):
     rows = [{**row, "it's": {"a\\b": 7, "c.d": 1}, "x.y": 5, "t": '{"it\'s": 2}'} for row in events(ONE)]
     names = {"one": "it's.a\\b", "two": "it's.c.d", "three": "x.y", "four": "t.it's"}

@@ -130,19 +130,26 @@ def test_holdouts_keep_users_and_sessions_together():
     log = log_from([[1, 2, 3, 4]] * 300, sessions)
     section = SplitSection(method="session_holdout", targets="all")
     codes = codes_of(log, section)
-    assert set(codes) == {"rrrr", "rrvv", "rrtt", "-v--", "-t--", "-vvv", "-ttt", "-vtt", "-tvv"}
+    assert set(codes) == {"rrrr", "rrvv", "rrtt", "-v--", "-t--", "-vvv", "-ttt", "-vtt"}
     assert audit(log, assign(log, section, 0), section)["shared_sessions"] == 0
 
 
-def test_session_holdout_trains_on_nothing_after_a_held_out_session(monkeypatch):
-    """Sessions a to d, interleaved; c is test and d valid: from c's first interaction on, a and b are unused."""
+@pytest.mark.parametrize(
+    ("lots", "expected"),
+    [([0.9, 0.8, 0.1, 0.3], "rrt-t---"), ([0.3, 0.8, 0.1, 0.9], "--t-t---"), ([0.9, 0.3, 0.8, 0.1], "rv---t-t")],
+)
+def test_session_holdout_shows_no_test_answer_to_training_and_validation(monkeypatch, lots, expected):
+    """Sessions a to d, interleaved; test has lots below 0.2, valid below 0.4: what comes after one of them is unused.
+
+    Training from the first of either on, validation from the first of test on.
+    """
     log = log_from([[1, 2, 3, 4, 5, 6, 7, 8]], [[0, 1, 2, 0, 2, 3, 1, 3]])
-    lots = np.array([0.9, 0.8, 0.1, 0.3])[log.sessions]  # test below 0.2, valid below 0.4
-    monkeypatch.setattr(splits, "_session_lots", lambda *_: lots)
+    monkeypatch.setattr(splits, "_session_lots", lambda *_: np.array(lots)[log.sessions])
     section = SplitSection(method="session_holdout", targets="all", test_fraction=0.2, valid_fraction=0.2)
-    assert codes_of(log, section) == ["rrt-tv-v"]
-    report = audit(log, assign(log, section, 0), section)
-    assert report["train_histories_with_test_targets"] == 0
+    codes = splits.assign(log, rules_of(log, section))
+    assert "".join("-rvt"[code] for code in codes) == expected
+    report = audit(log, codes, section)
+    assert report["train_histories_with_test_targets"] == report["valid_histories_with_test_targets"] == 0
 
 
 def test_lots_hang_on_seed_and_user_only():
@@ -283,7 +290,8 @@ def test_no_position_of_a_held_out_session_is_trained(users, method, seed):
         own = set(codes[(log.users == user) & (log.sessions == session)].tolist()) - {UNUSED}
         assert len(own) <= 1
     if (codes == TEST).any():
-        assert audit(log, codes, section)["shared_sessions"] == 0
+        report = audit(log, codes, section)
+        assert report["shared_sessions"] == report["valid_histories_with_test_targets"] == 0
 
 
 def test_audit_counts_what_events_do():

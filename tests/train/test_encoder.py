@@ -61,21 +61,26 @@ def test_other_positions_are_never_read(dataset: Dataset, code: int):
 
 
 def test_validation_reads_all_positions_before_the_target(dataset: Dataset):
-    held = validation(dataset, exclude_history=False)
+    held = validation(dataset, 100, exclude_history=True)
     sequences = dataset.sequences
     assert len(held.targets) == sequences.num_users
     end = sequences.offsets[1]  # leave-one-out: valid is the last but one
     assert held.targets[0] == sequences.items[end - 2]
-    assert held.histories[0].tolist() == sequences.items[: end - 2].tolist()  # the ranking leaves all of them out
+    assert held.histories[0].tolist() == held.had[0].tolist() == sequences.items[: end - 2].tolist()
+    short = validation(dataset, 2, exclude_history=True)
+    assert short.histories[0].tolist() == sequences.items[end - 4 : end - 2].tolist()
+    assert short.had[0].tolist() == held.had[0].tolist()  # the ranking leaves all of them out
+    assert np.shares_memory(short.had[0], sequences.items)
+    assert validation(dataset, 2, exclude_history=False).had is None
 
 
 def test_a_large_validation_split_is_sampled_by_seed(dataset: Dataset, monkeypatch):
-    whole = validation(dataset, False)
+    whole = validation(dataset, 12, False)
     monkeypatch.setattr(module, "VALIDATION_TARGETS", 20)
-    held, other = validation(dataset, True, seed=1), validation(dataset, True, seed=2)
+    held, other = validation(dataset, 12, True, seed=1), validation(dataset, 12, True, seed=2)
     assert len(held.targets) == len(held.histories) == 20
-    assert held.exclude_history
-    assert np.array_equal(held.targets, validation(dataset, True, seed=1).targets)
+    assert len(held.had) == 20
+    assert np.array_equal(held.targets, validation(dataset, 12, True, seed=1).targets)
     pairs = [{(*history.tolist(), int(t)) for history, t in zip(h.histories, h.targets)} for h in (whole, held, other)]
     assert pairs[1] <= pairs[0]
     assert pairs[1] != pairs[2]
@@ -92,7 +97,7 @@ def test_it_learns_the_ring_and_beats_popularity(dataset: Dataset, tmp_path, kin
     encoder, info = load_encoder(tmp_path / "encoder")
     assert info["vocabulary_sha256"] == dataset.vocabulary_sha256
     assert info["type"] == section.type
-    saved = evaluate_encoder(encoder, validation(dataset, exclude_history=False))
+    saved = evaluate_encoder(encoder, validation(dataset, 12, exclude_history=False))
     assert saved["ndcg@10"] == pytest.approx(metrics["ndcg@10"])  # the best epoch was kept, not the last
 
 
@@ -133,7 +138,8 @@ class FixedScores(SASRec):
     [(False, 0, 1), (False, 2, 3), (False, 3, 5), (False, 4, 5), (True, 2, 2), (True, 0, 1)],
 )
 def test_ranks_are_pessimistic_and_the_target_is_always_ranked(exclude: bool, target: int, rank: int):
-    held = Held([np.array([0], dtype=np.int32)], np.array([target]), exclude)
+    histories = [np.array([0], dtype=np.int32)]
+    held = Held(histories, np.array([target]), histories if exclude else None)
     metrics = evaluate_encoder(FixedScores([5.0, 4.0, 3.0, 1.0, 1.0]), held)
     assert metrics == {"ndcg@10": pytest.approx(1 / math.log2(1 + rank)), "hit_rate@10": 1.0}
 
@@ -147,7 +153,7 @@ def test_scores_come_in_blocks_of_bounded_size(monkeypatch):
             return super().scores(representation)
 
     histories = [np.array([1], dtype=np.int32)] * 7
-    held = Held(histories, np.array([0, 2, 4, 4, 0, 3, 2]), True)
+    held = Held(histories, np.array([0, 2, 4, 4, 0, 3, 2]), histories)
     whole = evaluate_encoder(FixedScores([5.0, 4.0, 3.0, 1.0, 1.0]), held)
     monkeypatch.setattr(module, "SCORES_AT_ONCE", 12)
     assert evaluate_encoder(Watched([5.0, 4.0, 3.0, 1.0, 1.0]), held) == whole
@@ -155,7 +161,7 @@ def test_scores_come_in_blocks_of_bounded_size(monkeypatch):
 
 
 def test_a_score_that_is_no_number_stands_before_the_target():
-    held = Held([np.array([], dtype=np.int32)], np.array([0]), False)
+    held = Held([np.array([], dtype=np.int32)], np.array([0]), None)
     metrics = evaluate_encoder(FixedScores([5.0, math.nan, math.nan, 1.0]), held)
     assert metrics["ndcg@10"] == pytest.approx(1 / math.log2(1 + 3))
 
@@ -165,7 +171,7 @@ def test_popularity_counts_training_positions_and_leaves_out_what_the_user_had(d
     counts = np.bincount(sequences.items[sequences.splits == TRAIN], minlength=dataset.num_items)
     section = SECTION.model_copy(update={"max_epochs": 1})
     for exclude in (False, True):
-        held, gains = validation(dataset, exclude), []
+        held, gains = validation(dataset, 100, exclude), []
         for history, target in zip(held.histories, held.targets):
             others = [i for i in range(dataset.num_items) if i != target and not (exclude and i in history)]
             rank = 1 + sum(counts[i] >= counts[target] for i in others)
@@ -229,10 +235,15 @@ def test_windows_of_events_read_codes_and_say_what_comes_next():
     assert window.targets.tolist() == [-1, 0, 1]
     assert window.actions is not None
     assert window.actions.tolist() == [2, 1, 0]
-    held = validation(dataset, exclude_history=True)
+    held = validation(dataset, 12, exclude_history=True)
     assert held.actions is not None
     assert (held.targets.tolist(), held.actions.tolist()) == ([1], [1])
     assert held.histories[0].tolist() == [*codes, 2 + 3 * 0]
+    assert held.had[0].tolist() == [1, -1, 0, 1]
+    short = validation(dataset, 2, exclude_history=True)
+    assert short.histories[0].tolist() == [codes[2], 2 + 3 * 0]
+    assert short.histories[0].nbytes == 2 * 8  # no whole history is copied
+    assert np.shares_memory(short.had[0], dataset.sequences.items)
     assert [window.items.tolist() for window in training_windows(dataset, 2)] == [codes[1:], codes[:1]]
 
 
@@ -259,7 +270,7 @@ def test_it_learns_the_next_action_and_the_next_item(tmp_path, kind: str):
     assert metrics["nats"] < 0.5 * metrics["popularity_action_nats"]
     encoder, info = load_encoder(tmp_path / "encoder")
     assert (info["num_actions"], info["vocabulary_sha256"]) == (3, dataset.vocabulary_sha256)
-    saved = evaluate_encoder(encoder, validation(dataset, exclude_history=False))
+    saved = evaluate_encoder(encoder, validation(dataset, 12, exclude_history=False))
     assert saved["nats"] == pytest.approx(metrics["nats"])  # the best epoch was kept
 
 
@@ -305,7 +316,8 @@ class FixedEvents(FixedScores):
 def test_metrics_of_events(exclude: bool, rank: int):
     """Items score 2, 1, 0; actions have 0.5, 0.3, 0.2; one target of four has an item: 1, of which 0 was had before."""
     histories = [np.array([1, 4], dtype=np.int64)] * 4  # action 0 on item 0; action 1 without item
-    held = Held(histories, np.array([-1, 1, -1, -1]), exclude, np.array([0, 1, 2, 0]))
+    had = [np.array([0, -1])] * 4 if exclude else None
+    held = Held(histories, np.array([-1, 1, -1, -1]), had, np.array([0, 1, 2, 0]))
     metrics = evaluate_encoder(FixedEvents([2.0, 1.0, 0.0], [0.5, 0.3, 0.2]), held)
     action_nats = -math.log(0.5 * 0.3 * 0.2 * 0.5)
     item_nats = math.log(math.exp(2) + math.exp(1) + math.exp(0)) - 1

@@ -24,12 +24,13 @@ from recllm.train.encoder import fit_encoder
 from .conftest import recipe_of
 
 ACTIONS = {"view": "view", "cart": "add to cart", "buy": "buy"}
+REASONS = {"view": "I look", "cart": "I want it", "buy": "it is cheap"}
 
 
 def write_events(folder: Path) -> None:
     """30 users with 3 sessions of 5 events: views of a ring of items, then into the cart; a third ends with a purchase.
 
-    A purchase has no item, and says why.
+    A purchase has no item. Every event but a session's second says why.
     """
     lines = ["user_id,item_id,timestamp,action,session_id,why"]
     for user in range(30):
@@ -37,7 +38,7 @@ def write_events(folder: Path) -> None:
             for place in range(5):
                 action = "view" if place < 3 else ("cart" if place == 3 or (user + session) % 3 else "buy")
                 item = "" if action == "buy" else f"i{(user + place) % 6}"
-                why = "it is cheap" if action == "buy" else ""
+                why = REASONS[action] if place != 1 else ""
                 seconds = 1_700_000_000 + 86_400 * session + 60 * place + user
                 lines.append(f"u{user},{item},{seconds},{action},s{user}-{session},{why}")
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
@@ -107,13 +108,14 @@ def test_an_adapter_is_trained_with_classes_rationales_and_groups(run, tmp_path)
 
 def test_tokens_of_a_reason_are_those_of_its_line(run, tiny_tokenizer):
     _, dataset, _ = run
-    examples = tokenize(dataset.example_batches("train", WEIGHED), tiny_tokenizer, 4096)
-    told = dataset.examples("train", ["label", "rationale"]).to_pylist()
-    assert {row["rationale"] for row in told} == {"it is cheap", None}
-    for number, row in enumerate(told):
-        reason = 0 if row["rationale"] is None else len("it is cheap\n")  # a token a byte
-        assert examples.told.rationale_tokens[number] == reason
-        assert examples.completion_tokens[number] == reason + len(ACTIONS[row["label"]]) + 1
+    for split, reasons in (("train", {*REASONS.values()}), ("valid", {*REASONS.values(), None})):
+        examples = tokenize(dataset.example_batches(split, WEIGHED), tiny_tokenizer, 4096)
+        told = dataset.examples(split, ["label", "rationale"]).to_pylist()
+        assert {row["rationale"] for row in told} == reasons  # training leaves out what has none
+        for number, row in enumerate(told):
+            reason = 0 if row["rationale"] is None else len(row["rationale"] + "\n")  # a token a byte
+            assert examples.told.rationale_tokens[number] == reason
+            assert examples.completion_tokens[number] == reason + len(ACTIONS[row["label"]]) + 1
 
 
 def test_a_joint_encoder_reads_codes_in_its_batches(run, tmp_path):
