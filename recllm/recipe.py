@@ -229,7 +229,7 @@ class FilterSection(Section):
         bounds = list(self.rating_bands.values())
         if self.rating_bands and (len(bounds) < 2 or any(a >= b for a, b in itertools.pairwise(bounds))):
             raise ValueError(
-                f"rating_bands {self.rating_bands}: give two or more, each with its lowest rating, the lowest band first"
+                f"rating_bands {self.rating_bands}: give two or more, each with its lowest rating, lowest band first"
             )
         if self.rating_bands and self.like_at is not None:
             raise ValueError(f"like_at={self.like_at} and rating_bands both make actions of ratings: take one of them")
@@ -288,7 +288,8 @@ class TaskSection(Section):
     positive: list[str] = []  # outcome: labels of the actions of which one makes the answer yes
     after: int = Field(3, ge=1)  # outcome: how many events of the session are shown
     fields: dict[str, str] = {}  # next_event: further keys of the answer → attribute, or item
-    rationale: str | None = None  # attribute that a completion writes before its answer; of the tasks with actions
+    # Attribute that a completion writes before its answer, of the tasks with actions; training leaves out events without
+    rationale: str | None = None
 
 
 class EncoderSection(Section):
@@ -451,7 +452,8 @@ class SplitSection(Section):
     leave_one_out: a user's last interaction is test, the one before valid.
     temporal: global cut-offs in time so that the newest `test_fraction` of interactions is test. With whole_sessions a
     session lies where it begins, and what it holds from the next cut-off on is unused.
-    user_holdout: all of a user is train, valid or test. session_holdout: whole sessions, by seeded choice.
+    user_holdout: all of a user is train, valid or test. session_holdout: whole sessions, by seeded choice;
+    a user's training ends at their first valid or test session, their validation at the first test session.
     dates: as temporal, with cut-offs that are given as dates: midnights in UTC.
     given: the targets of published rows; a user's later interactions are unused, the others are train.
     """
