@@ -193,7 +193,7 @@ def _check_within(entry: TaskSection, _: Recipe, found: str) -> None:
 def _check_targets(entry: TaskSection, recipe: Recipe) -> None:
     """One position a user, where a held-out session begins, is what a task within sessions never asks about."""
     split = recipe.protocol.split
-    holds_out_sessions = split.whole_sessions or split.method in ("session_holdout", "user_holdout")
+    holds_out_sessions = split.whole_sessions or split.method == "session_holdout"
     within = entry.within_session or entry.task in ("next_action", "next_event")
     if within and holds_out_sessions and split.targets == "first":
         raise UserError(

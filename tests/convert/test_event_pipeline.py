@@ -289,9 +289,7 @@ class TestMisfitsStopBeforeAnyDataIsRead:
             convert(make_event_recipe(tasks=[OUTCOME], protocol=protocol), tmp_path / "dataset")
 
     @pytest.mark.parametrize("entry", [TASKS[0], TASKS[1], TASKS[-1]], ids=lambda entry: entry["task"])
-    @pytest.mark.parametrize(
-        "split", [{"whole_sessions": True}, {"method": "session_holdout"}, {"method": "user_holdout"}]
-    )
+    @pytest.mark.parametrize("split", [{"whole_sessions": True}, {"method": "session_holdout"}])
     def test_the_first_held_out_position_is_none_within_its_session(self, make_event_recipe, tmp_path, entry, split):
         protocol = {"name": "p", "split": {"targets": "first", **split}, "candidates": {"count": 5}}
         message = rf"the task {entry['task']} asks within sessions.*protocol\.split\.targets is first.*set it to all"
