@@ -288,7 +288,7 @@ class TaskSection(Section):
     positive: list[str] = []  # outcome: labels of the actions of which one makes the answer yes
     after: int = Field(3, ge=1)  # outcome: how many events of the session are shown
     fields: dict[str, str] = {}  # next_event: further keys of the answer → attribute, or item
-    # Attribute that a completion writes before its answer, of tasks with actions; training leaves out events without one
+    # Attribute that a completion writes before its answer, of tasks with actions; training leaves out events without
     rationale: str | None = None
 
 
