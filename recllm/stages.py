@@ -191,7 +191,15 @@ STAGES: dict[str, Callable[..., None]] = {
 
 
 def run(recipe: Recipe, force: bool = False) -> None:
-    """All stages in order; one whose inputs have not changed is skipped."""
+    """All stages in order; one whose inputs have not changed is skipped.
+
+    Raises:
+        UserError: before the first stage, where the last one needs a package that is not installed.
+    """
+    if recipe.actions is not None:
+        from recllm.evaluate.action_systems import check_packages
+
+        check_packages(recipe, [task.task for task in recipe.tasks], writes=True)
     for name in STAGES:
         run_stage(recipe, name, force)
 

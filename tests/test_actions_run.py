@@ -5,10 +5,12 @@ import csv
 import io
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -17,8 +19,10 @@ from recllm import stages
 from recllm.cli import main
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
+from recllm.evaluate.action_systems import ActionSystems, check_packages
+from recllm.evaluate.calibration import mean_nats, probabilities
 from recllm.evaluate.compare import compare
-from recllm.evaluate.evaluation import calibration_tasks, check_protocol, evaluate
+from recllm.evaluate.evaluation import calibration_tasks, check_beams, check_protocol, evaluate
 from recllm.evaluate.tasks import load_tasks
 from recllm.recipe import load_recipe
 
@@ -227,9 +231,13 @@ def test_temperatures_are_fitted_on_valid_alone(run):
         assert set(task.examples.example_ids) <= valid
         assert not set(task.examples.example_ids) & {row["example_id"] for row in run.examples("test", name)}
         for system in run.systems(name).values():
-            if system["name"] != "last_action":
+            said = [note for note in run.metrics["notes"] if note.startswith(f"{name}: no calibration of ")]
+            if system["calibration"] is not None:
                 assert system["calibration"]["num_examples"] == len(task.examples.example_ids)
                 assert system["calibration"]["temperature"] > 0
+            elif system["name"] != "last_action":
+                assert any(system["name"] in note.split(": ")[1].replace(",", "").split() for note in said)
+    assert run.systems("next_action")["markov"]["calibration"] is not None
     assert "calibration" not in run.systems("next_item")["ilora"]
     on_valid = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"split": "valid"})})
     held, notes = calibration_tasks(on_valid, dataset, tasks)
@@ -238,9 +246,106 @@ def test_temperatures_are_fitted_on_valid_alone(run):
 
 
 def test_calibration_changes_no_answer_and_fits_better_on_valid(run):
-    found = run.systems("next_action")["ilora"]["calibration"]
-    assert set(found["before"]) == {"multiclass_brier", "top_label_calibration_error", "label_nats"}
-    assert found["after"]["label_nats"]["value"] < found["before"]["label_nats"]["value"]
+    recipe, dataset = load_recipe(run.recipe), Dataset.open(run.output / "dataset")
+    held, _ = calibration_tasks(recipe, dataset, load_tasks(dataset, "test", 12, 0))
+    task = held["next_action"]
+    on_valid = {one.name: one for one in ActionSystems(recipe, dataset, run.output / "encoder", [task]).systems({})}
+    checked = 0
+    for name, system in run.systems("next_action").items():
+        found = system["calibration"]
+        if found is None:
+            continue
+        assert set(found["before"]) == {"multiclass_brier", "top_label_calibration_error", "label_nats"}
+        rows = run.predictions("next_action", name)
+        scores = np.array([row["scores"] for row in rows])
+        after = probabilities(scores, found["temperature"])
+        assert [list(WORDS)[place] for place in after.argmax(axis=1)] == [row["predicted"] for row in rows]
+        assert (after.argmax(axis=1) == probabilities(scores).argmax(axis=1)).all()
+        if name in on_valid:
+            known = on_valid[name].predictions[task.name].scores
+            nats = [mean_nats(known, task.right_column, at) for at in (found["temperature"], 1.0)]
+            assert nats[0] < nats[1]
+            checked += 1
+    assert checked >= 2
+
+
+def test_sessions_have_the_same_numbers_whichever_examples_are_chosen(run):
+    """Each user has four sessions, 0 to 3: user u's session s is 4 u + s."""
+    dataset = Dataset.open(run.output / "dataset")
+    sessions = {
+        row["example_id"]: 4 * row["user_index"] + row["session"] for row in run.examples("test", "next_action")
+    }
+    for count in (1, 2, 3, 5, None):
+        (task,) = [one for one in load_tasks(dataset, "test", count, 0) if one.name == "next_action"]
+        assert task.clusters.tolist() == [sessions[name] for name in task.examples.example_ids]
+
+
+def test_the_constant_answer_is_looked_at_though_nobody_asked_for_it(run, tmp_path):
+    dataset = narrowed(run, tmp_path / "dataset", "next_action")
+    asked = ["evaluate.baselines=[base_model]", "evaluate.action_baselines=[]"]
+    document = evaluate(load_recipe(run.recipe, asked), dataset, run.output / "encoder", None, tmp_path / "report")
+    assert [system["name"] for system in document["systems"]] == ["base_model"]
+    wanted = [
+        one for one in run.metrics["below_constant"] if (one["task"], one["system"]) == ("next_action", "base_model")
+    ]
+    assert [one["constant"] for one in document["below_constant"]] == [one["constant"] for one in wanted] != []
+
+
+@pytest.mark.parametrize("package", ["sklearn", "xgrammar"])
+def test_a_missing_package_is_found_before_the_first_stage(run, monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    recipe = load_recipe(run.recipe, [f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match=r'pip install "recllm\[actions\]"'):
+        stages.run(recipe)
+    assert not (tmp_path / "run").exists()
+    on_items = recipe.model_copy(update={"tasks": recipe.tasks[4:5]})  # next_item needs neither
+    check_packages(on_items, [task.task for task in on_items.tasks], writes=True)
+
+
+def test_scikit_learn_is_missed_before_anything_is_fitted(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    dataset = Dataset.open(run.output / "dataset")
+    tasks = load_tasks(dataset, "test", 2, 0)
+    recipe = load_recipe(run.recipe)
+    with pytest.raises(UserError, match="boosted_trees needs scikit-learn"):
+        ActionSystems(recipe, dataset, run.output / "encoder", tasks)
+    others = load_recipe(run.recipe, ["evaluate.action_baselines=[constant]"])
+    ActionSystems(others, dataset, run.output / "encoder", tasks)
+
+
+def test_beams_that_are_narrower_than_what_is_looked_at_are_refused(run, tmp_path):
+    recipe = load_recipe(run.recipe, ["evaluate.baselines=[base_model]", "evaluate.beam_width=4"])
+    with pytest.raises(
+        UserError, match=r"beam_width=4 finds 4 items at most, recall@5 by action of next_item looks at"
+    ):
+        evaluate(recipe, run.output / "dataset", run.output / "encoder", None, tmp_path / "report")
+    dataset = Dataset.open(run.output / "dataset")
+    tasks = load_tasks(dataset, "test", 2, 0)
+    for fine in (["evaluate.beam_width=5"], ["evaluate.beam_width=4", "evaluate.exhaustive=true"]):
+        check_beams(load_recipe(run.recipe, fine), dataset, tasks)
+
+
+def test_observed_attributes_reach_the_baselines_from_the_dataset(run, tmp_path):
+    from recllm.convert.pipeline import convert
+
+    document = yaml.safe_load(run.recipe.read_text())
+    document["actions"] |= {"observed": ["text"]}
+    document["tasks"] = TASKS[:1]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    convert(recipe, tmp_path / "dataset", workers=1)
+    dataset = Dataset.open(tmp_path / "dataset")
+    made = ActionSystems(recipe, dataset, run.output / "encoder", load_tasks(dataset, "test", 12, 0))
+    assert made.log is not None
+    column, rows = made.log.observed["text"], pq.read_table(tmp_path / "dataset" / "sequences.parquet").to_pylist()
+    texts = [text for row in rows for text in row["attribute:text"]]
+    assert len(column) == len(texts)
+    assert [place < 0 for place in column] == [text == "" for text in texts]
+    assert len(set(column.tolist())) > 5
+    described = {name: made._description(name) for name in ("markov", "sequence_encoder", "boosted_trees")}
+    assert described["markov"].endswith("; it does not see text")
+    assert described["sequence_encoder"].endswith("; it does not see text")
+    assert "text" not in described["boosted_trees"]
 
 
 def test_events_are_held_to_their_schema_and_free_ones_are_counted(run):
@@ -289,6 +394,9 @@ def test_items_to_come_are_found_by_action(run):
 def test_the_report_opens_with_what_is_below_the_constant(run):
     below = run.metrics["below_constant"]
     assert below  # a model with random weights
+    main = [one["system"] == "ilora" for one in below]
+    assert main == sorted(main, reverse=True)  # main systems before others, of whichever task
+    assert {one["system"] for one in below} == {"ilora", "base_model"}
     for one in below:
         constant, model = (run.systems(one["task"])[name]["metrics"] for name in ("constant", one["system"]))
         assert one["value"] == model[one["metric"]]["value"] < constant[one["metric"]]["value"]
@@ -353,6 +461,13 @@ def test_a_task_that_nothing_scores_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"no system scores the task next_action: name evaluate\.action_b"):
         evaluate(recipe, run.output / "dataset", run.output / "encoder", None, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_a_task_that_no_named_baseline_answers_is_refused(run, tmp_path):
+    dataset = narrowed(run, tmp_path / "dataset", "next_action")
+    recipe = load_recipe(run.recipe, ["evaluate.baselines=[]", "evaluate.action_baselines=[item_most_frequent]"])
+    with pytest.raises(UserError, match="no system scores the task next_action"):
+        evaluate(recipe, dataset, run.output / "encoder", None, tmp_path / "report")
 
 
 def test_a_language_model_finds_items_to_come_by_beams_as_by_every_title(run, tmp_path):

@@ -7,13 +7,15 @@ language model's share, not theirs); what is seen of a question lies before its 
 C classes: actions, or yes and no of outcome. n questions of training, N of those asked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from recllm import schema
 from recllm.convert.targets import Groups, Sequences, find_outcomes, find_targets
@@ -26,6 +28,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 LAST_ACTIONS = 3  # that boosted trees see one by one
+MAX_CATEGORIES = 255  # of a column of boosted trees: scikit-learn's bins; a column with more counts as numbers
 MAX_TREE_QUESTIONS = 200_000  # of training that boosted trees are fitted on, chosen by seed
 TREE_ROUNDS, FEW_TREE_ROUNDS = 300, 60  # at most, with early stopping; of data that is too small for it
 MIN_TO_STOP_EARLY, MIN_OF_CLASS = 2000, 20
@@ -38,6 +41,7 @@ class Log(NamedTuple):
     sequences: Sequences
     actions: Integers  # (P,) numbers of the actions
     labels: list[str]  # of the actions
+    observed: Mapping[str, Integers] = {}  # by attribute that is known before the action: (P,) its value, -1 where none
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Log":
@@ -56,7 +60,37 @@ class Log(NamedTuple):
             user_id=pa.nulls(len(users), pa.string()),
             sessions=np.asarray(found.sessions),
         )
-        return cls(sequences, numbers, labels)
+        return cls(sequences, numbers, labels, _observed(dataset))
+
+
+def _observed(dataset: Dataset) -> dict[str, Integers]:
+    """Of each attribute in actions.observed the value at every position (P,), as `categories` numbers them."""
+    section = dataset.manifest.get("recipe", {}).get("actions") or {}
+    names = list(section.get("observed") or [])
+    if not names:
+        return {}
+    table = pq.read_table(dataset.folder / "sequences.parquet", columns=[f"{schema.ATTRIBUTE}{name}" for name in names])
+    in_training = dataset.sequences.splits == schema.TRAIN
+    return {name: categories(pc.list_flatten(table[f"{schema.ATTRIBUTE}{name}"]), in_training) for name in names}
+
+
+def categories(values: pa.ChunkedArray, in_training: npt.NDArray[np.bool_]) -> Integers:
+    """Texts (P,) as numbers: those that are most frequent in training, 0 the most frequent; blank ones are -1.
+
+    MAX_CATEGORIES at most; if there are more, the last number stands for all rarer ones together, and for what
+    training does not have.
+
+    >>> categories(pa.chunked_array([["b", "a", "", "b", "c"]]), np.array([True, True, True, True, False])).tolist()
+    [0, 1, -1, 0, 2]
+    """
+    encoded = values.dictionary_encode().unify_dictionaries().combine_chunks()
+    texts, place = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+    counts = np.bincount(place[in_training], minlength=len(texts))
+    known = [one for one, text in enumerate(texts) if text and counts[one]]
+    kept = sorted(known, key=lambda one: (-counts[one], texts[one]))[: MAX_CATEGORIES - 1]
+    numbers = np.array([len(kept) if text else -1 for text in texts], dtype=np.int64)
+    numbers[kept] = np.arange(len(kept))
+    return np.asarray(numbers[place])
 
 
 class Asked(NamedTuple):
@@ -178,7 +212,8 @@ def markov_outcome(log: Log, positive: Sequence[str], yes: int) -> Baseline:
 
     With P the smoothed transitions between actions and to the end, of sessions that lie in training as a whole, the
     probabilities h of reaching a positive action solve h = Q h + r (Kemeny & Snell 1960, §3.3): Q is P between actions
-    that are not positive, r the step to a positive one.
+    that are not positive, r the step to a positive one. What is asked about is known to go on, as shorter sessions are
+    not asked about: from the last action a it is Σ_j P(a → j) h_j / (1 − P(a → end)), with h = 1 of positive actions.
     """
     sequences, end = log.sequences, len(log.labels)
     counts = _steps(log)
@@ -189,8 +224,10 @@ def markov_outcome(log: Log, positive: Sequence[str], yes: int) -> Baseline:
     between = step[:, :end][np.ix_(~good, ~good)]
     reach[~good] = np.linalg.solve(np.eye(len(between)) - between, step[:, :end][np.ix_(~good, good)].sum(axis=1))
 
+    going_on = step[:, :end] @ reach / step[:, :end].sum(axis=1)
+
     def predict(asked: Asked) -> Floats:
-        chance = reach[last_actions(log, asked, sequences.by_session)]
+        chance = going_on[last_actions(log, asked, sequences.by_session)]
         columns = (chance, 1 - chance) if yes == 0 else (1 - chance, chance)
         return np.stack(columns, axis=1)
 
@@ -219,7 +256,8 @@ def features(log: Log, asked: Asked, within_session: bool) -> tuple[Floats, npt.
 
     Of the events before in the session (of the user, where it is not asked within sessions): the count of each action,
     the last three actions, their number, seconds between the last two and on average, the hour (UTC) of the last one;
-    and the number of all events of the user before. Of nothing newer.
+    and the number of all events of the user before. Of the event that is asked about what `log.observed` says, which is
+    known before its action. Of nothing newer.
     """
     sequences = log.sequences
     groups = sequences.by_session if within_session else sequences.by_user
@@ -234,9 +272,12 @@ def features(log: Log, asked: Asked, within_session: bool) -> tuple[Floats, npt.
     hour = np.where(number >= 1, newest // 3600 % 24, np.nan)
     position = asked.flat - sequences.offsets[asked.user]
     plain = [number, pause, mean_pause, hour, position]
-    columns = [counts, *(np.where(one >= 0, one, np.nan)[:, None] for one in last), *(one[:, None] for one in plain)]
-    categories = [False] * counts.shape[1] + [True] * LAST_ACTIONS + [False] * len(plain)
-    return np.concatenate(columns, axis=1), np.array(categories)
+    seen = [column[asked.flat] for column in log.observed.values()]
+    shown = [np.where(one >= 0, one, np.nan) for one in (*last, *seen)]
+    columns = [counts, *(one[:, None] for one in (*shown[:LAST_ACTIONS], *plain, *shown[LAST_ACTIONS:]))]
+    few = len(log.labels) <= MAX_CATEGORIES  # otherwise the actions' numbers, in the order of the recipe
+    are_categories = [False] * counts.shape[1] + [few] * LAST_ACTIONS + [False] * len(plain) + [True] * len(seen)
+    return np.concatenate(columns, axis=1), np.array(are_categories)
 
 
 def item_features(log: Log, asked: Asked) -> Floats:
@@ -282,11 +323,11 @@ def boosted_trees(log: Log, training: Training, section: TaskSection, seed: int)
     within = section.within_session or not on_item
 
     def seen(asked: Asked) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        found, categories = features(log, asked, within)
+        found, are_categories = features(log, asked, within)
         if not on_item:
-            return found, categories
+            return found, are_categories
         of_items = item_features(log, asked)
-        return np.concatenate([found, of_items], axis=1), np.append(categories, [False] * of_items.shape[1])
+        return np.concatenate([found, of_items], axis=1), np.append(are_categories, [False] * of_items.shape[1])
 
     rows = np.arange(len(training.label))
     if len(rows) > MAX_TREE_QUESTIONS:
@@ -294,19 +335,20 @@ def boosted_trees(log: Log, training: Training, section: TaskSection, seed: int)
     label, counts = training.label[rows], np.bincount(training.label[rows], minlength=training.classes)
     if (counts > 0).sum() < 2:
         return constant(training)
-    table, categories = seen(Asked(training.asked.flat[rows], training.asked.user[rows]))
+    table, are_categories = seen(Asked(training.asked.flat[rows], training.asked.user[rows]))
+    kept = ~np.isnan(table).all(axis=0)  # scikit-learn fails on a column without a value: pauses of sessions of two
     stops = len(rows) >= MIN_TO_STOP_EARLY and counts[counts > 0].min() >= MIN_OF_CLASS
     model = HistGradientBoostingClassifier(
         max_iter=TREE_ROUNDS if stops else FEW_TREE_ROUNDS,
         early_stopping=bool(stops),
-        categorical_features=categories,
+        categorical_features=are_categories[kept],
         random_state=seed,
-    ).fit(table, label)
+    ).fit(table[:, kept], label)
 
     def predict(asked: Asked) -> Floats:
         found = np.full((len(asked.flat), training.classes), FLOOR)
         if len(found):
-            found[:, model.classes_] = np.maximum(model.predict_proba(seen(asked)[0]), FLOOR)
+            found[:, model.classes_] = np.maximum(model.predict_proba(seen(asked)[0][:, kept]), FLOOR)
         return np.asarray(found / found.sum(axis=1, keepdims=True))
 
     return predict

@@ -1,6 +1,7 @@
 """Figures of the tasks about actions: tasks and predictions enter, the parts of metrics.json about them leave.
 
-evaluation.py says what each part holds, action_metrics.py how each figure is defined. Intervals are over sessions.
+evaluation.py says what each part holds, action_metrics.py how each figure is defined. Intervals are over sessions, of
+items to come (next_item) over users.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,6 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 EXACT_MATCH = "exact_match"  # the figure that leads these tasks
-CONSTANT = "constant"  # the baseline that a model must not be below
 
 
 class Columns(NamedTuple):
@@ -49,6 +49,11 @@ def right_rows(task: Task, prediction: Prediction) -> Floats:
 def exact_match(task: Task, prediction: Prediction) -> Floats:
     """A session's exact match, sessions in ascending order: their mean is the figure."""
     return action_metrics.session_means(right_rows(task, prediction), task.clusters)
+
+
+def temperature(prediction: Prediction) -> float | None:
+    """What a prediction's scores are divided by; None without calibration."""
+    return None if prediction.calibration is None else prediction.calibration.temperature
 
 
 # ---- of one system ----
@@ -84,12 +89,28 @@ def _entry(
     protocol: Protocol,
 ) -> dict[str, Any]:
     plain = {EXACT_MATCH: exact} | {name: one for name, one in found.items() if "|" not in name}
+    found = _without_few(task, prediction, found)
     return {
         "metrics": {name: as_json(one) for name, one in plain.items()},
         "classes": _classes(task, prediction, found, head),
         "calibration": _calibration(prediction, found),
         "reliability": _reliability(task, prediction, protocol.actions.bins),
     }
+
+
+def _without_few(task: Task, prediction: Prediction, found: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """The figures of each class without intervals where fewer than FEW_USERS sessions hold it.
+
+    They hold it where its label is right, for precision where it is the answer. Of so few the resamples that drew one
+    say next to nothing of how far the figure may move: of a single session they are all alike.
+    """
+    kept, columns = dict(found), {"precision": predicted_classes(task, prediction)}
+    for figure in ("precision", "recall", "f1"):
+        column = columns.get(figure, task.classes)
+        for place in range(len(task.labels)):
+            if len(np.unique(task.clusters[column == place])) < statistics.FEW_USERS:
+                kept[f"{figure}|{place}"] = Estimate(kept[f"{figure}|{place}"].value, np.nan, np.nan)
+    return kept
 
 
 def _columns(task: Task, prediction: Prediction, head: npt.NDArray[np.bool_], section: ActionProtocol) -> list[Columns]:
@@ -99,8 +120,8 @@ def _columns(task: Task, prediction: Prediction, head: npt.NDArray[np.bool_], se
         found += _of_fields(task, prediction)
     elif prediction.has_probabilities:
         found.append(_of_probabilities(task, probabilities(prediction.scores), section.bins, ""))
-        if prediction.calibration is not None:
-            scaled = probabilities(prediction.scores, prediction.calibration[0])
+        if (scale := temperature(prediction)) is not None:
+            scaled = probabilities(prediction.scores, scale)
             found.append(_of_probabilities(task, scaled, section.bins, "|calibrated"))
     return found
 
@@ -114,17 +135,19 @@ def _of_classes(task: Task, prediction: Prediction, head: npt.NDArray[np.bool_])
     answered = np.bincount(predicted[predicted >= 0], minlength=size)
     often = np.arange(size) == answered.argmax()  # the answer that is given most often
 
+    whole = action_metrics.class_figures(action_metrics.confusion(label, predicted, size))
+
     def compute(weights: Floats) -> Floats:
         table = action_metrics.confusion(label, predicted, size, weights)
         of = action_metrics.class_figures(table)
-        columns = [action_metrics.macro(of.f1), action_metrics.weighted(of.f1, of.support)]
+        columns = [action_metrics.macro(of.f1, whole=whole.f1[0]), action_metrics.weighted(of.f1, of.support)]
         for part in (None, head, ~head):
             columns += [
-                action_metrics.macro(of.recall, part),
+                action_metrics.macro(of.recall, part, whole.recall[0]),
                 action_metrics.weighted(of.recall, of.support, part),
             ]
         share = table[:, :, :-1].sum(axis=1)[:, often][:, 0] / weights.sum(axis=1)
-        columns += [share, action_metrics.macro(of.recall, ~often)]
+        columns += [share, action_metrics.macro(of.recall, ~often, whole.recall[0])]
         return np.concatenate([np.stack(columns, axis=1), of.precision, of.recall, of.f1], axis=1)
 
     return Columns(names, compute)
@@ -164,9 +187,11 @@ def _of_two(task: Task, probability: Floats) -> Ranked:
 
 def _of_many(task: Task, probability: Floats) -> Ranked:
     label, users = task.right_column, task.users
+    plain = action_metrics.class_aucs(probability, label)[0]
+    grouped = action_metrics.grouped_class_aucs(probability, label, users)[0]
     ranked = [
-        lambda w: action_metrics.one_vs_rest_auc(probability, label, w),
-        lambda w: action_metrics.grouped_one_vs_rest_auc(probability, label, users, w),
+        lambda w: action_metrics.macro(action_metrics.class_aucs(probability, label, w), whole=plain),
+        lambda w: action_metrics.macro(action_metrics.grouped_class_aucs(probability, label, users, w), whole=grouped),
     ]
     names = ["macro_auc", "macro_grouped_auc", "multiclass_brier"]
     return names, ranked, action_metrics.multiclass_brier(probability, label)
@@ -222,12 +247,13 @@ def _classes(
 
 
 def _calibration(prediction: Prediction, found: Mapping[str, Estimate]) -> dict[str, Any] | None:
-    if prediction.calibration is None:
+    fitted = prediction.calibration
+    if fitted is None or fitted.temperature is None:
         return None
     after = {name.partition("|")[0]: one for name, one in found.items() if name.endswith("|calibrated")}
     return {
-        "temperature": prediction.calibration[0],
-        "num_examples": prediction.calibration[1],
+        "temperature": fitted.temperature,
+        "num_examples": fitted.num_examples,
         "before": {name: as_json(found[name]) for name in after},
         "after": {name: as_json(one) for name, one in after.items()},
     }
@@ -236,7 +262,7 @@ def _calibration(prediction: Prediction, found: Mapping[str, Estimate]) -> dict[
 def _reliability(task: Task, prediction: Prediction, bins: int) -> dict[str, Any] | None:
     if task.events is not None or not prediction.has_probabilities:
         return None
-    scales = {"before": 1.0} | ({} if prediction.calibration is None else {"after": prediction.calibration[0]})
+    scales = {"before": 1.0} | ({} if (scale := temperature(prediction)) is None else {"after": scale})
     return {
         name: [
             one._asdict()
@@ -281,7 +307,10 @@ def items_to_come(task: Task, dataset: Dataset, split: str, next_only: Sequence[
 def otto(
     task: Task, predictions: Sequence[Prediction], to_come: list[list[Integers]], labels: list[str], protocol: Protocol
 ) -> list[dict[str, Any] | None]:
-    """By system {k, recall {label: ESTIMATE}, possible {label: items to be found}, score}; None without a ranking."""
+    """By system {k, recall {label: ESTIMATE}, possible {label: items to be found}, score}; None without a ranking.
+
+    The task is next_item, of which users are resampled, not sessions.
+    """
     section, made = protocol.actions, list[dict[str, Any] | None]()
     for prediction in predictions:
         if prediction.top is None:
@@ -324,24 +353,47 @@ def warnings(task: Task) -> list[str]:
     ]
 
 
-def below_constant(task: str, systems: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any] | None:
-    """Of the main system what the report must open with, where it is below the constant answer; None where it is not.
+def uncalibrated(task: Task, predictions: Mapping[str, Prediction]) -> list[str]:
+    """A sentence for each reason why systems, by name, have no temperature though one was to be fitted."""
+    found: dict[str, list[str]] = {}
+    for name, prediction in predictions.items():
+        if prediction.calibration is not None and prediction.calibration.temperature is None:
+            found.setdefault(prediction.calibration.reason, []).append(name)
+    return [f"{task.name}: no calibration of {', '.join(names)}: {reason}." for reason, names in found.items()]
 
-    Below in exact match, or of next_event in the accuracy of the action's type: {task, system, metric, value, constant,
-    answer, answer_share, rest_recall}, with the answer that it gives most often and its macro recall on all other
-    classes; these are null where none of its answers can be read.
+
+def below_constant(
+    task: Task, systems: Sequence[Mapping[str, Any]], main: str, constant: Prediction
+) -> list[dict[str, Any]]:
+    """What the report must open with: the adapters and the base model that are below the constant answer, `main` first.
+
+    Below in exact match, or in plain accuracy, of next_event that of the action's type: {task, system, metric, value,
+    constant, answer, answer_share, rest_recall}, with the answer that a system gives most often and its macro recall on
+    all other classes; these are null where none of its answers can be read.
     """
-    of = {system["name"]: system for system in systems if system["task"] == task}
-    own, constant = of.get(main), of.get(CONSTANT)
-    if own is None or constant is None or own["kind"] == "baseline":
-        return None
-    for metric in (EXACT_MATCH, TYPE_ACCURACY):
-        value, level = ((one["metrics"].get(metric) or {}).get("value") for one in (own, constant))
-        if value is not None and level is not None and value < level:
-            found = {"task": task, "system": main, "metric": metric, "value": value, "constant": level}
-            often = own["classes"]["most_frequent"]
-            if often is None:
-                return found | dict.fromkeys(("answer", "answer_share", "rest_recall"))
-            shares = {"answer_share": often["share"]["value"], "rest_recall": often["rest_recall"]["value"]}
-            return found | {"answer": often["label"]} | shares
+    asked = [one for one in systems if one["task"] == task.name and one["kind"] in ("adapter", "base_model")]
+    levels = {EXACT_MATCH: float(exact_match(task, constant).mean())}
+    levels |= {TYPE_ACCURACY if task.events else "accuracy": _right_classes(task, constant)}
+    found = [_below(one, levels) for one in sorted(asked, key=lambda one: one["name"] != main)]
+    return [one for one in found if one is not None]
+
+
+def _right_classes(task: Task, prediction: Prediction) -> float:
+    """Share of examples, each alike, whose action is right."""
+    return float((predicted_classes(task, prediction) == task.classes).mean())
+
+
+def _below(system: Mapping[str, Any], levels: Mapping[str, float]) -> dict[str, Any] | None:
+    """The first metric in which a system is below the constant answer; None where it is in none."""
+    for metric, level in levels.items():
+        value = (system["metrics"].get(metric) or {}).get("value")
+        # a hair of tolerance: what is equal in arithmetic must not be below for its last bit
+        if value is None or value >= level - 1e-9:
+            continue
+        often, found = system["classes"]["most_frequent"], {"task": system["task"], "system": system["name"]}
+        found |= {"metric": metric, "value": value, "constant": level}
+        if often is None:
+            return found | dict.fromkeys(("answer", "answer_share", "rest_recall"))
+        shares = {"answer_share": often["share"]["value"], "rest_recall": often["rest_recall"]["value"]}
+        return found | {"answer": often["label"]} | shares
     return None

@@ -88,14 +88,21 @@ def class_figures(table: Floats) -> ClassFigures:
     return ClassFigures(_ratio(right, answered), right / occurs, 2 * right / (occurs + answered), support)
 
 
-def macro(values: Floats, chosen: Booleans | None = None) -> Floats:
+def macro(values: Floats, chosen: Booleans | None = None, whole: Floats | None = None) -> Floats:
     """The mean over the classes that occur of values (S, C), each class alike: macro F1, macro recall. (S,)
 
     `chosen` (C,) looks at some of the classes only (head, tail). Macro recall of all classes is balanced accuracy.
+    `whole` (C,) are the values of the full sample: they stand in for a class that a resample did not draw, so that all
+    resamples average over the same classes. Without them a resample without a rare, hard class would be better for it,
+    and an interval might leave out its own value.
 
     >>> macro(np.array([[0.5, 1.0, np.nan]])).tolist()
     [0.75]
+    >>> macro(np.array([[0.5, np.nan]]), whole=np.array([0.75, 0.0])).tolist()
+    [0.25]
     """
+    if whole is not None:
+        values = np.where(np.isnan(values), whole, values)
     mine = values if chosen is None else values[:, chosen]
     known = ~np.isnan(mine)
     return _ratio(np.where(known, mine, 0).sum(axis=1), known.sum(axis=1))
@@ -136,16 +143,28 @@ def head_classes(counts: Integers, share: float = HEAD_SHARE) -> Booleans:
 
 
 def one_vs_rest_auc(probability: Floats, label: Integers, weights: Floats | None = None) -> Floats:
-    """The mean over classes of the AUC of each against all others (Hand & Till 2001, the one-vs-rest form). (S,)
+    """The mean over classes of the AUC of each against all others (`class_aucs`), each class alike. (S,)
 
-    probability (N, C). Classes that do not occur, or that all examples have, are left out; NaN where none is left. A
-    NaN row (invalid) ranks below all others, for every class.
+    Provost & Domingos (2000) weigh classes by how often they are; this is their mean without weights, scikit-learn's
+    roc_auc_score(multi_class="ovr", average="macro"). It is not Hand & Till's M (2001), a mean over pairs of classes.
 
     >>> one_vs_rest_auc(np.array([[0.7, 0.3], [0.4, 0.6]]), np.array([0, 1])).tolist()
     [1.0]
     """
+    return macro(class_aucs(probability, label, weights))
+
+
+def class_aucs(probability: Floats, label: Integers, weights: Floats | None = None) -> Floats:
+    """AUC of each class against all others (S, C), from probabilities (N, C).
+
+    NaN of a class that does not occur, or that all examples have. A NaN row (invalid) ranks below all others, for every
+    class.
+
+    >>> class_aucs(np.array([[0.7, 0.3], [0.4, 0.6]]), np.array([0, 1])).tolist()
+    [[1.0, 1.0]]
+    """
     found = [metrics.auc(column, label == place, weights) for place, column in enumerate(np.asarray(probability).T)]
-    return macro(np.stack(found, axis=1))
+    return np.stack(found, axis=1)
 
 
 def grouped_auc(score: Floats, positive: Booleans, users: NDArray, weights: Floats | None = None) -> Floats:
@@ -187,8 +206,17 @@ def grouped_one_vs_rest_auc(
     >>> grouped_one_vs_rest_auc(probability, np.array([0, 1]), np.array([4, 4])).tolist()
     [1.0]
     """
+    return macro(grouped_class_aucs(probability, label, users, weights))
+
+
+def grouped_class_aucs(probability: Floats, label: Integers, users: NDArray, weights: Floats | None = None) -> Floats:
+    """GAUC of each class against all others (S, C); NaN of a class without a user who has both.
+
+    >>> grouped_class_aucs(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1]), np.array([4, 4])).tolist()
+    [[1.0, 1.0]]
+    """
     columns = enumerate(np.asarray(probability).T)
-    return macro(np.stack([grouped_auc(column, label == place, users, weights) for place, column in columns], axis=1))
+    return np.stack([grouped_auc(column, label == place, users, weights) for place, column in columns], axis=1)
 
 
 def multiclass_brier(probability: Floats, label: Integers) -> Floats:
@@ -208,14 +236,15 @@ def multiclass_brier(probability: Floats, label: Integers) -> Floats:
 def label_nats(probability: Floats, label: Integers) -> Floats:
     """−log p of the right class (N,), the logarithmic loss (Good 1952), lower is better; NaN where there is no p.
 
-    Infinite where the right class was given probability 0: what predicts probabilities must leave some to every class.
+    A probability of 0 costs as much as the smallest one that a double holds in full, 708.4 nats: infinite ones would
+    leave no mean and no interval. What predicts probabilities should leave some to every class.
 
     >>> label_nats(np.array([[0.25, 0.75]]), np.array([1])).tolist() == [-np.log(0.75)]
     True
     """
     probability = np.asarray(probability, np.float64)
-    with np.errstate(divide="ignore"):
-        return -np.log(probability[np.arange(len(probability)), np.asarray(label)])
+    own = probability[np.arange(len(probability)), np.asarray(label)]
+    return np.asarray(-np.log(np.maximum(own, np.finfo(np.float64).tiny)))
 
 
 def top_label_calibration_error(
@@ -341,14 +370,14 @@ def rouge_l(written: str, right: str) -> float:
 
         P = LCS / words written      R = LCS / words of the right text      F = 2 P R / (P + R)
 
-    Words are runs of letters and digits, case folded. Two texts without words are alike (1); one of them alone is 0.
+    Words are runs of letters and digits, case folded. If one text has no words, both must be equal: 1, else 0.
 
     >>> rouge_l("police kill the gunman", "police killed the gunman") == 3 / 4
     True
     """
     a, b = _words(written), _words(right)
     if not a or not b:
-        return float(len(a) == len(b))
+        return float(written == right)
     return 2 * longest_common_subsequence(a, b) / (len(a) + len(b))
 
 

@@ -8,6 +8,7 @@ with it. Imports without torch but for the encoder.
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from tqdm import tqdm
 
 from recllm.convert.actions import write_answer
 from recllm.data.dataset import Dataset
+from recllm.errors import UserError
 from recllm.evaluate import action_baselines as made_of
-from recllm.evaluate import calibration
 from recllm.evaluate.action_baselines import Asked, Baseline, Log, Training
+from recllm.evaluate.calibration import fit_temperature
 from recllm.evaluate.language_model import System
 from recllm.evaluate.tasks import (
     NEXT_ACTION,
@@ -52,6 +54,7 @@ KINDS = {  # which tasks a baseline answers
     ENCODER: (NEXT_ACTION, NEXT_EVENT),
 }
 NO_PROBABILITIES = ("last_action",)
+BLIND = ("markov", ENCODER)  # to what actions.observed says of the event that is asked about; others say what they see
 
 
 class ActionSystems:
@@ -70,6 +73,7 @@ class ActionSystems:
     def __init__(self, recipe: Recipe, dataset: Dataset, encoder_folder: Path, tasks: Iterable[Task]) -> None:
         self.recipe, self.dataset, self.encoder_folder = recipe, dataset, encoder_folder
         self.tasks = [task for task in tasks if task.is_action]
+        check_packages(recipe, [task.kind for task in self.tasks], writes=False)
         self.log = Log.of(dataset) if self.tasks else None
         self.training = {task.name: self._training(task) for task in self.tasks}
         self._fields: dict[str, list[str]] = {}
@@ -96,8 +100,16 @@ class ActionSystems:
                     predictions[task.name] = self._predict(name, baseline, task, held.get(task.name))
             if predictions:
                 took = time.monotonic() - started
-                found.append(System(shown, "baseline", DESCRIPTIONS[name], predictions, took))
+                found.append(System(shown, "baseline", self._description(name), predictions, took))
         return found
+
+    def constant(self, task: Task) -> Prediction:
+        """The constant answer to a task, whether or not the recipe names that baseline."""
+        return self._predict("constant", made_of.constant(self.training[task.name]), task, None)
+
+    def _description(self, name: str) -> str:
+        unseen = ", ".join(self.log.observed) if self.log is not None and name in BLIND else ""
+        return f"{DESCRIPTIONS[name]}; it does not see {unseen}" if unseen else DESCRIPTIONS[name]
 
     def _make(self, name: str, task: Task) -> tuple[str, Baseline]:
         """A baseline, and its name in the report."""
@@ -131,10 +143,13 @@ class ActionSystems:
         if held is None:
             return Prediction(scores)
         known = np.log(baseline(Asked.of(self.log, held.examples)))
-        return Prediction(scores, calibration=fitted(known, held))
+        return Prediction(scores, calibration=fit_temperature(known, held.right_column))
 
     def most_frequent_events(self, task: Task) -> list[str]:
-        """(C,) of each action the whole event that training has most often; the first in text order among equals."""
+        """(C,) of each action the whole event that training has most often; the first in text order among equals.
+
+        Of the examples that convert wrote: `max_train_targets` cuts them, other than what the actions are counted on.
+        """
         if task.name not in self._fields:
             counts: dict[str, Counter[str]] = defaultdict(Counter)
             for batch in self.dataset.example_batches("train", ["example_id", "label", "completion"]):
@@ -148,13 +163,42 @@ class ActionSystems:
         return self._fields[task.name]
 
 
+def answers_any(names: Iterable[str], kind: str) -> bool:
+    """Whether one of the baselines answers a kind of task.
+
+    >>> answers_any(["item_most_frequent"], "next_action")
+    False
+    """
+    return any(kind in KINDS[name] for name in names)
+
+
+def check_packages(recipe: Recipe, kinds: Iterable[str], writes: bool) -> None:
+    """Find now what would be missed after long work: scikit-learn of boosted trees, xgrammar of answers under a schema.
+
+    Args:
+        recipe: names the baselines.
+        kinds: of the tasks.
+        writes: whether a language model answers.
+
+    Raises:
+        UserError: names the package.
+    """
+    kinds, asked = set(kinds), recipe.evaluate.action_baselines
+    trees = "boosted_trees" in asked and any(kind in KINDS["boosted_trees"] for kind in kinds)
+    if trees and find_spec("sklearn") is None:
+        raise UserError(
+            'evaluate.action_baselines: boosted_trees needs scikit-learn, run `pip install "recllm[actions]"` or take '
+            "it out"
+        )
+    if writes and NEXT_EVENT in kinds and recipe.protocol.decoding.constrained and find_spec("xgrammar") is None:
+        raise UserError(
+            'the task next_event under a JSON schema needs xgrammar, run `pip install "recllm[actions]"` or set '
+            "protocol.decoding.constrained to false"
+        )
+
+
 def _by_count(entry: tuple[str, int]) -> tuple[int, str]:
     return -entry[1], entry[0]
-
-
-def fitted(scores: npt.NDArray[np.float64], held: Task) -> tuple[float, int]:
-    """The temperature for a system, from its scores of validation examples, and how many they are."""
-    return calibration.fit_temperature(scores, held.right_column), len(scores)
 
 
 def held_out(tasks: Iterable[Task], valid: Iterable[Task]) -> dict[str, Task]:

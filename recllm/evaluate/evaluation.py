@@ -4,9 +4,12 @@ A recipe, dataset/, encoder/ and adapter/ enter; report/ leaves, in one step: me
 gates.parquet and what report.py makes of them. Everything that can be wrong is found before the first score.
 
 metrics.json. An ESTIMATE is {"value", "low", "high"}: the figure and its percentile bootstrap interval over users at
-protocol.bootstrap.confidence (of a rate of exactly 0 or 1 its Clopper–Pearson bound); null is "undefined". Lower is
-better for what ends in nats, brier or calibration_error only. Of the tasks about actions (next_action, next_event,
-outcome, action_on_item) intervals and tests are over sessions, and num_sessions stands beside or in place of num_users.
+protocol.bootstrap.confidence (of a mean over examples or sessions that is exactly 0 or 1 its Clopper–Pearson bound;
+what is no such mean, as figures of classes and means over them, has no interval where all resamples are alike); null is
+"undefined". Lower is better for what ends in nats, brier or calibration_error only. Of the tasks about actions
+(next_action, next_event, outcome, action_on_item) intervals and tests are over sessions, and num_sessions stands beside
+or in place of num_users. There the figures of one class have no interval where fewer than 5 sessions hold it
+(statistics.FEW_USERS), and in a mean over classes a class that a resample did not draw keeps its value of all examples.
 
     format          1
     name, description                of the recipe
@@ -19,7 +22,8 @@ outcome, action_on_item) intervals and tests are over sessions, and num_sessions
                     templates {task: id}},
                     seed, seeds, command, created, base_model {name_or_path, dtype, attn_implementation},
                     machine {cpu_count, processor, platform, torch_device}, seconds {system: scoring wall time}
-    counts          the manifest's, and evaluated {task: {examples, users, of_examples, chosen_by_seed}}
+    counts          the manifest's, and evaluated {task: {examples, users, of_examples, chosen_by_seed}}, of tasks about
+                    actions sessions too
     audit           the manifest's leakage audit
     systems         [{name, kind: adapter | control | base_model | baseline, method: null | ilora | soft_token | lora,
                       has_gate, task, description, num_examples, num_users,
@@ -27,7 +31,8 @@ outcome, action_on_item) intervals and tests are over sessions, and num_sessions
                       full_catalogue: null | {the same without nats},
                       beam: null | {width, k, exact: share of examples whose best k are known to be right,
                       recall: null | share of the exhaustive best k that the beam found}
-                      generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit},
+                      generation: null | {num_examples, max_new_tokens, note, valid_ratio, exact_hit}: of next_event
+                      the answers that were held to no schema, null where none was (the held ones are in metrics)
                       verdicts: null | {verdict: number of explanations; of next_event why answers cannot be read},
                       of the tasks about actions also classes, calibration and reliability, of next_item otto}]
                     nats, of language models only: negative log-likelihood of the right answer, terminator included; of
@@ -49,14 +54,17 @@ outcome, action_on_item) intervals and tests are over sessions, and num_sessions
                         confusion [[right label × answered label, the last column: cannot be read]],
                         most_frequent null | {label, share, rest_recall: ESTIMATE}}: the answer that is given most
                         often, how often, and the mean recall of all other labels; null: no answer can be read
-                      calibration null | {temperature, num_examples (of valid), before {metric: ESTIMATE}, after {…}}
+                      calibration null | {temperature, num_examples (of valid), before {metric: ESTIMATE}, after {…}};
+                        null too where no temperature fits, which `notes` says; all of `metrics` are uncalibrated
                       reliability null | {before [{low, high, num_examples, confidence, accuracy}], after: where
                         calibrated}
                       otto null | {k, recall {label: ESTIMATE}, possible {label: items to be found}, score: null |
                         ESTIMATE}: of next_item within sessions, the first k items of the whole catalogue against what
-                        follows in the session (Σ hits / Σ min(k, items to come)); null without such a ranking
-    below_constant  [{task, system, metric, value, constant, answer, answer_share, rest_recall}]: main systems that
-                    are below the constant answer in exact match, or type_accuracy; reports open with it
+                        follows in the session (Σ hits / Σ min(k, items to come)); null without such a ranking.
+                        Its intervals resample users, as all of next_item's do
+    below_constant  [{task, system, metric, value, constant, answer, answer_share, rest_recall}]: adapters and base
+                    models below the constant answer, whether or not that is among the systems, in exact match, else in
+                    accuracy or type_accuracy; main systems first; reports open with it
     comparisons     [{task, a, b, metric, difference: a − b, low, high, p_value, p_holm, method: mcnemar |
                       mcnemar_clustered | paired_bootstrap, num_examples, num_users}]; Holm within one task and metric
     against_plain   [as comparisons, of nats only]: a is each other adapter and control, b each plain LoRA adapter; Holm
@@ -173,6 +181,7 @@ def evaluate(
             "set one of them the other way"
         )
     tasks = load_tasks(dataset, recipe.evaluate.split, recipe.evaluate.max_examples, recipe.seed)
+    check_beams(recipe, dataset, tasks)
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
     actions = ActionSystems(recipe, dataset, Path(encoder_folder), tasks)
     held, uncalibrated = calibration_tasks(recipe, dataset, tasks)
@@ -285,6 +294,22 @@ def check_protocol(recipe: Recipe, dataset: Dataset) -> None:
             )
 
 
+def check_beams(recipe: Recipe, dataset: Dataset, tasks: list[Task]) -> None:
+    """Refuse beams that find fewer items than recall@k by action looks at.
+
+    Raises:
+        UserError: a task whose items are held against what follows in the session, and a beam narrower than otto_k.
+    """
+    width, k = recipe.evaluate.beam_width, recipe.protocol.actions.otto_k
+    held = [task.name for task in tasks if action_figures.wants_otto(task, dataset)]
+    if held and width is not None and width < k and not recipe.evaluate.exhaustive:
+        raise UserError(
+            f"evaluate.beam_width={width} finds {width} items at most, recall@{k} by action of {held[0]} looks at the "
+            f"first {k}: set evaluate.beam_width to {k} or more, evaluate.exhaustive, or a smaller "
+            "protocol.actions.otto_k"
+        )
+
+
 def check_scored(recipe: Recipe, tasks: list[Task], scorers: dict[str, Scorer], of_graph: list[System]) -> None:
     """Refuse a task that no baseline scores, where there is no language model.
 
@@ -292,7 +317,7 @@ def check_scored(recipe: Recipe, tasks: list[Task], scorers: dict[str, Scorer], 
         UserError: names the task.
     """
     for task in tasks:
-        if task.kind == LIKE or (task.is_action and recipe.evaluate.action_baselines):
+        if task.kind == LIKE or action_systems.answers_any(recipe.evaluate.action_baselines, task.kind):
             continue
         if (scorers and _is_scored_by_items(task)) or any(task.name in system.predictions for system in of_graph):
             continue
@@ -461,9 +486,11 @@ def summarise(
         training = actions.label_counts(task) if task.is_action else None
         document["systems"] += figures.system_entries(task, present, titles, protocol, training)
         if task.is_action:
-            below = action_figures.below_constant(task.name, document["systems"], main)
-            document["below_constant"] += [below] if below else []
+            constant = actions.constant(task)
+            document["below_constant"] += action_figures.below_constant(task, document["systems"], main, constant)
             document["notes"] += action_figures.warnings(task)
+            answers = {system.name: system.predictions[task.name] for system in present}
+            document["notes"] += action_figures.uncalibrated(task, answers)
         if action_figures.wants_otto(task, dataset):
             document["notes"] += add_otto(document["systems"], task, present, dataset, recipe)
         document["comparisons"] += figures.comparisons(task, present, main, protocol)
@@ -471,6 +498,8 @@ def summarise(
         document["segments"][task.name] = figures.segments(task, present, dataset, protocol)
         count = max(1, NUM_EXAMPLES_SHOWN // len(tasks))
         document["examples"] += figures.example_entries(task, present, dataset, count)
+    # the report opens with main systems, of whichever task
+    document["below_constant"].sort(key=lambda one: one["system"] != document["main_system"][one["task"]])
     return document
 
 

@@ -201,7 +201,7 @@ class LanguageModels:
         for task, held in self.held.items():
             if not given or held.name in given:
                 scores = self._scores(engine, held, f"{name}: {held.name}", rows(held))[0]
-                fit = fit_temperature(scores, held.right_column), len(scores)
+                fit = fit_temperature(scores, held.right_column)
                 predictions[task] = predictions[task]._replace(calibration=fit)
         return System(name, kind, description, predictions, time.monotonic() - started, method)
 

@@ -60,8 +60,9 @@ class NextEvents:
     def figures(self, written: Written) -> dict[str, npt.NDArray[np.float64]]:
         """Of each answer, (N,): exact, type_accuracy, valid_ratio, and rouge_l/FIELD of each field.
 
-        exact: action and all fields are letter by letter the right ones; a blank field is none. rouge_l is NaN where
-        the right answer leaves the field out: what was written there costs exact, and no similarity.
+        exact: action and all fields are letter by letter the right ones; a blank field is none. rouge_l is 0 where the
+        answer cannot be read or leaves the field out, and NaN where the right answer leaves the field out: what was
+        written there costs exact, and no similarity.
         """
         answers = self.read(written)
         pairs = list(zip(answers, self._wanted[: len(answers)], strict=True))
@@ -72,7 +73,7 @@ class NextEvents:
             "valid_ratio": np.array([not a.reason for a, _ in pairs], dtype=np.float64),
         }
         for name in self.fields:
-            table[ROUGE + name] = np.array([_similarity(a.fields.get(name, ""), b.fields.get(name)) for a, b in pairs])
+            table[ROUGE + name] = np.array([_similarity(a.fields.get(name), b.fields.get(name)) for a, b in pairs])
         return table
 
     def reasons(self, written: Written) -> dict[str, int]:
@@ -81,5 +82,7 @@ class NextEvents:
         return {reason: found.count(reason) for reason in sorted(set(found), key=lambda one: -found.count(one))}
 
 
-def _similarity(written: str, right: str | None) -> float:
-    return np.nan if right is None else rouge_l(written, right)
+def _similarity(written: str | None, right: str | None) -> float:
+    if right is None:
+        return np.nan
+    return 0.0 if written is None else rouge_l(written, right)

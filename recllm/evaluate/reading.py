@@ -185,12 +185,13 @@ def ranking_metric(metrics: Metrics, task: str) -> str:
 
 
 def below_constant(metrics: Metrics) -> list[str]:
-    """What a report opens with: main systems that do worse than always giving the most frequent answer."""
+    """What a report opens with: models that do worse than always giving the most frequent answer, main ones first."""
     return [_below_constant(found) for found in metrics.get("below_constant") or []]
 
 
 def _below_constant(found: Metrics) -> str:
-    name = "exact match" if found["metric"] == "exact_match" else "accuracy of the action's type"
+    names = {"exact_match": "exact match", "accuracy": "accuracy", "type_accuracy": "accuracy of the action's type"}
+    name = names[found["metric"]]
     text = (
         f"Below the constant answer: on {found['task']}, {found['system']} has an {name} of {found['value']:.3f}, "
         f"always giving the most frequent answer of training has {found['constant']:.3f}."

@@ -381,8 +381,10 @@ def _otto_table(systems: Sequence[Metrics], styles: Mapping[str, plots.Style], c
     to_find = ", ".join(f"{label} {count:,}" for label, count in first["possible"].items())
     note = (
         f"Of the items that follow in the session the share among the first {first['k']}, Σ hits / Σ min({first['k']}, "
-        f"items) (OTTO – Recommender Systems Challenge, Kaggle 2022). To be found: {to_find}. One list for all actions"
+        f"items) (OTTO – Recommender Systems Challenge, Kaggle 2022). To be found: {to_find}. One list for all "
+        "actions, intervals over users"
     )
+    note += f". Ranks of {found}" if (found := reading.beam_note(systems)) else ""
     columns = list(next(iter(values.values())))
     title, missing = "Items to come, by action", "no full-catalogue ranking for this system"
     return [

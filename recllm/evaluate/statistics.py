@@ -15,7 +15,7 @@ from scipy.stats import binomtest, chi2
 
 Floats = NDArray[np.float64]
 
-FEW_USERS = 5  # with fewer users nothing is tested
+FEW_USERS = 5  # with fewer users nothing is tested, and with fewer sessions that hold a class it has no intervals
 _CHUNK = 4_000_000  # entries of a resampling matrix held at once: 32 MB
 
 
@@ -83,8 +83,8 @@ def bootstrap_statistics(
     """Percentile intervals of any figures that `statistics` compute from weights of examples (S, N) → (S,).
 
     Resamples in which a figure is undefined (NaN: a label that was not drawn) are left out of its interval. A figure
-    that is 0 or 1 in every resample has no interval, as none of them says how far it may move; nor have fewer than two
-    users.
+    that is the same in every resample has no interval, as none of them says how far it may move; nor have fewer than
+    two users.
     """
     columns = [functools.partial(_as_column, statistic) for statistic in statistics]
     return [found for (found,) in bootstrap_columns(columns, users, rng, samples, confidence)]
@@ -117,9 +117,9 @@ def _as_column(statistic: Callable[[Floats], Floats], weights: Floats) -> Floats
 
 
 def _moving(value: float, resampled: Floats, confidence: float) -> Estimate:
-    """`_estimate`, without an interval where every resample is the same 0 or 1."""
+    """`_estimate`, without an interval where resamples are all alike but for their last bits."""
     estimate = _estimate(float(value), resampled, confidence)
-    stuck = value in (0, 1) and estimate.low == estimate.high
+    stuck = estimate.high - estimate.low <= 1e-12
     return Estimate(estimate.value, np.nan, np.nan) if stuck else estimate
 
 

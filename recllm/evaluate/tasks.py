@@ -18,6 +18,7 @@ from recllm.data.randomness import mix
 from recllm.errors import UserError
 from recllm.evaluate.asset_rankings import AssetRankings
 from recllm.evaluate.baselines import NO_ITEM, Examples
+from recllm.evaluate.calibration import Fitted
 from recllm.evaluate.next_events import NextEvents
 from recllm.evaluate.recommendations import Recommendations
 from recllm.graph.explain import Verdict
@@ -129,7 +130,7 @@ class Prediction(NamedTuple):
     verdicts: list[Verdict] | None = None  # (N,) of explanations
     rationales: list[tuple[str, bool]] | None = None  # (N,) written before the answers that were scored or generated
     free: list[tuple[str, bool]] | None = None  # next_event: answers of the first examples without a schema
-    calibration: tuple[float, int] | None = None  # closed tasks: a temperature, and how many examples fitted it
+    calibration: Fitted | None = None  # closed tasks about actions: the temperature, where one was to be fitted
     top: npt.NDArray[np.int64] | None = None  # (N, k) the first items of the whole catalogue, NO_ITEM behind the last
 
 
@@ -220,16 +221,17 @@ def _task(name: str, table: pa.Table, dataset: Dataset, split: str, available: i
         choices=choices,
         judge=judge,
         section=section,
-        sessions=_sessions(table) if dataset.is_events else None,
+        sessions=_sessions(table, dataset) if dataset.is_events else None,
         events=events,
         relations=table["relation"].to_pylist() if kind == QUESTION else None,
     )
 
 
-def _sessions(table: pa.Table) -> npt.NDArray[np.int64]:
-    """(N,) a number for each session of each user."""
-    session = table["session"].to_numpy().astype(np.int64)
-    return np.asarray(table["user_index"].to_numpy().astype(np.int64) * (session.max(initial=0) + 1) + session)
+def _sessions(table: pa.Table, dataset: Dataset) -> npt.NDArray[np.int64]:
+    """(N,) a number for each session of each user, the same whichever examples were chosen: reports are compared."""
+    assert dataset.sequences.sessions is not None  # of every event dataset
+    most = int(dataset.sequences.sessions.max(initial=0)) + 1
+    return np.asarray(table["user_index"].to_numpy().astype(np.int64) * most + table["session"].to_numpy())
 
 
 def last_line(text: str) -> str:

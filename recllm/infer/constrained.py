@@ -77,14 +77,18 @@ def compile_grammar(schema: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
 class Held(LogitsProcessor):
     """Holds each row of one call of generate() to a grammar; a row that has ended is left alone.
 
+    A row whose scores have a NaN says nothing any more: it is ended there, and `stopped` has how many tokens it had
+    written, which are no finished answer.
+
     Args:
         grammar: of all rows.
         count: rows.
     """
 
     def __init__(self, grammar: Grammar, count: int) -> None:
-        self.matchers = [grammar.matcher() for _ in range(count)]
-        self.begun = False
+        self.matchers, self.end = [grammar.matcher() for _ in range(count)], grammar.end
+        self.steps = 0
+        self.stopped: dict[int, int] = {}  # row → tokens written before the NaN
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(B, V): −inf where a row's grammar does not allow the token.
@@ -94,10 +98,16 @@ class Held(LogitsProcessor):
         """
         import xgrammar
 
-        if self.begun:
+        if self.steps:
             self._accept(input_ids[:, -1].tolist())
-        self.begun = True
-        open_rows = [row for row, matcher in enumerate(self.matchers) if not matcher.is_terminated()]
+        open_rows = [row for row in range(len(self.matchers)) if self._is_open(row)]
+        unknown = scores.isnan().any(dim=-1).tolist()
+        for row in [row for row in open_rows if unknown[row]]:
+            self.stopped[row] = self.steps
+            open_rows.remove(row)
+            scores[row] = -torch.inf
+            scores[row, self.end] = 0
+        self.steps += 1
         allowed = xgrammar.allocate_token_bitmask(len(self.matchers), scores.shape[1])
         for row in open_rows:
             self.matchers[row].fill_next_token_bitmask(allowed, row)
@@ -106,7 +116,10 @@ class Held(LogitsProcessor):
             raise UserError("no token of the tokenizer goes on with an answer under the JSON schema: take other words")
         return scores
 
+    def _is_open(self, row: int) -> bool:
+        return row not in self.stopped and not self.matchers[row].is_terminated()
+
     def _accept(self, tokens: list[int]) -> None:
-        for matcher, token in zip(self.matchers, tokens, strict=True):
-            if not matcher.is_terminated() and not matcher.accept_token(token):
-                raise RuntimeError(f"token {token} was written against the grammar: has the model NaN logits?")
+        for row, (matcher, token) in enumerate(zip(self.matchers, tokens, strict=True)):
+            if self._is_open(row) and not matcher.accept_token(token):
+                raise RuntimeError(f"token {token} was written against the grammar")

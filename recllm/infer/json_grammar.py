@@ -17,7 +17,10 @@ from recllm.errors import UserError
 
 # One code point of a string, as json.dumps writes it. The ranges are all of Unicode but controls, quote, backslash and
 # surrogates: bytes that are no UTF-8 fit none of them
-_CHARACTER = r'[ !#-\[\]-\ud7ff\ue000-\U0010ffff] | "\\" ["\\bfnrt] | "\\u00" [01] [0-9a-f]'
+_CHARACTER = (
+    r'[ !#-\[\]-\ud7ff\ue000-\U0010ffff] | "\\" ["\\bfnrt]'
+    r' | "\\u00" ("0" [0-7be-f] | "1" [0-9a-f])'  # of controls those that have no letter of their own
+)
 _INTEGER = '("0" | "-"? [1-9] [0-9]*)'
 
 _NOTES = {"title", "description", "default", "examples", "$schema"}  # which allow and forbid nothing

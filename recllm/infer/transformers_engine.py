@@ -459,18 +459,20 @@ class TransformersEngine:
         input_ids = pad_left([np.array(row) for row in rows], pad)
         mask = _mask([len(row) for row in rows], input_ids.shape[1])
         settings = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=eos, pad_token_id=pad)
+        held = None if grammar is None else Held(grammar, len(rows))
         with _blank_generation_config(self.model):
             output = self.model.generate(
                 input_ids=torch.from_numpy(input_ids).to(self.device),
                 attention_mask=torch.from_numpy(mask).to(self.device),
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([] if grammar is None else [Held(grammar, len(rows))]),
+                logits_processor=LogitsProcessorList([] if held is None else [held]),
                 stopping_criteria=StoppingCriteriaList([_Newline(self.tokenizer, listed)]),
                 **self._gates_of(gates, batch),
             )
         answers = output[:, input_ids.shape[1] :].tolist()
-        if grammar is not None:
-            return [self.tokens.read_held(tokens, grammar) for tokens in answers]
+        if held is not None and grammar is not None:
+            cut = [tokens[: held.stopped.get(row)] for row, tokens in enumerate(answers)]
+            return [self.tokens.read_held(tokens, grammar) for tokens in cut]
         return [self.tokens.read(tokens, is_listed) for tokens, is_listed in zip(answers, listed, strict=True)]
 
 

@@ -107,19 +107,24 @@ def test_the_chain_to_a_positive_action():
     view, cart = (counts[0] + share) / (6 + 1), (counts[1] + share) / (1 + 1)
     # h_view = view·view h_view + view·cart h_cart + view·buy; the same of cart
     reach = np.linalg.solve([[1 - view[0], -view[1]], [-cart[0], 1 - cart[1]]], [view[2], cart[2]])
+    # after a view, and the session is known to go on: to view, cart or buy
+    chance = (view[0] * reach[0] + view[1] * reach[1] + view[2] * 1) / (1 - view[3])
     found = ab.markov_outcome(LOG, ["buy"], yes=0)(ask(LOG, 6))
-    assert found[0] == pytest.approx([reach[0], 1 - reach[0]])
-    assert ab.markov_outcome(LOG, ["buy"], yes=1)(ask(LOG, 6))[0] == pytest.approx([1 - reach[0], reach[0]])
+    assert found[0] == pytest.approx([chance, 1 - chance])
+    assert ab.markov_outcome(LOG, ["buy"], yes=1)(ask(LOG, 6))[0] == pytest.approx([1 - chance, chance])
 
 
 def test_the_chain_agrees_with_playing_it():
     share = np.array([0.4, 0.2, 0.1, 0.3])
-    rng, wins = np.random.default_rng(0), 0
+    rng, wins, asked = np.random.default_rng(0), 0, 0
     log = make_log([[(session, action, TRAIN) for session in range(300) for action in play(rng, share)]])
     chance = ab.markov_outcome(log, ["buy"], yes=0)(ask(log, 1))[0, 0]
     for _ in range(20_000):
-        wins += BUY in play(rng, share)
-    assert chance == pytest.approx(wins / 20_000, abs=0.06)
+        session = play(rng, share)
+        asked += len(session) > 1  # as of those that are asked about
+        wins += BUY in session
+    assert chance == pytest.approx(wins / asked, abs=0.05)
+    assert chance == pytest.approx(0.1 / (0.1 + 0.3) * 0.6 / 0.7 + 0.1 / 0.7, abs=0.05)  # h = 1/4 of view and cart
 
 
 def play(rng: np.random.Generator, share: np.ndarray) -> list[int]:
@@ -173,6 +178,45 @@ def test_features_are_of_the_session_and_of_what_was_before():
     assert of_user[0, 8] == pytest.approx((3600 * 9 - 3600 * 5) / (4 - 1))
 
 
+def test_what_is_observed_of_the_event_that_is_asked_about_is_a_category():
+    log = TIMED._replace(observed={"device": np.array([0, 1, -1, 2, 0]), "page": np.array([5, 5, 5, 5, 6])})
+    table, categories = ab.features(log, ask(log, 1, 2, 4), within_session=True)
+    np.testing.assert_array_equal(table[:, -2:], [[1, 5], [np.nan, 5], [0, 6]])
+    assert np.flatnonzero(categories).tolist() == [3, 4, 5, 11, 12]
+    np.testing.assert_array_equal(table[:, :-2], ab.features(TIMED, ask(TIMED, 1, 2, 4), True)[0])
+
+
+def test_rare_values_are_one_category_and_so_is_what_training_lacks():
+    often = [f"v{place:03}" for place in range(ab.MAX_CATEGORIES - 1)]
+    texts = pa.chunked_array([often * 2, ["rare", "", "rarer", "new"]])
+    in_training = np.array([True] * (2 * len(often) + 3) + [False])
+    found = ab.categories(texts, in_training)
+    assert found[: len(often)].tolist() == list(range(254))  # as often: in the order of their texts
+    assert found[-4:].tolist() == [254, -1, 254, 254]
+
+
+def test_boosted_trees_see_what_is_observed():
+    """Nothing before an event says what it is, its device does."""
+    pytest.importorskip("sklearn")
+    draw = np.random.default_rng(0)
+    log = make_log([[(session, int(draw.integers(3)), TRAIN) for session in range(80) for _ in range(4)]])
+    log = log._replace(observed={"device": (log.actions + 1) % 3})
+    training = ab.training_of(log, section("next_action"), LABELS)
+    found = ab.boosted_trees(log, training, section("next_action"), seed=0)(training.asked)
+    assert (found.argmax(axis=1) == training.label).all()
+
+
+def test_boosted_trees_take_more_actions_than_they_have_bins():
+    """300 actions, of which the last two take turns: as categories these would be refused."""
+    pytest.importorskip("sklearn")
+    labels = [f"a{place}" for place in range(300)]
+    log = make_log([[(session, VIEW, TRAIN) for session in range(10) for _ in range(3)]])
+    log = Log(log.sequences, np.arange(30) % 2 + 298, labels)
+    assert not ab.features(log, ask(log, 1), True)[1].any()
+    training = ab.training_of(log, section("next_action"), labels)
+    assert ab.boosted_trees(log, training, section("next_action"), seed=0)(ask(log, 1)).shape == (1, 300)
+
+
 @pytest.mark.parametrize("within", [True, False])
 def test_features_know_nothing_of_what_is_asked_or_comes_later(within):
     asked = ask(TIMED, 2)
@@ -219,6 +263,15 @@ def test_boosted_trees_learn_what_hangs_on_the_past(sessions):
     assert (found.argmax(axis=1) == training.label).all()
     again = ab.boosted_trees(log, training, section("next_action"), seed=0)(training.asked)
     assert np.array_equal(found, again)
+
+
+def test_boosted_trees_of_sessions_of_two_events_do_without_pauses():
+    """view view, view buy, by turns of the user's: no question has two events before it, so no pause has a value."""
+    pytest.importorskip("sklearn")
+    log = make_log([[(s, action, TRAIN) for s in range(40) for action in (VIEW, [VIEW, BUY][s % 2])]])
+    training = ab.training_of(log, section("next_action"), LABELS)
+    found = ab.boosted_trees(log, training, section("next_action"), seed=0)(training.asked)
+    assert found[:, [VIEW, BUY]].sum(axis=1) == pytest.approx(np.ones(40), abs=1e-5)
 
 
 def test_boosted_trees_leave_something_to_a_class_that_training_lacks():

@@ -9,6 +9,7 @@ import pytest
 from recllm.convert.actions import write_answer
 from recllm.evaluate import action_figures, action_metrics, figures
 from recllm.evaluate.baselines import Examples
+from recllm.evaluate.calibration import Fitted
 from recllm.evaluate.language_model import System
 from recllm.evaluate.next_events import NextEvents
 from recllm.evaluate.tasks import Prediction, Task
@@ -130,7 +131,7 @@ def test_what_has_no_probabilities_has_no_figures_of_them():
 
 def test_calibration_before_and_after():
     scores = np.log([[0.9, 0.05, 0.05]] * 4)
-    (found,) = entries(TASK, Prediction(scores, calibration=(2.0, 30)))
+    (found,) = entries(TASK, Prediction(scores, calibration=Fitted(2.0, 30)))
     after = np.sqrt([0.9, 0.05, 0.05]) / np.sqrt([0.9, 0.05, 0.05]).sum()
     assert found["calibration"]["temperature"] == 2.0
     assert found["calibration"]["num_examples"] == 30
@@ -142,6 +143,72 @@ def test_calibration_before_and_after():
     assert before["multiclass_brier"] == found["metrics"]["multiclass_brier"]
     assert [one["confidence"] for one in found["reliability"]["before"]] == pytest.approx([0.9])
     assert [one["confidence"] for one in found["reliability"]["after"]] == pytest.approx([after[0]])
+
+
+def test_no_temperature_is_no_calibration_and_said_once_a_reason():
+    scores = np.log([[0.9, 0.05, 0.05]] * 4)
+    said = Prediction(scores, calibration=Fitted(None, 9, "all right"))
+    (found,) = entries(TASK, said)
+    assert found["calibration"] is None
+    assert set(found["reliability"]) == {"before"}
+    assert action_figures.uncalibrated(
+        TASK, {"a": said, "b": said._replace(calibration=Fitted(2.0, 9)), "c": said, "d": GUESS}
+    ) == ["next_action: no calibration of a, c: all right."]
+
+
+def test_a_probability_of_zero_leaves_figures():
+    """The first example is given 0 for its right label, which counts as the smallest double; the others 1."""
+    scores = np.array([[-np.inf, 0.0, -np.inf], *[[0.0, -np.inf, -np.inf]] * 9])
+    (found,) = entries(make_task([VIEW] * 10, range(10)), Prediction(scores))
+    nats = found["metrics"]["label_nats"]
+    assert nats["value"] == pytest.approx(-np.log(np.finfo(float).tiny) / 10)
+    assert 0 == nats["low"] < nats["value"] < nats["high"]
+
+
+def test_intervals_of_means_over_classes_hold_their_value():
+    """Three classes of 60 with 90% right, and eight of one session each, all wrong, which most resamples lack."""
+    labels = [f"c{place}" for place in range(11)]
+    right = np.array([place for place in range(3) for _ in range(60)] + list(range(3, 11)))
+    said = np.where(right < 3, np.where(np.arange(188) % 10 == 9, (right + 1) % 3, right), 0)
+    task = make_task(right, np.arange(188), labels=labels, words=labels)
+    (found,) = entries(task, answers(*said, classes=11), training=np.array([60] * 3 + [1] * 8))
+    recall = found["metrics"]["macro_recall"]
+    assert recall["value"] == pytest.approx((3 * 54 / 60 + 8 * 0) / 11)
+    for name in ("macro_f1", "macro_recall", "macro_auc", "macro_grouped_auc"):
+        one = found["metrics"][name]
+        assert one["low"] <= one["value"] <= one["high"], name
+    rest = found["classes"]["most_frequent"]["rest_recall"]  # c0 is said most often: of the others two of 54 in 60
+    assert rest["value"] == pytest.approx(2 * (54 / 60) / 10)
+    assert rest["low"] <= rest["value"] <= rest["high"]
+    # 6 of 60 sessions of c0 are wrong: its own figures move; one session of c3 says nothing of how far
+    first, rare = found["classes"]["per_class"][0], found["classes"]["per_class"][3]
+    assert first["recall"]["low"] < 54 / 60 < first["recall"]["high"]
+    assert rare["recall"] == {"value": 0.0, "low": None, "high": None}
+
+
+@pytest.mark.parametrize(("sessions", "has"), [(1, False), (4, False), (5, True)])
+def test_a_class_that_few_sessions_hold_has_no_interval(sessions, has):
+    """Each of these sessions has two views: of the first both are right, of any other one."""
+    right = [VIEW, VIEW] * sessions + [BUY] * 6
+    said = [VIEW, VIEW] + [VIEW, BUY] * (sessions - 1) if sessions > 1 else [VIEW, BUY]
+    task = make_task(right, [*np.repeat(np.arange(sessions), 2), *range(100, 106)])
+    (found,) = entries(task, answers(*said, *[BUY] * 6))
+    view = found["classes"]["per_class"][VIEW]
+    assert view["recall"]["value"] == pytest.approx((sessions + 1) / (2 * sessions) if sessions > 1 else 1 / 2)
+    for name in ("recall", "f1"):
+        assert (view[name]["low"] is not None) == (view[name]["high"] is not None) == has, name
+
+
+def test_precision_has_an_interval_where_enough_sessions_hold_the_answer():
+    """view is right in one session and said in six; buy is right in six and said in one."""
+    task = make_task([VIEW, BUY, BUY, BUY, BUY, BUY, BUY], range(7))
+    (found,) = entries(task, answers(VIEW, VIEW, VIEW, VIEW, VIEW, VIEW, BUY))
+    view, buy, _ = found["classes"]["per_class"]
+    assert view["precision"]["value"] == pytest.approx(1 / 6)
+    assert view["precision"]["low"] is not None
+    assert view["recall"] == {"value": 1.0, "low": None, "high": None}
+    assert buy["precision"]["low"] is None
+    assert buy["recall"]["low"] is not None
 
 
 def test_a_class_without_an_example_is_named():
@@ -184,6 +251,14 @@ def test_events_are_judged_in_whole_and_in_part():
     assert found["classes"]["confusion"] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
     assert found["reliability"] is None
     assert figures._verdicts(task, said) == {"no JSON": 1}
+
+
+def test_an_answer_without_the_field_is_not_similar_to_one_without_words():
+    """The right text is one sign: not read, left out, another sign, the same sign."""
+    right = write_answer("view", {"item": "…"})
+    judge = NextEvents([right] * 4, np.array([VIEW] * 4), ["view", "buy", "leave"], ["item"])
+    texts = ["nothing", write_answer("view", {}), write_answer("view", {"item": "!"}), right]
+    assert judge.figures([(text, True) for text in texts])["rouge_l/item"].tolist() == [0, 0, 0, 1]
 
 
 def test_an_unfinished_event_says_nothing():
@@ -285,41 +360,66 @@ def of_systems(task, *systems):
     return figures.system_entries(task, systems, [], PROTOCOL, TRAINING)
 
 
+def below(task, *systems, main="ilora"):
+    """Against the constant answer, which is to view."""
+    return action_figures.below_constant(task, of_systems(task, *systems), main, answers(*[VIEW] * 4))
+
+
 def test_a_model_below_the_constant_is_said_to_be_so():
     leaves = system("ilora", answers(*[LEAVE] * 4), kind="adapter")
-    found = of_systems(TASK, leaves, system("constant", answers(*[VIEW] * 4)))
-    assert action_figures.below_constant("next_action", found, "ilora") == {
-        "task": "next_action",
-        "system": "ilora",
-        "metric": "exact_match",
-        "value": pytest.approx((0 + 1 / 3) / 2),
-        "constant": pytest.approx((0 + 2 / 3) / 2),
-        "answer": "leave",
-        "answer_share": 1.0,
-        "rest_recall": 0.0,
+    assert below(TASK, leaves) == [
+        {
+            "task": "next_action",
+            "system": "ilora",
+            "metric": "exact_match",
+            "value": pytest.approx((0 + 1 / 3) / 2),
+            "constant": pytest.approx((0 + 2 / 3) / 2),
+            "answer": "leave",
+            "answer_share": 1.0,
+            "rest_recall": 0.0,
+        }
+    ]
+
+
+def test_adapters_and_the_base_model_are_named_after_the_main_system():
+    """The constant answer need not be among the systems; controls and baselines are not named."""
+    said = answers(*[LEAVE] * 4)
+    kinds = {
+        "base": "base_model",
+        "other": "adapter",
+        "main": "adapter",
+        "main_uniform": "control",
+        "markov": "baseline",
     }
+    found = below(TASK, *[system(name, said, kind=kind) for name, kind in kinds.items()], main="main")
+    assert [one["system"] for one in found] == ["main", "base", "other"]
+    good = system("main", answers(VIEW, VIEW, LEAVE, BUY), kind="adapter")
+    assert [one["system"] for one in below(TASK, good, system("base", said, kind="base_model"), main="main")] == [
+        "base"
+    ]
+
+
+def test_plain_accuracy_may_be_below_where_exact_match_is_not():
+    """The model has the one buy of session 2 and nothing of the three of session 5, of which the constant has two."""
+    model = system("m", answers(LEAVE, LEAVE, VIEW, BUY), kind="adapter")
+    (found,) = below(TASK, model, main="m")
+    assert (found["metric"], found["value"], found["constant"]) == ("accuracy", 1 / 4, 2 / 4)
+    assert (0 + 1) / 2 > (2 / 3 + 0) / 2  # exact match
 
 
 @pytest.mark.parametrize("kind", ["adapter", "base_model"])
 def test_a_model_that_is_not_below_is_not_said_to_be(kind):
     model = system("m", answers(VIEW, VIEW, LEAVE, BUY), kind=kind)
-    found = of_systems(TASK, model, system("constant", answers(*[VIEW] * 4)))
-    assert action_figures.below_constant("next_action", found, "m") is None
-    assert action_figures.below_constant("next_action", found, "constant") is None
-    equal = of_systems(TASK, model._replace(predictions={"next_action": answers(*[VIEW] * 4)}), found_constant())
-    assert action_figures.below_constant("next_action", equal, "m") is None
-
-
-def found_constant() -> System:
-    return system("constant", answers(*[VIEW] * 4))
+    assert below(TASK, model, main="m") == []
+    assert below(TASK, model._replace(predictions={"next_action": answers(*[VIEW] * 4)}), main="m") == []
 
 
 def test_of_events_the_action_alone_may_be_below():
     """Neither is right in whole; the constant answer has one action of three right."""
     task = event_task()
     wrong = system("m", written("?", "?", "?"), "next_event", "adapter")
-    constant = system("constant", written(*[write_answer("view", {"item": "none"})] * 3), "next_event")
-    found = action_figures.below_constant("next_event", of_systems(task, wrong, constant), "m")
+    constant = written(*[write_answer("view", {"item": "none"})] * 3)
+    (found,) = action_figures.below_constant(task, of_systems(task, wrong), "m", constant)
     assert (found["metric"], found["value"], found["answer"]) == ("type_accuracy", 0, None)
 
 

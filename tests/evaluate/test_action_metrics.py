@@ -48,6 +48,16 @@ def test_macro_and_weighted_means():
     assert am.weighted(found.recall, found.support) == pytest.approx([np.mean(LABEL == PREDICTED)])
 
 
+def test_a_class_that_a_resample_did_not_draw_keeps_its_value():
+    """Of classes with recalls 2/3, 1/2 and 0 the last two are not drawn: the mean is still over all three."""
+    whole = am.class_figures(am.confusion(LABEL, PREDICTED, 3)).recall[0]
+    drawn = am.class_figures(am.confusion(LABEL, PREDICTED, 3, np.array([[1.0, 1, 0, 0, 0, 0]]))).recall
+    assert am.macro(drawn) == pytest.approx([2 / 2])
+    assert am.macro(drawn, whole=whole) == pytest.approx([(2 / 2 + 1 / 2 + 0) / 3])
+    assert am.macro(drawn, np.array([True, False, True]), whole) == pytest.approx([(2 / 2 + 0) / 2])
+    assert am.macro(np.full((1, 2), NAN), whole=np.array([1 / 4, NAN])) == pytest.approx([1 / 4])  # one never occurs
+
+
 def test_head_and_tail_apart():
     head = am.head_classes(np.array([60, 25, 15]))
     assert head.tolist() == [True, False, False]
@@ -164,7 +174,7 @@ def test_brier_and_nats():
     )
     found = am.label_nats(probability, label)
     assert found[0] == pytest.approx(-np.log(0.7))
-    assert np.isinf(found[1])
+    assert found[1] == -np.log(np.finfo(float).tiny)  # of probability 0: as of the smallest one
     assert np.isnan(found[2])
 
 
@@ -245,6 +255,8 @@ def test_places_behind_the_last_item_hit_nothing():
         ("", "", 1),
         ("", "red", 0),
         ("…", "red", 0),
+        ("…", "…", 1),
+        ("…", "!", 0),  # without a word both, and not the same
         ("a b", "a x b y", 2 * (2 / 2) * (2 / 4) / (2 / 2 + 2 / 4)),
     ],
 )

@@ -224,6 +224,34 @@ def test_a_report_opens_with_a_model_below_the_constant(acted: Path) -> None:
     assert reading.below_constant(synthetic.action_task()) == [SAID]
 
 
+def test_the_footnote_says_which_figures_have_no_interval(acted: Path) -> None:
+    """Of classes only where classes are shown."""
+    for name in ("report.md", "report.html"):
+        text = (acted / name).read_text(encoding="utf-8")
+        assert "has no interval where all resamples are alike, nor has a class that fewer than 5 sessions hold;" in text
+        assert "has no interval where all resamples are alike; fewer than 2 users have no interval" in text
+
+
+def test_the_table_of_items_to_come_says_that_beams_found_them() -> None:
+    systems = [one for one in synthetic.action_task()["systems"] if one["task"] == "next_item"]
+    styles = plots.system_styles({system["name"]: system["kind"] for system in systems})
+    for system in systems:
+        system["beam"] = None
+    (table,) = report._otto_table(systems, styles, 0.95)
+    assert table.note.endswith("One list for all actions, intervals over users")
+    next(one for one in systems if one["name"] == "ilora")["beam"] = {
+        "width": 25,
+        "k": 20,
+        "exact": 0.5,
+        "recall": None,
+    }
+    (table,) = report._otto_table(systems, styles, 0.95)
+    assert table.note.endswith(
+        ". Ranks of language models by beams of 25: a target that a beam does not find is a miss; known to be exact: "
+        "ilora 50%"
+    )
+
+
 def test_a_report_that_is_not_below_opens_with_its_name(folder: Path) -> None:
     assert "Below the constant" not in (folder / "report.html").read_text(encoding="utf-8")
     assert (folder / "report.md").read_text(encoding="utf-8").startswith("# ")

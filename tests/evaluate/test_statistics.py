@@ -101,10 +101,19 @@ def test_a_statistic_of_weights_has_the_interval_of_the_mean():
 
 
 def test_resamples_without_a_figure_are_left_out():
-    def needs_both(weights):
-        return np.where((weights > 0).all(axis=1), weights[:, 0] / weights.sum(axis=1), np.nan)
+    def needs_two(weights):
+        """Share of the first user, of resamples with the first two: of three draws one or two."""
+        return np.where((weights[:, :2] > 0).all(axis=1), weights[:, 0] / weights.sum(axis=1), np.nan)
 
-    assert statistics.bootstrap_statistics([needs_both], np.arange(2), generator(), 200) == [(0.5, 0.5, 0.5)]
+    assert statistics.bootstrap_statistics([needs_two], np.arange(3), generator(), 200) == [(1 / 3, 1 / 3, 2 / 3)]
+
+
+def test_a_figure_that_no_resample_moves_has_no_interval():
+    """Half of each user's examples are right, whoever is drawn: that is no certainty."""
+    half = np.array([1.0, 0, 1, 0, 1, 0])
+    (found,) = statistics.bootstrap_statistics([lambda w: w @ half / w.sum(axis=1)], np.arange(6) // 2, generator(), 50)
+    assert found.value == 1 / 2
+    assert np.isnan([found.low, found.high]).all()
 
 
 def test_the_p_value_of_the_paired_bootstrap_by_hand():

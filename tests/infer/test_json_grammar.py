@@ -1,5 +1,6 @@
 """Grammars of JSON schemas: the texts they allow, and what a model writes that is held to one."""
 
+import functools
 import json
 import sys
 
@@ -170,6 +171,16 @@ def test_no_other_text_is_allowed(tokens, text):
     assert not tokens.grammar(SCHEMA).accepts(text)
 
 
+@pytest.mark.parametrize("upper", [False, True])
+def test_a_control_is_written_as_json_writes_it_and_no_other_way(tokens, upper):
+    """\\b \\t \\n \\f \\r have letters; of the others only the small hexadecimal digits."""
+    for code in range(0x80):
+        spelt = f"\\u{code:04X}" if upper else f"\\u{code:04x}"
+        own = json.dumps(chr(code), ensure_ascii=False)
+        assert tokens.grammar({"type": "string"}).accepts(own)
+        assert tokens.grammar({"type": "string"}).accepts(f'"{spelt}"') == (f'"{spelt}"' == own), spelt
+
+
 def test_bytes_that_are_no_text_are_not_allowed(tokens):
     matcher = tokens.grammar(SCHEMA).matcher()
     assert matcher.accept_string('{"action": "view", "text": "')
@@ -323,6 +334,27 @@ def test_each_row_of_a_batch_has_its_own_place_in_the_grammar_and_its_own_gate(t
     assert together == alone
     assert any(together[i] != together[i + 3] for i in range(3))  # the same prompt with another gate
     assert len({len(text) for text, _ in together}) > 1  # rows that end sooner are left alone
+
+
+def test_a_row_whose_logits_are_nan_ends_unfinished(tokens, tiny_llama, tiny_tokenizer):
+    """From the sixth token on the first row of the batch says nothing; the others are as they are without it."""
+    model = lively(tiny_llama, 0)
+    whole = TransformersEngine(model, tiny_tokenizer, 3).generate(PROMPTS, max_new_tokens=120, json_schema=SHORT)
+    original, calls = model.forward, []
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        found = original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) > 5:
+            found.logits[0] = torch.nan
+        return found
+
+    model.forward = forward
+    made = TransformersEngine(model, tiny_tokenizer, 3).generate(PROMPTS, max_new_tokens=120, json_schema=SHORT)
+    (differs,) = [row for row in range(3) if made[row] != whole[row]]
+    assert made[differs] == (whole[differs].text[:5], False)
+    assert read_answer(*made[differs], WORDS, FIELDS).reason == "unfinished"
 
 
 def test_it_takes_the_likeliest_of_what_is_allowed(tokens, tiny_llama, tiny_tokenizer):
