@@ -139,15 +139,15 @@ def test_movielens_seeds_share_the_data_and_reports_are_made_again(
 @pytest.fixture
 def actions_script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
-    import actions
+    import action_policies
 
-    return actions
+    return action_policies
 
 
 def test_action_evidence_runs_resumes_and_reports(run, tmp_path):
-    small = ["--work", tmp_path / "work", "--seeds", 0, "--knobs", 1, "--workers", 1]
+    small = ["--work", tmp_path / "work", "--seeds", 0, "--knobs", 1, "--workers", 1, "--settings", "4:all", "4:prompt"]
     small += ["--users", 60, "--sessions", 16, "--steps", 2, "--base-steps", 2, "--output", tmp_path / "actions.md"]
-    run("reproduce/actions.py", *small)
+    run("reproduce/action_policies.py", *small)
     path = tmp_path / "work" / "cells.jsonl"
     cells = [json.loads(line) for line in path.read_text().splitlines()]
     arms = ("lora", "ilora", "uniform", "shuffled", "oracle", "soft_token", "ilora@uniform", "ilora@shuffled")
@@ -168,24 +168,24 @@ def test_action_evidence_runs_resumes_and_reports(run, tmp_path):
     assert by_arm["oracle"]["nats"] != pytest.approx(by_arm["lora"]["nats"], abs=1e-3)
     before = path.read_bytes()
     (tmp_path / "actions.md").write_text("# Another part\n\nstays\n")
-    done = run("reproduce/actions.py", *small, "--report")
+    done = run("reproduce/action_policies.py", *small, "--report")
     assert path.read_bytes() == before
     text = (tmp_path / "actions.md").read_text()
     assert text.startswith("# Another part\n\nstays\n\n# Synthetic sessions")
     assert "| oracle |" in text
     assert "| *always leave* |" in done
-    run("reproduce/actions.py", *small)  # every cell is there: nothing is trained
+    run("reproduce/action_policies.py", *small)  # every cell is there: nothing is trained
     assert path.read_bytes() == before
     other = ["--split", "valid", "--arms", "lora", "--rates", "lora=0.001,0.03"]
-    assert "scored here: valid" in run("reproduce/actions.py", *small, *other)
+    assert "scored here: valid" in run("reproduce/action_policies.py", *small, *other)
     assert len(path.read_text().splitlines()) == len(cells) + 1
     assert len(list(path.parent.glob("conflict*"))) == 1
     with pytest.raises(SystemExit, match="are in one file"):
-        run("reproduce/actions.py", *small, "--report")
+        run("reproduce/action_policies.py", *small, "--report")
     with pytest.raises(SystemExit, match="SHOWN:all"):
-        run("reproduce/actions.py", *small, "--settings", "4:2")
+        run("reproduce/action_policies.py", *small, "--settings", "4:2")
     with pytest.raises(SystemExit, match="multiple of 1/8"):
-        run("reproduce/actions.py", *small, "--exit-rate", 0.7)
+        run("reproduce/action_policies.py", *small, "--exit-rate", 0.7)
 
 
 def test_action_evidence_has_recalls_as_means(actions_script):
@@ -236,7 +236,7 @@ def test_real_action_evidence_runs_resumes_and_reports(run, tmp_path, long_model
     small += ["--runs", "ecommerce", "yoochoose", "--data", f"ecommerce={tmp_path}", f"yoochoose={tmp_path}"]
     small += ["--max-examples", 6, "--set", f"model.name_or_path={long_model_folder}", "model.dtype=float32"]
     small += ["encoder.max_epochs=1", "train.use_cpu=true", "protocol.bootstrap.samples=100", "tasks.0.dense_window=0"]
-    run("reproduce/actions_real.py", *small)
+    run("reproduce/action_logs.py", *small)
     reports = {path: path.read_bytes() for path in tmp_path.glob("work/*/seed*/report/metrics.json")}
     assert len(reports) == 2
     assert len(list(tmp_path.glob("work/*/dataset"))) == 2  # beside the seeds, which share them
@@ -246,7 +246,7 @@ def test_real_action_evidence_runs_resumes_and_reports(run, tmp_path, long_model
         assert {"ilora", "plain_lora", "ilora_uniform", "ilora_shuffled"} <= names
         took = json.loads((path.parents[1] / "seconds.json").read_text())
         assert {"encoder", "plain_lora", "ilora", "report"} <= set(took)
-    done = run("reproduce/actions_real.py", *small, "--report")
+    done = run("reproduce/action_logs.py", *small, "--report")
     assert {path: path.read_bytes() for path in reports} == reports
     text = (tmp_path / "actions.md").read_text()
     assert text in done
@@ -260,19 +260,23 @@ def test_real_action_evidence_runs_resumes_and_reports(run, tmp_path, long_model
 
 def test_real_action_evidence_averages_within_sessions(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "reproduce"))
-    import actions_real
+    import action_logs
 
     rows = [
         {"example_id": name, "label": "buy", "predicted": said, "nats": nats, "full_rank": None}
         for name, said, nats in (("a", "buy", 1.0), ("b", "buy", 2.0), ("c", "view", 4.0), ("d", "buy", 8.0))
     ]
-    found = actions_real._by_session(rows, {"a": 7, "b": 3, "c": 3, "d": 3})
+    found = action_logs._by_session(rows, {"a": 7, "b": 3, "c": 3, "d": 3})
     assert found["users"] == [3, 7]
     assert found["exact"] == pytest.approx([2 / 3, 1])
     assert found["nats"] == pytest.approx([14 / 3, 1])
     assert "hits" not in found  # no ranks
     rows[0]["predicted"] = None  # an answer that is none of the actions is wrong
-    assert actions_real._by_session(rows, {"a": 7, "b": 3, "c": 3, "d": 3})["exact"][1] == 0
+    for row, rank in zip(rows, (20, 21, 0, 1)):  # 0: a beam has not found the target
+        row["full_rank"] = rank
+    found = action_logs._by_session(rows, {"a": 7, "b": 3, "c": 3, "d": 3})
+    assert found["exact"][1] == 0
+    assert found["hits"] == pytest.approx([1 / 3, 1])
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ the cluster (`best_score`), what a prompt shows of the session (`prompt_score`),
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,6 @@ from recllm.errors import UserError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Booleans = npt.NDArray[np.bool_]
 
 LEAVE = "leave"
 _ACTIONS = ("view", "search", "compare", "save", "share", "ask", "cart", "buy")
@@ -62,28 +62,28 @@ class SessionClusters:
     `exit_rate` is the share of steps (all events but the first of a session; they are the targets) at which the action
     is "leave". A session has n steps with probability (1 − exit_rate)^(n−1) · exit_rate, 1 / exit_rate on average.
 
-    The categories stand in a ring of random order. On S = (1 − exit_rate) · K neighbours of it a cluster stays, for
-    they interest it, and leaves on all others: where its stretch begins at place 0, the category at place p < S leads
-    to the action (a + 1 + p) mod A. The shared policy is that stretch. After as many actions a as fit into `conflict`,
-    clusters have their own: that of cluster c begins at c · S. So two clusters never stay in the same context there,
-    and whatever one of them does, the others leave: that is as far as they can disagree, for each of them leaves at a
-    share exit_rate of all contexts.
+    A cluster stays at S = (1 − exit_rate) · K categories, for they interest it, and leaves at all others. Of these S a
+    share `conflict` is its own, m of them as many as fit into it, and the rest is common to all: of the categories in
+    random order the first S − m are common, and the c-th m behind them are those of cluster c. The p-th category of a
+    cluster leads from a to the action (a + 1 + p) mod A. So two clusters never stay at a category of their own
+    together, and where one of them stays the others leave: that is as far as they can disagree, for each of them leaves
+    at a share exit_rate of all contexts. Where C · S = K, clusters differ in a share `conflict` of the contexts.
 
     Hence, for every cluster at every conflict and noise: contexts are equally frequent, at each step of a session the
     action is "leave" with probability exit_rate and each other one with (1 − exit_rate) / A (as π_c leads equally often
     to each). Popularity gains nothing beyond always leaving; how long a session has lasted says nothing; only context
-    and cluster do. Where clusters conflict and C · S = K the context without the cluster leaves "leave" by far the most
-    probable action, in every context the same: exit_rate.
+    and cluster do. Where clusters differ and C · S = K, "leave" has the probability exit_rate for all who do not know
+    the cluster.
     """
 
     num_clusters: int = 4  # C
     num_actions: int = 4  # A, without "leave"
     num_categories: int = 8  # K
     items_per_category: int = 4
-    conflict: float = 1.0  # share of the contexts in which clusters differ; 0: one policy for all users
+    conflict: float = 1.0  # share of the categories at which a cluster stays that are its own; 0: one policy for all
     exit_rate: float = 0.75  # in web logs 0.60 to 0.85
     noise: float = 0.1  # share of steps whose action is drawn by ρ, whatever the context
-    seed: int = 0  # of the ring
+    seed: int = 0  # of the order of the categories
 
     def __post_init__(self) -> None:
         for name in ("conflict", "noise"):
@@ -131,19 +131,27 @@ class SessionClusters:
         return shares
 
     @property
-    def conflicting(self) -> Booleans:
-        """(A,) after which actions the clusters differ: the first ones, as many as fit into `conflict`."""
-        return np.arange(1, self.num_actions + 1) <= self.conflict * self.num_actions + 1e-9
+    def own(self) -> int:
+        """m, how many of the S categories are a cluster's own."""
+        return math.floor(self.conflict * self.stays + 1e-9)
+
+    @property
+    def interests(self) -> Ints:
+        """(C, S): the categories at which each cluster stays, the common ones first."""
+        order = np.random.default_rng([self.seed, 0]).permutation(self.num_categories)
+        common = np.tile(order[: self.stays - self.own], (self.num_clusters, 1))
+        behind = order[self.stays - self.own :][: self.num_clusters * self.own]
+        return np.concatenate([common, behind.reshape(self.num_clusters, self.own)], axis=1)
 
     @property
     def preferred(self) -> Ints:
         """π (C, A, K): the number of each cluster's preferred action in each context; A is "leave"."""
-        generator = np.random.default_rng([self.seed, 0])
-        places = generator.permutation(self.num_categories)  # (K,)
-        begins = np.arange(self.num_clusters)[:, None] * self.stays * self.conflicting  # (C, A)
-        distance = (places - begins[:, :, None]) % self.num_categories  # (C, A, K)
-        following = (np.arange(self.num_actions)[:, None] + 1 + distance) % self.num_actions
-        return np.where(distance < self.stays, following, self.num_actions).astype(np.int64)
+        found = np.full((self.num_clusters, self.num_actions, self.num_categories), self.num_actions)
+        last = np.arange(self.num_actions)
+        for cluster, categories in enumerate(self.interests):
+            for place, category in enumerate(categories):
+                found[cluster, :, category] = (last + 1 + place) % self.num_actions
+        return found
 
     @property
     def policies(self) -> Floats:

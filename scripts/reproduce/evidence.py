@@ -386,7 +386,7 @@ class Against(NamedTuple):
     def text(self, p_holm: float) -> str:
         """For a table: difference, interval, p, and on what it is conditional."""
         given = f" ({self.given})" * bool(self.given)
-        p_value = "p < 0.0001" if p_holm < 1e-4 else f"p {p_holm:.4f}"
+        p_value = "p < 0.0001" if p_holm < 1e-4 else "no p" if math.isnan(p_holm) else f"p {p_holm:.4f}"
         return f"{self.difference:+.3f} {_range(self.low, self.high, '+.3f')}, {p_value}{given}"
 
     def seeds(self) -> str:

@@ -26,7 +26,6 @@ RANK = 8
 ARMS = ("lora", "ilora", "uniform", "shuffled", "oracle", "soft_token")
 ARM_VERSIONS = {"shuffled": 2}  # 1 gave each user one fixed partner, which a gate can learn by heart
 READS_HISTORY = ("ilora", "shuffled", "soft_token")  # the arms for which it matters what the gate reads
-BASE_PLAN = {"batch_size": 128, "learning_rate": 3e-3, "gate_learning_rate": 3e-3, "warmup": 30}
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -61,8 +60,8 @@ def fit_base(
 ) -> None:
     """Write a tiny Llama, all of whose weights are trained on the examples: adapters can teach a random one nothing."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(_config(tokenizer)).to(device)
-    log = fit(model, examples, collator, {}, Plan(steps=steps, seed=seed, **BASE_PLAN))
+    model: Any = LlamaForCausalLM(_config(tokenizer))
+    log = fit(model.to(device), examples, collator, {}, Plan(steps, 128, 3e-3, 3e-3, seed, warmup=30))
     with files.replacing_folder(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

@@ -38,13 +38,23 @@ def test_popularity_gains_nothing_beyond_the_exit_rate(conflict, noise):
     for policy in policies:  # contexts are equally frequent, and remain so: each action is drawn with its share
         assert np.allclose(policy.mean((0, 1)), [0.4 / 3, 0.4 / 3, 0.4 / 3, 0.6])
         assert np.allclose(policy[..., -1].mean(1), 0.6)  # whatever the last action was
-    differing = (world.preferred != world.preferred[:1]).any(axis=(0, 2))  # (A,)
-    assert np.array_equal(differing, world.conflicting)
-    assert world.conflicting.sum() == int(conflict * 3 + 1e-9)
+        assert np.allclose(policy[..., :-1].sum((0, 1)), 5 * 0.4)  # from all actions together to each equally often
+    assert world.own == int(conflict * 2)  # of two categories at which a cluster stays
+
+
+@pytest.mark.parametrize(("conflict", "own"), [(0.0, 0), (0.4, 1), (0.5, 1), (2 / 3, 2), (1.0, 3)])
+def test_the_knob_is_the_share_of_contexts_in_which_clusters_differ(conflict, own):
+    world = SessionClusters(num_clusters=4, num_actions=4, num_categories=12, exit_rate=0.75, conflict=conflict)
+    assert world.own == own  # of three
+    differing = (world.preferred != world.preferred[:1]).any(0)  # (A, K)
+    assert differing.mean() == pytest.approx(own / 3)
+    staying = (world.preferred < 4).sum(0)  # (A, K) clusters that stay
+    assert sorted(set(staying[differing])) == [1] * (own > 0)
+    assert sorted(set(staying[~differing])) == [0, 4] * (own < 3)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 0.6), (3, 10, 0.7), (4, 8, 0.75), (6, 20, 0.85)])
-def test_clusters_in_conflict_never_stay_in_the_same_context(shape):
+def test_clusters_in_full_conflict_never_stay_in_the_same_context(shape):
     clusters, categories, exit_rate = shape
     world = at(1.0, num_clusters=clusters, num_categories=categories, exit_rate=exit_rate)
     staying = (world.preferred < world.num_actions).sum(0)  # (A, K) clusters that stay

@@ -1,9 +1,9 @@
 """Action prediction on real logs: shipped recipes, plain LoRA against instance-wise LoRA at equal steps and seeds.
 
-    python scripts/reproduce/actions_real.py --data ecommerce=FOLDER otto=FOLDER yoochoose=FOLDER      all runs, 3 seeds
-    python scripts/reproduce/actions_real.py --runs ecommerce --seeds 0 --steps 2 --max-examples 20    how long it takes
-    python scripts/reproduce/actions_real.py --runs movielens --set train.learning_rate=5e-4           other settings
-    python scripts/reproduce/actions_real.py --report     its part of eval/reference/actions.md from finished reports
+    python scripts/reproduce/action_logs.py --data ecommerce=FOLDER otto=FOLDER yoochoose=FOLDER      all runs, 3 seeds
+    python scripts/reproduce/action_logs.py --runs ecommerce --seeds 0 --steps 2 --max-examples 20    how long it takes
+    python scripts/reproduce/action_logs.py --runs movielens --set train.learning_rate=5e-4           other settings
+    python scripts/reproduce/action_logs.py --report     its part of eval/reference/actions.md from finished reports
 
 A run is a recipe: ecommerce (type of the next action), outcome (buy or leave), otto (click, cart or order of an item;
 the public sample is 20 users: it shows the format, not a result), yoochoose (next item of a session in the whole
@@ -34,6 +34,7 @@ from recllm.convert.pipeline import convert
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate.evaluation import METRICS, PREDICTIONS, evaluate
+from recllm.evaluate.metrics import NO_RANK
 from recllm.recipe import Recipe, load_recipe
 from recllm.train.encoder import fit_encoder
 from recllm.train.finetune import train
@@ -185,7 +186,7 @@ def _intro(folders: list[Path]) -> str:
     machines = sorted({_machine(document["provenance"]) for document in documents})
     versions = sorted({str(document["provenance"]["versions"]["recllm"]) for document in documents})
     return (
-        f"Command: `python scripts/reproduce/actions_real.py`. Machine: {'; '.join(machines)}. Reports made by recllm "
+        f"Command: `python scripts/reproduce/action_logs.py`. Machine: {'; '.join(machines)}. Reports made by recllm "
         f"{', '.join(versions)}. Both adapters have the recipe's rank, steps, batches and learning rate; the gate "
         f"trains a few numbers more. {SAID}"
     )
@@ -251,7 +252,7 @@ def _by_session(rows: list[dict[str, Any]], sessions: dict[str, int]) -> dict[st
     """users, titles and the means of each metric that all rows have."""
     values = {
         "exact": [None if row["label"] is None else float(row["label"] == row["predicted"]) for row in rows],
-        "hits": [None if row["full_rank"] is None else float(row["full_rank"] <= CUTOFF) for row in rows],
+        "hits": [None if row["full_rank"] is None else float(NO_RANK < row["full_rank"] <= CUTOFF) for row in rows],
         "nats": [row["nats"] for row in rows],
     }
     own, member = np.unique([sessions[row["example_id"]] for row in rows], return_inverse=True)
@@ -285,8 +286,8 @@ def _task_part(task: str, cells: list[Cell], documents: dict[int, dict[str, Any]
 
 def _below(found: list[dict[str, Any]]) -> str:
     """The systems below the constant answer, so that nobody misses it."""
-    said = [f"{one['system']} {one['exact_match']:.3f} against {one['constant']:.3f}" for one in found]
-    return f"below the constant answer in exact match: {'; '.join(said)}"
+    said = [f"{one['system']} {one['metric']} {one['value']:.3f} against {one['constant']:.3f}" for one in found]
+    return f"below the constant answer: {'; '.join(said)}"
 
 
 def _figures(task: str, system: str, documents: dict[int, dict[str, Any]]) -> dict[str, float]:
@@ -338,7 +339,7 @@ def _mcnemar_lines(task: str, documents: dict[int, dict[str, Any]]) -> list[str]
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
-    parser.add_argument("--work", type=Path, default=Path("runs/evidence/actions_real"))
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence/action_logs"))
     parser.add_argument("--output", type=Path, default=REPORT)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--data", nargs="+", default=[], metavar="RUN=FOLDER", help="where a run's files are")
