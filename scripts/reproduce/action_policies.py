@@ -2,7 +2,7 @@
 
     python scripts/reproduce/action_policies.py                   all cells that are not there yet, then the report
     python scripts/reproduce/action_policies.py --seeds 0 --steps 20 --base-steps 20 --users 60      a quick look
-    python scripts/reproduce/action_policies.py --estimate        seconds of one world and one arm here, the grid in hours
+    python scripts/reproduce/action_policies.py --estimate        seconds of a world and an arm here, the grid in hours
     python scripts/reproduce/action_policies.py --report          eval/reference/actions.md from the cells there are
     python scripts/reproduce/action_policies.py --split valid --rates lora=0.002,0.03 --arms lora --knobs 1 --seeds 0
                                                           other learning rates, asked of the validation users
