@@ -72,11 +72,6 @@ class _Costs(NamedTuple):
         return least
 
 
-def fit(subgraphs: Subgraphs, verbaliser: Verbaliser, budget: int, tokenizer: Tokenizer) -> Fitted:
-    """`Budget.fit` once; for many batches a `Budget` is worth keeping, as it remembers what it has counted."""
-    return Budget(verbaliser, tokenizer, budget).fit(subgraphs)
-
-
 class Budget:
     """Fits subgraphs into `budget` tokens. Pickles as its arguments; what it has counted stays behind."""
 

@@ -179,7 +179,9 @@ def _spool(source: TriplesSource, scratch: Path) -> _Spooled:
     labels = [pl.DataFrame(schema=readers.LABELS)]
     seen: list[int] = []  # the first and last time of each batch
     rows = blank = 0
-    with pq.ParquetWriter(path, pl.DataFrame(schema=readers.TRIPLES).to_arrow().schema, compression="lz4") as writer:
+    schema = pl.DataFrame(schema=readers.TRIPLES).to_arrow().schema
+    plain: dict[str, Any] = {"use_dictionary": [RELATION], "write_statistics": False}  # most entities are rare
+    with pq.ParquetWriter(path, schema, compression="lz4", **plain) as writer:
         for batch in readers.read_triples(source):
             blank += batch.blank_literals
             if batch.labels is not None:

@@ -46,16 +46,6 @@ class Paths:
     times: Ints  # (P, L) seconds since the epoch, or ALWAYS
     scores: Floats  # (P,) falling within a candidate
 
-    def triples(self, path: int, num_relations: int) -> list[tuple[int, int, int, int]]:
-        """(head, relation, tail, time) along one path, as the graph has them."""
-        ends, found = self.entities[path].tolist(), []
-        for place in range(self.lengths[path]):
-            relation, time = int(self.relations[path, place]), int(self.times[path, place])
-            inverse, number = divmod(relation, num_relations)
-            head, tail = (ends[place + 1], ends[place]) if inverse else (ends[place], ends[place + 1])
-            found.append((head, number, tail, time))
-        return found
-
 
 @dataclass(frozen=True)
 class _Legs:

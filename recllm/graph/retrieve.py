@@ -22,7 +22,7 @@ from recllm.graph.segments import best_places
 from recllm.graph.stages import parallel, two_stage
 from recllm.graph.store import ALWAYS, Graph
 from recllm.graph.subgraphs import Floats, Ints, Seeds, Subgraphs
-from recllm.graph.walk import Doubles, Found, Rules, Steps, around, best, gathered, merged, walk
+from recllm.graph.walk import EDGES_AT_ONCE, Doubles, Found, Rules, Steps, around, best, gathered, merged, walk
 from recllm.recipe import RetrievalSection
 
 DAMPING = 0.85  # share of a random walk that goes on, the rest restarts at the seeds
@@ -113,25 +113,20 @@ def random_triples(graph: Graph, seeds: Seeds, rules: Rules, key: Keys) -> Subgr
 
 
 def _drawn(graph: Graph, steps: Steps, key: Keys) -> Floats:
-    """(M,) of each edge the number of its triple, which is mix(0, key, head, relation, tail, time) from either end.
-
-    All that is the same for the edges of a run is hashed once for the run.
-    """
-    relations, owners = graph.run_relations[steps.runs], steps.owners
-    is_inverse = relations >= graph.num_relations
-    relation_keys = graph.relation_keys[relations % graph.num_relations]
-    sources = graph.entity_keys[steps.entities[owners]]
-    begun = mix(0, key[steps.prompts[owners]])
-    forward = mix_further(begun, sources, relation_keys)  # the source is the head
-    targets = graph.entity_keys[steps.targets]
-    found, is_back = np.empty(len(targets), dtype=np.uint64), is_inverse[steps.edge_runs]
-    there, back = np.flatnonzero(~is_back), np.flatnonzero(is_back)
-    times = ALWAYS if graph.times is None else np.asarray(graph.times[steps.positions])
-    runs = steps.edge_runs[there]
-    found[there] = mix_further(forward[runs], targets[there])
-    runs = steps.edge_runs[back]
-    found[back] = mix_further(begun[runs], targets[back], relation_keys[runs], sources[runs])
-    return uniform(mix_further(found, times)).astype(np.float32)
+    """(M,) of each edge the number of its triple, which is the same from either end."""
+    relations, entities = graph.run_relations[steps.runs], steps.entities[steps.owners]
+    is_inverse, relation_keys = relations >= graph.num_relations, graph.relation_keys[relations % graph.num_relations]
+    sources, begun = graph.entity_keys[entities], mix(0, key[steps.prompts])[steps.owners]  # hashed once a prompt
+    numbers = np.empty(len(steps.targets), dtype=np.float32)
+    for begin in range(0, len(numbers), EDGES_AT_ONCE):
+        here = slice(begin, begin + EDGES_AT_ONCE)
+        runs, targets = steps.edge_runs[here], graph.entity_keys[steps.targets[here]]
+        times = ALWAYS if graph.times is None else graph.times[steps.positions[here]]
+        ends = sources[runs], targets
+        heads = np.where(is_inverse[runs], ends[1], ends[0])
+        tails = ends[0] ^ ends[1] ^ heads  # the other one
+        numbers[here] = uniform(mix_further(begun[runs], heads, relation_keys[runs], tails, times))
+    return numbers
 
 
 def _highest(steps: Steps, numbers: Floats, num_prompts: int, count: int) -> Ints:

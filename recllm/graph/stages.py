@@ -11,7 +11,7 @@ import numpy as np
 
 from recllm.graph.segments import best_places, is_in, ranges, stable_order, starts
 from recllm.graph.store import Graph
-from recllm.graph.subgraphs import Seeds, Subgraphs
+from recllm.graph.subgraphs import Ints, Seeds, Subgraphs
 from recllm.graph.walk import (
     Doubles,
     Found,
@@ -27,7 +27,6 @@ from recllm.graph.walk import (
     merged,
     near_of,
     spread,
-    walk,
 )
 
 FUSION_RANK = 60  # k of reciprocal rank fusion
@@ -41,7 +40,9 @@ def two_stage(graph: Graph, seeds: Seeds, rules: Rules) -> tuple[Subgraphs, Seed
     return best(graph, found, seeds.num_prompts, rules.max_triples), chosen
 
 
-def behaviour(graph: Graph, seeds: Seeds, rules: Rules, near: Steps | None = None) -> Seeds:
+def behaviour(
+    graph: Graph, seeds: Seeds, rules: Rules, near: Steps | None = None, beside: Steps | None = None
+) -> Seeds:
     """Stage one: the `rules.entities` entities next to the user's items that say most of the user, items apart.
 
     With m the summed weight of the seeds that a triple ties to an entity, and d the entity's degree before the cut-off,
@@ -50,13 +51,14 @@ def behaviour(graph: Graph, seeds: Seeds, rules: Rules, near: Steps | None = Non
 
     Args:
         near: the edges from the seeds, where they are known.
+        beside: the edges from what these reach, seeds apart, where they are known.
     """
     near = near or near_of(graph, seeds, rules)
     shared = _shared(graph, near)
     known = is_in(keys_of(graph, shared.prompts, shared.entities), keys_of(graph, near.prompts, near.entities))
     shared = Frontier(shared.prompts[~known], shared.entities[~known], shared.weights[~known])
-    degrees = follow(graph, shared, seeds.cutoffs, replace(rules, fan_out=0)).degrees
-    weights = shared.weights**2 / np.maximum(degrees, 1) ** rules.hub_penalty
+    beside = beside or follow(graph, shared, seeds.cutoffs, replace(rules, fan_out=0))  # of the same entities
+    weights = shared.weights**2 / np.maximum(beside.degrees, 1) ** rules.hub_penalty
     return _best_entities(seeds, shared, weights, rules.entities)
 
 
@@ -70,11 +72,10 @@ def context(graph: Graph, seeds: Seeds, chosen: Seeds, rules: Rules, near: Steps
     Args:
         near: the edges from the seeds, where they are known.
     """
-    ties = _ties(graph, near or near_of(graph, seeds, rules), chosen, rules)
-    steps = [ties]
+    frontier = gathered(graph, chosen.prompts, chosen.entities, chosen.weights)
+    beside = follow(graph, frontier, seeds.cutoffs, rules if rules.hops > 1 else replace(rules, fan_out=0), hop=2)
+    steps = [_ties(graph, near or near_of(graph, seeds, rules), chosen, beside, rules)]
     if rules.hops > 1:
-        frontier = gathered(graph, chosen.prompts, chosen.entities, chosen.weights)
-        beside = follow(graph, frontier, seeds.cutoffs, rules, hop=2)
         steps += spread(graph, beside, seeds.cutoffs, rules, rules.hops - 1, first=2)
     return merged(graph, joined(steps), rules.max_triples)
 
@@ -85,9 +86,10 @@ def parallel(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:
     Merged by reciprocal rank fusion (Cormack, Clarke & Büttcher 2009): a triple's score is the sum of 1 / (60 + rank)
     over the lists that hold it, ranks from 1; its hop is the lower one, which is the same in both.
     """
-    near = near_of(graph, seeds, rules)
-    ties = merged(graph, _ties(graph, near, behaviour(graph, seeds, rules, near), rules))
-    around = walk(graph, seeds, rules, rules.max_triples, near)
+    near, *further = spread(graph, near_of(graph, seeds, rules), seeds.cutoffs, rules, max(rules.hops, 2))
+    beside = further[0]
+    ties = merged(graph, _ties(graph, near, behaviour(graph, seeds, rules, near, beside), beside, rules))
+    around = merged(graph, joined([near, *further[: rules.hops - 1]]), rules.max_triples)
     lists = [best(graph, found, seeds.num_prompts, rules.max_triples) for found in (ties, around)]
     return fused(graph, lists, rules.max_triples)
 
@@ -106,14 +108,17 @@ def fused(graph: Graph, lists: list[Subgraphs], max_triples: int) -> Subgraphs:
     return Subgraphs(offsets, scores=scores[kept], **{name: column[places[kept]] for name, column in columns.items()})
 
 
-def _ties(graph: Graph, near: Steps, chosen: Seeds, rules: Rules) -> Steps:
-    """Of the edges from the seeds those to chosen entities; over each flows its part of the chosen entity's weight."""
+def _ties(graph: Graph, near: Steps, chosen: Seeds, beside: Steps, rules: Rules) -> Steps:
+    """Of the edges from the seeds those to chosen entities; over each flows its part of the chosen entity's weight.
+
+    `beside`: the edges from the chosen entities at least.
+    """
     keys = keys_of(graph, near.of_edges(near.prompts), near.targets)
     chosen_keys = keys_of(graph, chosen.prompts, chosen.entities)
     order = np.argsort(chosen_keys)
     edges = np.flatnonzero(is_in(keys, chosen_keys[order]))
     which = order[np.searchsorted(chosen_keys[order], keys[edges])]
-    degrees = follow(graph, _frontier(chosen), chosen.cutoffs, replace(rules, fan_out=0)).degrees
+    degrees = beside.degrees[np.searchsorted(keys_of(graph, beside.prompts, beside.entities), chosen_keys)]
     flows = (
         chosen.weights
         / np.maximum(degrees, 1) ** rules.hub_penalty
@@ -122,13 +127,9 @@ def _ties(graph: Graph, near: Steps, chosen: Seeds, rules: Rules) -> Steps:
     return near.only(edges, flows[which])
 
 
-def _frontier(seeds: Seeds) -> Frontier:
-    return Frontier(seeds.prompts, seeds.entities.astype(np.int64), seeds.weights.astype(np.float64))
-
-
 def _shared(graph: Graph, steps: Steps) -> Frontier:
     """What the edges reach, with the summed weight of the different entities that each is reached from."""
-    sources = steps.of_edges(np.arange(len(steps.prompts)))
+    sources: Ints = steps.of_edges(np.arange(len(steps.prompts)))
     keys = sources * graph.num_entities + steps.targets
     order = stable_order(keys)
     once = order[starts(keys[order])]

@@ -223,16 +223,6 @@ class Verbaliser:
     def __reduce__(self) -> tuple[Any, ...]:
         return Verbaliser, (self.entity_names, self.relation_names, self.format, self.clean, self.dates)
 
-    def texts(self, subgraphs: Subgraphs, kept: Flags | None = None) -> list[str]:
-        """The text of each prompt, "" where it has no triple.
-
-        Args:
-            kept: (M,) which triples are written; None: all.
-        """
-        layout = self.layout(subgraphs)
-        written = ~layout.is_repeat if kept is None else kept & ~layout.is_repeat
-        return self.write(subgraphs, layout, np.flatnonzero(written))
-
     def layout(self, subgraphs: Subgraphs) -> Layout:
         """What would stand together if all triples were written."""
         prompts, places = subgraphs.prompts, np.arange(len(subgraphs.heads))
@@ -255,7 +245,7 @@ class Verbaliser:
         return Layout(prompts, lines, parts, wholes == 0)
 
     def write(self, subgraphs: Subgraphs, layout: Layout, kept: Ints) -> list[str]:
-        """The texts, of the triples at `kept`, ascending and without repeats."""
+        """The text of each prompt, of the triples at `kept`, ascending and without repeats; "" where there is none."""
         kept = kept[_text_order(layout, kept)]
         prompts, lines, parts = layout.prompts[kept], layout.lines[kept], layout.parts[kept]
         new_line, new_part, new_prompt = _differ(lines), _differ(parts), _differ(prompts)

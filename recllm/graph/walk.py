@@ -32,6 +32,7 @@ from recllm.graph.subgraphs import Floats, Ids, Ints, Seeds, Subgraphs
 
 Doubles = npt.NDArray[np.float64]
 
+EDGES_AT_ONCE = 16_384  # that are hashed together: what that takes stays in the processor's cache
 FILTER_SPREAD = 32  # places of the filter an expanded entity: 3 of 100 others pass
 
 
@@ -121,18 +122,21 @@ def gathered(
 def follow(graph: Graph, frontier: Frontier, cutoffs: Ints, rules: Rules, hop: int = 1) -> Steps:
     """The edges from each entity of a frontier: of an allowed run the newest `fan_out` before the prompt's cut-off."""
     first = graph.run_offsets[frontier.entities]
-    counts = graph.run_offsets[frontier.entities + 1] - first
+    counts = graph.run_offsets[frontier.entities + 1] - first  # (F,)
     runs, owners = ranges(first, counts), np.repeat(np.arange(len(counts)), counts)
+    limits = None if graph.times is None else np.repeat(cutoffs[frontier.prompts], counts)
     if rules.allowed is not None:
         kept = rules.allowed[graph.run_relations[runs]]
-        runs, owners = runs[kept], owners[kept]
+        runs, owners, limits = runs[kept], owners[kept], None if limits is None else limits[kept]
+        counts = np.bincount(owners, minlength=len(counts))
     begins, ends = (graph.run_begins[where].astype(np.int64) for where in (runs, runs + 1))  # twice one fits, too
-    ends = _cut(graph, begins, ends, cutoffs[frontier.prompts[owners]])
+    if graph.times is not None and limits is not None:
+        ends = _cut(graph.times, begins, ends, limits)
     sizes = np.minimum(ends - begins, rules.fan_out)
-    degrees = np.bincount(owners, ends - begins, minlength=len(counts)).astype(np.int64)
-    followed = np.bincount(owners, sizes, minlength=len(counts)).astype(np.int64)
+    degrees, followed = _sums(ends - begins, counts), _sums(sizes, counts)
     edge_runs = np.repeat(np.arange(len(runs)), sizes)
-    positions = ranges(ends - 1, sizes, -1)
+    newest = ends - 1 + np.cumsum(sizes) - sizes  # of each run, and as many more as edges before it
+    positions = newest[edge_runs] - np.arange(len(edge_runs))
     return Steps(
         frontier.prompts,
         frontier.entities,
@@ -149,19 +153,14 @@ def follow(graph: Graph, frontier: Frontier, cutoffs: Ints, rules: Rules, hop: i
     )
 
 
-def walk(graph: Graph, seeds: Seeds, rules: Rules, only_best: int | None = None, near: Steps | None = None) -> Found:
-    """The triples within `rules.hops` of the seeds; with `only_best` as `merged` leaves them.
-
-    Args:
-        near: the edges from the seeds, where they are known.
-    """
-    return merged(graph, around(graph, seeds, rules, near), only_best)
+def walk(graph: Graph, seeds: Seeds, rules: Rules, only_best: int | None = None) -> Found:
+    """The triples within `rules.hops` of the seeds; with `only_best` as `merged` leaves them."""
+    return merged(graph, around(graph, seeds, rules), only_best)
 
 
-def around(graph: Graph, seeds: Seeds, rules: Rules, near: Steps | None = None) -> Steps:
-    """The edges within `rules.hops` of the seeds; `near`: those from the seeds, where they are known."""
-    near = near_of(graph, seeds, rules) if near is None else near
-    return joined(spread(graph, near, seeds.cutoffs, rules, rules.hops))
+def around(graph: Graph, seeds: Seeds, rules: Rules) -> Steps:
+    """The edges within `rules.hops` of the seeds."""
+    return joined(spread(graph, near_of(graph, seeds, rules), seeds.cutoffs, rules, rules.hops))
 
 
 def near_of(graph: Graph, seeds: Seeds, rules: Rules) -> Steps:
@@ -275,18 +274,22 @@ def _may_be_best(steps: Steps, count: int) -> Flags:
 def _followed_at_both_ends(graph: Graph, steps: Steps) -> Ints:
     """Edges whose target was followed, too, in the same prompt."""
     followed = keys_of(graph, steps.prompts, steps.entities)
-    keys = keys_of(graph, steps.of_edges(steps.prompts), steps.targets)
     shift = np.uint64(64 - int(FILTER_SPREAD * len(followed) + 1).bit_length())
     places, table = _hashes(followed, shift), np.zeros(1 << (64 - int(shift)), dtype=bool)
     table[places] = True
     holds = np.empty(len(table), dtype=np.int64)  # the last of the pairs of each place; nothing where there is none
     holds[places] = followed
-    hashes = _hashes(keys, shift)
-    passed = np.flatnonzero(table[hashes])
-    is_followed = holds[hashes[passed]] == keys[passed]
-    unsure = np.flatnonzero(~is_followed)  # another pair of the same hash, or a pair that gave way to it
-    is_followed[unsure] = is_in(keys[passed[unsure]], np.sort(followed))
-    return passed[is_followed]
+    of_runs, in_order, found = keys_of(graph, steps.prompts, np.int64(0))[steps.owners], np.sort(followed), [places[:0]]
+    for begin in range(0, len(steps.targets), EDGES_AT_ONCE):
+        here = slice(begin, begin + EDGES_AT_ONCE)
+        keys = of_runs[steps.edge_runs[here]] + steps.targets[here]
+        hashes = _hashes(keys, shift)
+        passed = np.flatnonzero(table[hashes])
+        is_followed = holds[hashes[passed]] == keys[passed]
+        unsure = np.flatnonzero(~is_followed)  # another pair of the same hash, or a pair that gave way to it
+        is_followed[unsure] = is_in(keys[passed[unsure]], in_order)
+        found.append(begin + passed[is_followed])
+    return np.concatenate(found)
 
 
 def _hashes(keys: Ints, shift: np.uint64) -> Ints:
@@ -294,24 +297,29 @@ def _hashes(keys: Ints, shift: np.uint64) -> Ints:
     return ((keys.view(np.uint64) * GOLDEN) >> shift).view(np.int64)
 
 
-def keys_of(graph: Graph, prompts: Ints, entities: npt.NDArray[np.integer]) -> Ints:
+def keys_of(graph: Graph, prompts: Ints, entities: npt.NDArray[np.integer] | np.integer) -> Ints:
     """One integer a pair, which sorts by prompt and then entity."""
     return prompts * max(graph.num_entities, 1) + entities
 
 
-def _cut(graph: Graph, begins: Ints, ends: Ints, cutoffs: Ints) -> Ints:
-    """Where each run begins to be as new as its cut-off: bisection of all of them together, oldest first."""
-    if graph.times is None:
-        return ends
-    is_late = graph.times[ends - 1] >= cutoffs
+def _sums(numbers: Ints, counts: npt.NDArray[np.integer]) -> Ints:
+    """The sums of the first `counts[0]` numbers, of the next `counts[1]`, …"""
+    behind, ends = np.concatenate([[0], np.cumsum(numbers)]), np.cumsum(counts)
+    sums: Ints = behind[ends] - behind[ends - counts]
+    return sums
+
+
+def _cut(times: Ints, begins: Ints, ends: Ints, limits: Ints) -> Ints:
+    """Where each run begins to be as new as its limit: bisection of all of them together, oldest first."""
+    is_late = times[ends - 1] >= limits
     cuts = np.where(is_late, begins, ends)  # right but for late runs of several edges
     late = np.flatnonzero(is_late & (ends - begins > 1))
-    low, high, limits = begins[late], ends[late] - 1, cutoffs[late]
+    low, high, limits = begins[late], ends[late] - 1, limits[late]
     while len(late):
         middle = (low + high) // 2
-        older = graph.times[middle] < limits
+        older = times[middle] < limits
         low, high = np.where(older, middle + 1, low), np.where(older, high, middle)
-        done = low >= high
-        cuts[late[done]] = low[done]
-        late, low, high, limits = late[~done], low[~done], high[~done], limits[~done]
+        cuts[late] = low
+        left = np.flatnonzero(low < high)
+        late, low, high, limits = late[left], low[left], high[left], limits[left]
     return cuts

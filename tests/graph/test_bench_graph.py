@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_bench_gets_the_same_answers_from_both_engines(tmp_path):
     pytest.importorskip("duckdb")
     command = [sys.executable, str(ROOT / "scripts" / "bench" / "graph.py"), "--triples", "3000", "6000"]
-    options = ["--users", "40", "--batch", "16", "--folder", str(tmp_path)]
+    options = ["--users", "40", "--converted-users", "60", "--batch", "16", "--folder", str(tmp_path)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
     first, second, together = [json.loads(line) for line in done.stdout.splitlines()]
     assert (first["triples"], second["triples"]) == (3000, 6000)
@@ -20,6 +20,16 @@ def test_bench_gets_the_same_answers_from_both_engines(tmp_path):
     assert together["sizes"] == [first, second]
     assert {"duckdb_over_ours", "duckdb_plain_over_ours", "ms_per_1000_users", "peak_rss_mib"} <= set(together)
     assert together["size_ratio"] == 6000 / 3000
+    assert "conversion" not in second  # as DuckDB, only at the first size
+    if first["tokenizer"] is None:
+        assert "not in the cache" in first["conversion_note"]
+        assert together["conversion_examples_per_cpu_s"] == {}
+    else:
+        assert set(together["conversion_examples_per_cpu_s"]) == {"two_stage", "khop", "parallel", "random"}
+        for method, found in together["conversion"].items():
+            assert found["examples_per_cpu_s"] == together["conversion_examples_per_cpu_s"][method] > 0
+            assert 0.9 < found["with_graph"] / found["examples"] <= 1
+            assert 100 < found["tokens_shown"] <= 200
     assert list(tmp_path.iterdir()) == []  # tidied up
 
 

@@ -11,12 +11,12 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from recllm.data import offline
 from recllm.graph import verbalise
-from recllm.graph.budget import Budget, fit, is_additive
+from recllm.graph.budget import Budget, is_additive
 from recllm.graph.store import ALWAYS
 from recllm.graph.subgraphs import Subgraphs
 from recllm.graph.verbalise import STYLES, Verbaliser
 
-from .test_verbalise import FILMS, HEAT, VERBS, cases, subgraphs_of
+from .test_verbalise import FILMS, HEAT, VERBS, cases, subgraphs_of, written_by
 
 LINES = [
     "Heat: directed by Michael Mann; has genre Crime, Drama", "Michael Mann directed Heat and The Insider (1999).",
@@ -100,6 +100,10 @@ def made(make):
     return make()
 
 
+def fit(subgraphs, verbaliser, budget, tokenizer):
+    return Budget(verbaliser, tokenizer, budget).fit(subgraphs)
+
+
 def length(tokenizer, text):
     return len(tokenizer.encode(text, add_special_tokens=False))
 
@@ -109,8 +113,8 @@ def plain_fit(verbaliser, tokenizer, budget, prompt):
     kept = []
     for place in range(len(prompt)):
         alone = subgraphs_of([[prompt[number] for number in [*kept, place]]])
-        (text,) = verbaliser.texts(alone)
-        (before,) = verbaliser.texts(subgraphs_of([[prompt[number] for number in kept]]))
+        (text,) = written_by(verbaliser, alone)
+        (before,) = written_by(verbaliser, subgraphs_of([[prompt[number] for number in kept]]))
         if text != before and length(tokenizer, text) <= budget:
             kept.append(place)
     return kept
@@ -125,7 +129,7 @@ def test_within_budget_whole_triples_and_counted_exactly(make, format, case, bud
     fitted = fit(subgraphs_of(prompts), verbaliser, budget, tokenizer)
     assert fitted.tokens.tolist() == [length(tokenizer, text) for text in fitted.texts]
     assert fitted.tokens.max(initial=0) <= budget
-    assert fitted.texts == verbaliser.texts(subgraphs_of(prompts), fitted.is_kept)
+    assert fitted.texts == written_by(verbaliser, subgraphs_of(prompts), fitted.is_kept)
     kept = np.split(fitted.is_kept, np.cumsum([len(prompt) for prompt in prompts]))[: len(prompts)]
     assert fitted.kept.tolist() == [chosen.sum() for chosen in kept]
     assert fitted.num_too_small == sum(len(prompt) > 0 and not chosen.any() for prompt, chosen in zip(prompts, kept))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recllm.data.randomness import text_keys
+from recllm.data.randomness import text_keys, uniform
 from recllm.errors import UserError
 from recllm.graph.retrieve import DAMPING, TOLERANCE, khop, pagerank, random_triples, retrieve, rules_of
 from recllm.graph.store import ALWAYS, Graph
@@ -41,10 +41,25 @@ def test_khop_equals_plain_python(world):
 
 
 @settings(deadline=None)
-@given(worlds(), st.integers(1, 5))
-def test_the_best_of_many_are_the_first_of_all(world, count):
-    every = khop(world.graph, world.batch, world.rules)
-    some = khop(world.graph, world.batch, replace(world.rules, max_triples=count))
+@given(worlds())
+def test_khop_does_not_hang_on_how_keys_are_hashed(world):
+    """In a table of two places every pair shares its place with others, and blocks of three edges are several."""
+    expected = khop(world.graph, world.batch, world.rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recllm.graph.walk.FILTER_SPREAD", 0)
+        patch.setattr("recllm.graph.walk.EDGES_AT_ONCE", 3)
+        assert_equal(khop(world.graph, world.batch, world.rules), expected)
+
+
+@settings(deadline=None)
+@given(worlds(), st.integers(1, 5), st.sampled_from(["khop", "random"]))
+def test_the_best_of_many_are_the_first_of_all(world, count, method):
+    def found(rules):
+        if method == "khop":
+            return khop(world.graph, world.batch, rules)
+        return random_triples(world.graph, world.batch, rules, keys(len(world.seeds)))
+
+    every, some = found(world.rules), found(replace(world.rules, max_triples=count))
     for prompt in range(every.num_prompts):
         assert some.triples(prompt) == every.triples(prompt)[:count]
         scores = every.scores[every.prompts == prompt]
@@ -196,6 +211,19 @@ def test_random_is_uniform_and_hangs_on_the_key_alone():
     assert np.abs(counts - 1000).max() < 5 * (5000 * 0.2 * 0.8) ** 0.5
     same = random_triples(graph, seeds, Rules(max_triples=2), np.zeros(5000, dtype=np.uint64))
     assert len({tuple(same.triples(prompt)) for prompt in range(5000)}) == 1
+
+
+def test_random_draws_right_where_few_numbers_are_high(monkeypatch):
+    """The highest are looked for above a floor; where nothing is above it, everywhere."""
+    graph = Graph.of(np.zeros(900), np.zeros(900), np.arange(1, 901), num_entities=901, num_relations=1)
+    seeds, rules = Seeds.of([[0], [1], []], [0] * 3), Rules(max_triples=5, fan_out=900)
+    expected = random_triples(graph, seeds, rules, keys(3))
+    monkeypatch.setattr("recllm.graph.retrieve.EDGES_AT_ONCE", 7)
+    assert_equal(random_triples(graph, seeds, rules, keys(3)), expected)
+    monkeypatch.setattr("recllm.graph.retrieve.uniform", lambda numbers: uniform(numbers) / 2)
+    found = random_triples(graph, seeds, rules, keys(3))
+    assert found.offsets.tolist() == expected.offsets.tolist() == [0, 5, 10, 10]
+    assert found.tails.tolist() == expected.tails.tolist()
 
 
 def test_random_draws_by_ids_and_not_by_numbers():

@@ -50,6 +50,13 @@ def subgraphs_of(prompts):
     return Subgraphs(np.cumsum([0, *map(len, prompts)]), *ids, times, scores, hops)
 
 
+def written_by(verbaliser, subgraphs, kept=None):
+    """The text of each prompt, of the triples (M,) that are kept; None: of all."""
+    layout = verbaliser.layout(subgraphs)
+    kept = np.ones(len(layout.is_repeat), dtype=bool) if kept is None else kept
+    return verbaliser.write(subgraphs, layout, np.flatnonzero(kept & ~layout.is_repeat))
+
+
 def shown(names, what):
     """Names as texts show them, before quotation marks or percent signs."""
     return [" ".join(name.split()) or f"{what} {number}" for number, name in enumerate(names)]
@@ -70,7 +77,7 @@ def meant(entities, relations, prompt, dates):
 
 
 def texts(format, prompts, **options):
-    return Verbaliser(FILMS, VERBS, format, **options).texts(subgraphs_of(prompts))
+    return written_by(Verbaliser(FILMS, VERBS, format, **options), subgraphs_of(prompts))
 
 
 HEAT = [(0, 1, 2, 10 * DAY), (4, 0, 1, ALWAYS), (0, 0, 1, ALWAYS), (0, 1, 3, 11 * DAY)]
@@ -126,7 +133,7 @@ def test_what_repeats_is_written_once_and_a_date_makes_it_another():
 
 def test_only_kept_triples_are_written():
     verbaliser = Verbaliser(FILMS, VERBS)
-    assert verbaliser.texts(subgraphs_of([HEAT]), np.array([False, True, True, False])) == [
+    assert written_by(verbaliser, subgraphs_of([HEAT]), np.array([False, True, True, False])) == [
         "Thief: directed by Michael Mann\nHeat: directed by Michael Mann"
     ]
 
@@ -134,14 +141,14 @@ def test_only_kept_triples_are_written():
 def test_names_are_cleaned_as_titles_are():
     clean = partial(neutralise, special_tokens=("<|im_end|>",))
     verbaliser = Verbaliser(["Heat<|im_end|>\n", "\u202e"], ["is <s>"], clean=clean)
-    assert verbaliser.texts(subgraphs_of([[(0, 0, 1, ALWAYS)]])) == ["Heat‹|im_end|>: is ‹s> entity 1"]
+    assert written_by(verbaliser, subgraphs_of([[(0, 0, 1, ALWAYS)]])) == ["Heat‹|im_end|>: is ‹s> entity 1"]
 
 
 def test_no_format_makes_a_control_token_of_a_name():
     """An IRI in angle brackets could be one: <pad>, <end_of_turn>."""
     triples = subgraphs_of([[(0, 0, 1, ALWAYS)]])
     for format in FORMATS:
-        (text,) = Verbaliser(["end of turn", "|im_end|"], ["pad"], format).texts(triples)
+        (text,) = written_by(Verbaliser(["end of turn", "|im_end|"], ["pad"], format), triples)
         assert not re.search(r"<(end_of_turn|\|im_end\||pad)>", text)
 
 
@@ -162,7 +169,7 @@ def test_no_prompt_and_no_triple():
 @given(cases(), st.booleans())
 def test_grouped_reads_back(case, dates):
     entities, relations, prompts = case
-    written = Verbaliser(entities, relations, "grouped", dates=dates).texts(subgraphs_of(prompts))
+    written = written_by(Verbaliser(entities, relations, "grouped", dates=dates), subgraphs_of(prompts))
     for text, prompt in zip(written, prompts, strict=True):
         assert set(read_grouped(text, shown(relations, "relation"))) == set(meant(entities, relations, prompt, dates))
 
@@ -170,7 +177,7 @@ def test_grouped_reads_back(case, dates):
 @given(cases(), st.booleans())
 def test_lines_read_back(case, dates):
     entities, relations, prompts = case
-    written = Verbaliser(entities, relations, "lines", dates=dates).texts(subgraphs_of(prompts))
+    written = written_by(Verbaliser(entities, relations, "lines", dates=dates), subgraphs_of(prompts))
     for text, prompt in zip(written, prompts, strict=True):
         assert list(dict.fromkeys(map(read_line, text.splitlines()))) == meant(entities, relations, prompt, dates)
 
@@ -179,7 +186,7 @@ def test_lines_read_back(case, dates):
 def test_lines_of_a_group_stand_by_their_best_triple(case):
     entities, relations, prompts = case
     entities, relations = [f"e{n}" for n in range(len(entities))], [f"r{n}" for n in range(len(relations))]
-    written = Verbaliser(entities, relations).texts(subgraphs_of(prompts))
+    written = written_by(Verbaliser(entities, relations), subgraphs_of(prompts))
     assert written == [plain_grouped(entities, relations, prompt) for prompt in prompts]
 
 
@@ -187,7 +194,7 @@ def test_lines_of_a_group_stand_by_their_best_triple(case):
 @given(case=cases(), dates=st.booleans())
 def test_rdf_reads_back_to_the_same_triples(format, case, dates):
     entities, relations, prompts = case
-    written = Verbaliser(entities, relations, format, dates=dates).texts(subgraphs_of(prompts))
+    written = written_by(Verbaliser(entities, relations, format, dates=dates), subgraphs_of(prompts))
     for text, prompt in zip(written, prompts, strict=True):
         expected = {triple[:3] for triple in meant(entities, relations, prompt, dates)}
         assert read_rdf(text, format)[0] == expected
@@ -197,7 +204,7 @@ def test_a_relation_that_another_goes_on_from_is_quoted():
     """made · "in France" and made in · "France" would be one text."""
     names, verbs = ["x", "in France", "France"], ["made", "made in", "mad"]
     prompt = [(0, 0, 1, ALWAYS), (0, 1, 2, ALWAYS), (0, 2, 2, ALWAYS)]
-    (text,) = Verbaliser(names, verbs).texts(subgraphs_of([prompt]))
+    (text,) = written_by(Verbaliser(names, verbs), subgraphs_of([prompt]))
     assert text == 'x: "made" in France; made in France; mad France'
     assert read_grouped(text, verbs) == meant(names, verbs, prompt, False)
 
@@ -206,14 +213,14 @@ def test_a_relation_that_another_goes_on_from_is_quoted():
 def test_rdf_reads_names_that_look_like_iris_or_keywords(format):
     names = ["http://x/y?z#w", "Alien: Resurrection", "@id", "@type", "_:b", "..", "a_b", "a b", "%41", "A"]
     prompt = [(head, head, tail, ALWAYS) for head in range(len(names)) for tail in range(len(names))]
-    (text,) = Verbaliser(names, names, format).texts(subgraphs_of([prompt]))
+    (text,) = written_by(Verbaliser(names, names, format), subgraphs_of([prompt]))
     assert read_rdf(text, format)[0] == {triple[:3] for triple in meant(names, names, prompt, False)}
 
 
 @given(cases())
 def test_turtle_states_dates_of_triples(case):
     entities, relations, prompts = case
-    written = Verbaliser(entities, relations, "turtle", dates=True).texts(subgraphs_of(prompts))
+    written = written_by(Verbaliser(entities, relations, "turtle", dates=True), subgraphs_of(prompts))
     for text, prompt in zip(written, prompts, strict=True):
         expected = {said for said in meant(entities, relations, prompt, True) if said[3]}
         assert read_rdf(text, "turtle")[1] == expected
@@ -228,7 +235,7 @@ def test_json_ld_keeps_dates_in_index():
 @given(names=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), min_size=1, max_size=5))
 def test_rdf_reads_any_unicode_back(format, names):
     prompt = [(head, 0, tail, ALWAYS) for head in range(len(names)) for tail in range(len(names))]
-    (text,) = Verbaliser(names, names, format).texts(subgraphs_of([prompt]))
+    (text,) = written_by(Verbaliser(names, names, format), subgraphs_of([prompt]))
     assert read_rdf(text, format)[0] == {triple[:3] for triple in meant(names, names, prompt, False)}
 
 
@@ -240,21 +247,21 @@ def test_it_pickles_as_its_names(format):
     names = pa.array([f"entity of number {number}" for number in range(20_000)])
     verbaliser = Verbaliser(names, VERBS, format, clean=partial(neutralise, special_tokens=("x",)))
     triples = subgraphs_of([[(number, number % 2, number + 1, ALWAYS) for number in range(0, 900, 3)]])
-    written = verbaliser.texts(triples)
+    written = written_by(verbaliser, triples)
     pickled = pickle.dumps(verbaliser)
     assert len(pickled) < 1.2 * names.nbytes
-    assert pickle.loads(pickled).texts(triples) == written
+    assert written_by(pickle.loads(pickled), triples) == written
 
 
 @given(cases())
 def test_forgetting_pieces_changes_nothing(case):
     entities, relations, prompts = case
     triples = subgraphs_of(prompts)
-    expected = Verbaliser(entities, relations).texts(triples)
+    expected = written_by(Verbaliser(entities, relations), triples)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verbalise, "MOST_PIECES", 1)
         forgetful = Verbaliser(entities, relations)
-        assert [forgetful.texts(triples) for _ in range(3)] == [expected] * 3
+        assert [written_by(forgetful, triples) for _ in range(3)] == [expected] * 3
 
 
 @given(cases())
@@ -262,8 +269,8 @@ def test_a_batch_equals_its_prompts(case):
     entities, relations, prompts = case
     for format in FORMATS:
         verbaliser = Verbaliser(entities, relations, format, dates=True)
-        singly = [verbaliser.texts(subgraphs_of([prompt]))[0] for prompt in prompts]
-        assert verbaliser.texts(subgraphs_of(prompts)) == singly
+        singly = [written_by(verbaliser, subgraphs_of([prompt]))[0] for prompt in prompts]
+        assert written_by(verbaliser, subgraphs_of(prompts)) == singly
 
 
 # ---- readers and writers of the tests ----
