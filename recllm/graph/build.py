@@ -148,7 +148,10 @@ class _Spooled:
 
 
 class _Ids:
-    """Different texts, collected from batches; memory holds about twice what is different."""
+    """Different texts, collected from batches; memory holds about three times what is different.
+
+    Those that wait are many, so that each pass over what is known, which is large, finds many new ones.
+    """
 
     def __init__(self) -> None:
         self.known = pl.Series(ID, [], dtype=pl.String)
@@ -156,9 +159,9 @@ class _Ids:
         self.num_waiting = 0
 
     def add(self, texts: pl.Series) -> None:
-        self.waiting.append(texts.unique().rename(ID))
-        self.num_waiting += len(self.waiting[-1])
-        if self.num_waiting > max(2 * BATCH, len(self.known)):
+        self.waiting.append(texts.rename(ID))
+        self.num_waiting += len(texts)
+        if self.num_waiting > max(2 * BATCH, 2 * len(self.known)):
             self._merge()
 
     def _merge(self) -> None:
@@ -229,7 +232,8 @@ class _Buckets:
 
 def _numbered(spooled: _Spooled) -> Iterator[Rows]:
     """The triples as numbers, batch by batch."""
-    kinds = {HEAD: pl.Enum(spooled.entities), RELATION: pl.Enum(spooled.relations), TAIL: pl.Enum(spooled.entities)}
+    entity = pl.Enum(spooled.entities)
+    kinds = {HEAD: entity, RELATION: pl.Enum(spooled.relations), TAIL: entity}
     numbers = [pl.col(name).cast(kind).to_physical() for name, kind in kinds.items()]
     # One lazy query: every cast of its own would hash all entities again
     frame = pl.scan_parquet(spooled.path).select(*numbers, TIMESTAMP)
@@ -348,7 +352,10 @@ def _write_edges(edges: _Buckets, degrees: Ints, preference: Ids, has_times: boo
         rows = rows[_order(rows, preference)]
         new = np.ones(len(rows), dtype=bool)
         new[1:] = (np.diff(rows[HEAD]) != 0) | (np.diff(rows[RELATION]) != 0)
-        runs += np.bincount(rows[HEAD][new], minlength=len(degrees))
+        heads = rows[HEAD][new]  # neighbouring entities
+        if len(heads):
+            here = slice(heads[0], heads[-1] + 1)
+            runs[here] += np.bincount(heads - heads[0], minlength=here.stop - here.start)
         begins.append(targets.length + np.flatnonzero(new))
         relations.append(rows[RELATION][new])
         targets.append(rows[TAIL])

@@ -12,6 +12,7 @@ knows no other prompt (a batch gives what its prompts give one by one, to the la
 
 import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,20 @@ from recllm.graph.segments import best_places
 from recllm.graph.stages import parallel, two_stage
 from recllm.graph.store import ALWAYS, Graph
 from recllm.graph.subgraphs import Floats, Ints, Seeds, Subgraphs
-from recllm.graph.walk import EDGES_AT_ONCE, Doubles, Found, Rules, Steps, around, best, gathered, merged, walk
+from recllm.graph.walk import (
+    EDGES_AT_ONCE,
+    Doubles,
+    Found,
+    Rules,
+    Steps,
+    best,
+    gathered,
+    joined,
+    merged,
+    near_of,
+    spread,
+    walk,
+)
 from recllm.recipe import RetrievalSection
 
 DAMPING = 0.85  # share of a random walk that goes on, the rest restarts at the seeds
@@ -104,15 +118,17 @@ def random_triples(graph: Graph, seeds: Seeds, rules: Rules, key: Keys) -> Subgr
     What is drawn hangs on nothing else: neither on the batch, nor on the order of the triples, nor on what else the
     graph holds, as a triple counts by the ids of its entities and relation and not by their numbers.
     """
-    steps = around(graph, seeds, rules)
-    numbers = _drawn(graph, steps, key)
-    drawn = _highest(steps, numbers, seeds.num_prompts, 2 * rules.max_triples)  # a triple may be there from both ends
-    found = merged(graph, steps.only(drawn, numbers[drawn].astype(np.float64)))
-    once = Found(found.steps, found.edges, found.prompts, numbers[drawn[found.edges]])
-    return best(graph, once, seeds.num_prompts, rules.max_triples)
+    parts = []
+    for steps in spread(graph, near_of(graph, seeds, rules), seeds.cutoffs, rules, rules.hops):
+        numbers = _numbers_of(graph, steps, key)
+        drawn = _highest(steps, numbers, seeds.num_prompts, 2 * rules.max_triples)  # a triple has two ends
+        parts.append(steps.only(drawn, numbers[drawn].astype(np.float64)))
+    found = merged(graph, joined(parts))
+    numbers = found.steps.flows[found.edges].astype(np.float32)  # not the sum from both ends; each edge has its own
+    return best(graph, replace(found, scores=numbers), seeds.num_prompts, rules.max_triples)
 
 
-def _drawn(graph: Graph, steps: Steps, key: Keys) -> Floats:
+def _numbers_of(graph: Graph, steps: Steps, key: Keys) -> Floats:
     """(M,) of each edge the number of its triple, which is the same from either end."""
     relations, entities = graph.run_relations[steps.runs], steps.entities[steps.owners]
     is_inverse, relation_keys = relations >= graph.num_relations, graph.relation_keys[relations % graph.num_relations]

@@ -155,12 +155,8 @@ def follow(graph: Graph, frontier: Frontier, cutoffs: Ints, rules: Rules, hop: i
 
 def walk(graph: Graph, seeds: Seeds, rules: Rules, only_best: int | None = None) -> Found:
     """The triples within `rules.hops` of the seeds; with `only_best` as `merged` leaves them."""
-    return merged(graph, around(graph, seeds, rules), only_best)
-
-
-def around(graph: Graph, seeds: Seeds, rules: Rules) -> Steps:
-    """The edges within `rules.hops` of the seeds."""
-    return joined(spread(graph, near_of(graph, seeds, rules), seeds.cutoffs, rules, rules.hops))
+    steps = spread(graph, near_of(graph, seeds, rules), seeds.cutoffs, rules, rules.hops)
+    return merged(graph, joined(steps), only_best)
 
 
 def near_of(graph: Graph, seeds: Seeds, rules: Rules) -> Steps:

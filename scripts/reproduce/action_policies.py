@@ -106,16 +106,17 @@ SCORED_FROM = 30  # test targets have at least so many events before them
 MAX_EVENTS = 256  # that the gate reads
 # Learning rates of the LoRA and of what reads the representation: as they were chosen for synthetic.py
 RATES = {"lora": (5e-3, 3e-2), "ilora": (5e-3, 3e-2), "soft_token": (1e-2, 1e-1)}
-WORLD = SessionClusters(items_per_category=2)  # which item comes next is chance: a few leave less noise in the loss
-# Patient: for the first 20 to 40 epochs nothing but the context is learnt, then what tells clusters apart
+# Which item comes next is chance: the encoder has to say it nevertheless, and more items leave more noise in its loss
+WORLD = SessionClusters(items_per_category=1)
+# Patient: for dozens of epochs it learns nothing but what the context says, then what tells clusters apart
 ENCODER = {
     "type": "gru4rec",
-    "hidden_size": 32,
+    "hidden_size": 48,
     "num_layers": 1,
     "dropout": 0.0,
-    "batch_size": 16,
-    "max_epochs": 80,
-    "patience": 40,
+    "batch_size": 32,
+    "max_epochs": 150,
+    "patience": 80,
     "learning_rate": 5e-3,
 }
 BATCH_SIZE = 64
