@@ -198,7 +198,8 @@ def _document(folder: Path) -> dict[str, Any]:
 
 def _machine(provenance: dict[str, Any]) -> str:
     found = provenance["machine"]
-    return f"{found['cpu_count']} CPU cores, {found['processor']}, torch {provenance['versions']['torch']}"
+    device = found["processor"] if found["torch_device"] == "cpu" else found["torch_device"]
+    return f"{found['cpu_count']} CPU cores, {device}, torch {provenance['versions']['torch']}"
 
 
 def _run_part(folder: Path, settings: dict[str, Any]) -> list[str]:
