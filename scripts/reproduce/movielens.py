@@ -479,18 +479,16 @@ def estimate(run: Run) -> None:
 
 
 def report(found: list[Cell], work: Path) -> str:
-    """The tables of finished cells, and the metrics under the folder `work`, as Markdown.
-
-    Raises:
-        UserError: cells of different settings in one table.
-    """
+    """The tables of finished cells, one for each of their settings, and the metrics under `work`, as Markdown."""
     if not found:
         return "no finished cell with settings: run without --report first"
     lines = ["# MovieLens: does the gate help?", "", _intro(found), ""]
-    groups = dict.fromkeys((cell["data"], cell["protocol"], cell["window"]) for cell in found)
-    for group in sorted(groups):
-        here = [cell for cell in found if (cell["data"], cell["protocol"], cell["window"]) == group]
-        lines += [*_group(group, here), ""]
+    groups: dict[tuple[str, str, int, str], list[Cell]] = {}
+    for cell in found:
+        own = settings_hash({name: value for name, value in cell["settings"].items() if name != "arm_version"})
+        groups.setdefault((cell["data"], cell["protocol"], cell["window"], own), []).append(cell)
+    for (data, protocol, window, _), here in sorted(groups.items()):
+        lines += [*_group(data, protocol, window, here), ""]
     ids = {settings_hash(training_part(cell["settings"])) for cell in found}
     for path in sorted(work.glob(f"*/window*/seed*/report{schema.DATASET_FORMAT}-*/metrics.json")):
         if path.parents[1].name.split("-")[-1] not in ids:
@@ -520,8 +518,7 @@ def _intro(cells: list[Cell]) -> str:
     )
 
 
-def _group(group: tuple[str, str, int], cells: list[Cell]) -> list[str]:
-    data, protocol, window = group
+def _group(data: str, protocol: str, window: int, cells: list[Cell]) -> list[str]:
     arms = {arm: [c for c in cells if c["arm"] == arm] for arm in (*ARMS, "ilora@uniform", "ilora@shuffled")}
     title = f"## {data}, protocol {protocol}, windows of {window} titles, the gate reads up to {MAX_ITEMS} items"
     if not arms["lora"]:
