@@ -56,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     train = _recipe_verb(verbs, "train", _train, "dataset/ → encoder/ and adapter/")
     train.add_argument("--allow-template-mismatch", action="store_true", help="train on a dataset of another template")
 
-    _recipe_verb(verbs, "evaluate", _evaluate, "adapter/ → report/")
+    evaluate = _recipe_verb(verbs, "evaluate", _evaluate, "adapter/ → report/")
+    engines = ["transformers", "vllm", "ray-vllm"]
+    evaluate.add_argument("--engine", choices=engines, help="evaluate.engine: who runs the language models")
+    evaluate.add_argument("--replicas", type=int, metavar="N", help="evaluate.replicas: vLLM engines of ray-vllm")
 
     export = _recipe_verb(verbs, "export", _export, "adapter/ → ordinary LoRAs: of one user, or a few for all users")
     whom = export.add_mutually_exclusive_group(required=True)
@@ -158,6 +161,8 @@ def _train(parsed: argparse.Namespace) -> None:
 def _evaluate(parsed: argparse.Namespace) -> None:
     from recllm import stages
 
+    chosen = {"engine": parsed.engine, "replicas": parsed.replicas}
+    parsed.overrides += [f"evaluate.{name}={value}" for name, value in chosen.items() if value is not None]
     stages.run_stage(_load(parsed), "evaluate", force=True)
 
 

@@ -394,7 +394,9 @@ class LossSection(Section):
 class EvaluateSection(Section):
     """What is scored beside the adapter of this run."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"  # who runs the language models: this process, or vLLM
+    # Who runs the language models: this process, vLLM, or as many of them as `replicas` says, under Ray
+    engine: Literal["transformers", "vllm", "ray-vllm"] = "transformers"
+    replicas: int = Field(1, ge=1)  # of ray-vllm: one a GPU; where the cluster has none, each a share of its cores
     split: Literal["valid", "test"] = "test"
     batch_size: int = Field(8, ge=1)
     max_examples: int | None = Field(None, ge=1)  # a seeded choice of users; None scores all
@@ -433,6 +435,12 @@ class EvaluateSection(Section):
     controls: list[Literal["uniform", "shuffled", "without_token"]] | None = None
     adapters: dict[str, str] = {}  # further adapters: name in the report → folder
     item_groups: str | None = None  # attribute that says what experts serve: "genres", "genres by |"; "": none
+
+    @model_validator(mode="after")
+    def _replicas_are_of_ray(self) -> "EvaluateSection":
+        if self.replicas > 1 and self.engine != "ray-vllm":
+            raise ValueError(f"replicas={self.replicas} with engine {self.engine}: only engine ray-vllm has replicas")
+        return self
 
 
 class GivenRows(Section):

@@ -1,4 +1,4 @@
-"""The two ways of asking language models, behind one small interface: Transformers in this process, or vLLM.
+"""The ways of asking language models, behind one small interface: Transformers in this process, vLLM, vLLMs under Ray.
 
 A recipe and its adapters enter; engines leave, one for each adapter or for the base model alone. Both have `score`,
 `rank_titles`, `generate` and `num_tokens`, and give the same numbers.
@@ -13,7 +13,7 @@ from recllm.recipe import Recipe
 
 
 class Engines(Protocol):
-    """What the evaluation needs of either."""
+    """What the evaluation needs of each."""
 
     tokenizer: Any
     tokens: Any  # infer.tokens.Tokens: prompts and answers as token ids, within the model's context
@@ -41,7 +41,9 @@ def make_engines(recipe: Recipe, folders: list[Path]) -> Engines:
     Raises:
         UserError: an adapter of another base model; what the engine cannot do.
     """
-    return VllmEngines(recipe, folders) if recipe.evaluate.engine == "vllm" else TransformersEngines(recipe, folders)
+    ways: dict[str, type[TransformersEngines] | type[VllmEngines]]
+    ways = {"transformers": TransformersEngines, "vllm": VllmEngines, "ray-vllm": RayVllmEngines}
+    return ways[recipe.evaluate.engine](recipe, folders)
 
 
 class TransformersEngines:
@@ -136,3 +138,39 @@ class VllmEngines:
         """Stop vLLM."""
         if self._model is not None:
             self._model.close()
+
+
+class RayVllmEngines(VllmEngines):
+    """`evaluate.replicas` of them, each with room for every adapter, are started under Ray and asked together."""
+
+    def __init__(self, recipe: Recipe, folders: list[Path]) -> None:
+        super().__init__(recipe, folders)
+        self._connection = contextlib.ExitStack()
+
+    def check(self, folders: list[Path]) -> None:
+        """Damaged adapters, and a Ray that is not there or has no room; from here on this process is connected."""
+        from recllm.cluster import connected
+        from recllm.infer.replicas import ASKED, room
+
+        super().check(folders)
+        self._connection.enter_context(connected(ASKED))
+        room(self.recipe.evaluate.replicas)
+
+    def start(self, longest: int) -> None:
+        """Start the replicas."""
+        from recllm.infer.ray_vllm_engine import RayVllmModel
+
+        if self._model is None:
+            self._model = RayVllmModel(self.recipe.model, self.folders, longest, self.recipe.evaluate.replicas)
+
+    @contextlib.contextmanager
+    def engine(self, folder: Path | None) -> Iterator[Any]:
+        """An engine for an adapter, or for the base model alone."""
+        from recllm.infer.ray_vllm_engine import RayVllmEngine
+
+        yield RayVllmEngine(self._model.replicas, self._model.tokens, folder)
+
+    def close(self) -> None:
+        """Stop the replicas, and the Ray that was started for them."""
+        super().close()
+        self._connection.close()

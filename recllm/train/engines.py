@@ -5,12 +5,17 @@ trains as DDP, or as so many single processes, and says nothing. Out of a model 
 processes, whole adapter weights leave.
 """
 
+import datetime
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
@@ -19,6 +24,10 @@ from recllm.errors import UserError
 
 ALONE, DDP, FSDP2 = "one process", "DDP", "FSDP2"
 ZERO = "ZeRO-{}"  # of DeepSpeed; also with a single process
+# What gloo and NCCL say when a process that they talk to is gone, or says nothing
+_LOST = re.compile(
+    r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out (waiting|after) .*ms|NCCL|Socket Timeout|failed to recv"
+)
 
 
 def check_launch() -> None:
@@ -33,6 +42,44 @@ def check_launch() -> None:
             f"{launched} processes were launched, but accelerate joined {joined}: it finds no GPU here, and each would "
             "train alone. Launch with --num_processes 1, or for DDP over CPU processes set train.use_cpu=true"
         )
+
+
+@contextmanager
+def telling_of_lost_processes() -> Iterator[None]:
+    """Turn the engines' errors about a process that has died, or no longer answers, into one that says what to do.
+
+    With NCCL it is often torch's watchdog that ends the process, with its own message: that cannot be caught.
+
+    Raises:
+        UserError: in place of such an error; others pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed.DistError is one
+        rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1))
+        if processes < 2 or not _is_of_a_lost_process(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"process {rank} of {processes} lost another one, and stops: that process or its machine died, or the "
+            f"network was silent for train.ddp_timeout seconds ({said}). Look for the first error in the logs of the "
+            "other machines, then give the same commands again on all of them: the run goes on from its last checkpoint"
+        ) from error
+
+
+def _is_of_a_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or _LOST.search(str(error)) is not None
+
+
+def limit_waiting(limit: datetime.timedelta) -> None:
+    """Have no process wait longer than `limit` for what another one is to send, whatever a launch began with.
+
+    recllm train lets the others wait for days until the first one has fitted the encoder; DeepSpeed's groups begin with
+    limits of their own. In training a machine that fell silent would be waited for as long.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(limit, group)
 
 
 def asked_engine(arguments: TrainingArguments) -> str:

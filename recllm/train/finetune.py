@@ -83,6 +83,7 @@ RELOADED = "reloaded"
 TOLERANCE = 1e-5  # of the reloaded adapter's logits, relative to their largest: the same weights give the same numbers
 
 
+@engines.telling_of_lost_processes()
 def train(
     recipe: Recipe,
     dataset_folder: Path,
@@ -107,7 +108,8 @@ def train(
 
     Raises:
         UserError: anything of recipe, dataset, encoder and launch that does not fit together, before any long work;
-            a loss that is not finite; a saved adapter that does not give the logits of the trained one.
+            a loss that is not finite; a saved adapter that does not give the logits of the trained one; another process
+            of the launch that died or no longer answers.
     """
     output = Path(output)
     dataset = Dataset.open(Path(dataset_folder))

