@@ -232,7 +232,9 @@ def test_temperatures_are_fitted_on_valid_alone(run):
         assert not set(task.examples.example_ids) & {row["example_id"] for row in run.examples("test", name)}
         for system in run.systems(name).values():
             said = [note for note in run.metrics["notes"] if note.startswith(f"{name}: no calibration of ")]
-            if system["calibration"] is not None:
+            if system["kind"] == "control":
+                assert system["calibration"] is None
+            elif system["calibration"] is not None:
                 assert system["calibration"]["num_examples"] == len(task.examples.example_ids)
                 assert system["calibration"]["temperature"] > 0
             elif system["name"] != "last_action":

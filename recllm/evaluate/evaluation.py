@@ -55,7 +55,7 @@ or in place of num_users. There the figures of one class have no interval where 
                         most_frequent null | {label, share, rest_recall: ESTIMATE}}: the answer that is given most
                         often, how often, and the mean recall of all other labels; null: no answer can be read
                       calibration null | {temperature, num_examples (of valid), before {metric: ESTIMATE}, after {…}};
-                        null too where no temperature fits, which `notes` says; all of `metrics` are uncalibrated
+                        null too of controls, and where none fits, which `notes` says; all of `metrics` are uncalibrated
                       reliability null | {before [{low, high, num_examples, confidence, accuracy}], after: where
                         calibrated}
                       otto null | {k, recall {label: ESTIMATE}, possible {label: items to be found}, score: null |

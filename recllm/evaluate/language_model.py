@@ -154,8 +154,7 @@ class LanguageModels:
         return max(lengths) + 1
 
     def _adapter(self, engine: Any, adapter: Adapter, tasks: list[Task]) -> Iterator[System]:
-        held = list(self.held.values())
-        given = self._given(adapter, [*tasks, *held])
+        given = self._given(adapter, [*tasks, *self.held.values()])
         what = METHODS[adapter.method]
         text = f"{what} of this run" if adapter.is_main else f"{what} from {adapter.folder}"
         yield self._ask(engine, tasks, adapter.name, "adapter", text, adapter.method, given, True)
@@ -165,7 +164,6 @@ class LanguageModels:
             if changed is None:
                 self.notes.append(f"No {control} control: all examples are of one user, so there is none to swap.")
                 continue
-            changed |= control_rows(control, given, neutral, held, self.recipe.seed) or {}
             name, text = f"{adapter.name}_{control}", CONTROLS[adapter.method][control]
             yield self._ask(engine, tasks, name, "control", text, adapter.method, changed, False)
 
@@ -199,7 +197,7 @@ class LanguageModels:
 
         predictions = {task.name: self._predict(engine, task, name, rows(task), generate) for task in tasks}
         for task, held in self.held.items():
-            if not given or held.name in given:
+            if kind != "control" and (not given or held.name in given):  # a control shows the gate: no temperature
                 scores = self._scores(engine, held, f"{name}: {held.name}", rows(held))[0]
                 fit = fit_temperature(scores, held.right_column)
                 predictions[task] = predictions[task]._replace(calibration=fit)
