@@ -35,6 +35,7 @@ class Row(NamedTuple):
     gate_end: int  # the gate reads positions [0, gate_end) of this user
     given: tuple[str, Array] | None = None  # a forward argument of the adapter and this row's value of it
     example: int | None = None  # its number, where not every example counts the same: see TokenizedExamples.numbered
+    history: Array | None = None  # what an encoder reads of this user, where it was read with the row (streaming.py)
 
 
 class Told(NamedTuple):
@@ -122,9 +123,9 @@ def tokenize(
     too_long = _TooLong(max_tokens, split)
     with tqdm(total=total, desc=f"tokenise {split}", unit="example", unit_scale=True) as progress:
         for batch in batches:
-            for example_id, user_index, gate_end, prompt, completion in _rows(batch):
+            for example_id, user_index, gate_end, prompt, completion in rows_of(batch):
                 prompt_ids, completion_ids = encode(prompt, completion)
-                _check_ids(split, example_id, len(prompt_ids), len(completion_ids))
+                check_ids(split, example_id, len(prompt_ids), len(completion_ids))
                 tokens.extend(prompt_ids)
                 tokens.extend(completion_ids)
                 length = len(prompt_ids) + len(completion_ids)
@@ -147,7 +148,7 @@ def tokenize(
     return examples
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[tuple[str, int, int, list[dict[str, str]], list[dict[str, str]]]]:
+def rows_of(batch: pa.RecordBatch) -> Iterator[tuple[str, int, int, list[dict[str, str]], list[dict[str, str]]]]:
     """Values of COLUMNS row by row; messages are taken apart as flat columns, which is faster than row by row."""
     plain = [batch.column(name).to_pylist() for name in COLUMNS[:3]]
     return zip(*plain, _messages(batch.column("prompt")), _messages(batch.column("completion")), strict=True)
@@ -175,7 +176,12 @@ def _messages(column: pa.ListArray) -> Iterator[list[dict[str, str]]]:
         yield [next(messages) for _ in range(count)]
 
 
-def _check_ids(split: str, example_id: str, prompt: int, completion: int) -> None:
+def check_ids(split: str, example_id: str, prompt: int, completion: int) -> None:
+    """Refuse an example without prompt or completion tokens.
+
+    Raises:
+        UserError: with its name.
+    """
     if not prompt or not completion:
         raise UserError(
             f'"{split}" example {example_id}: {prompt} prompt and {completion} completion tokens, '
@@ -211,8 +217,9 @@ class Collator:
     input_ids, attention_mask, position_ids, labels are (B, T) int64; labels are -100 outside the completion.
     logits_to_keep is the longest completion + 1: the language-model head runs over so many last positions only.
     representation (B, D) or gate_weights (B, …) float32 where the examples carry them (`TokenizedExamples.give`);
-    otherwise, and only with `histories`, history_items (B, L) int64: item indices or event codes oldest first, -1 to
-    the left of shorter histories. examples (B,) int64, their numbers, where the examples are numbered.
+    otherwise, where rows carry their histories or with `histories`, history_items (B, L) int64: item indices or event
+    codes oldest first, -1 to the left of shorter histories. examples (B,) int64, their numbers, where the examples are
+    numbered.
     """
 
     def __init__(self, pad_token_id: int, histories: Dataset | None = None, max_items: int = 200) -> None:
@@ -237,6 +244,8 @@ class Collator:
         if given := [row.given for row in rows if row.given is not None]:
             values = np.stack([np.asarray(value, dtype=np.float32) for _, value in given])
             batch[given[0][0]] = torch.from_numpy(values)
+        elif carried := [row.history for row in rows if row.history is not None]:
+            batch["history_items"] = torch.from_numpy(pad_left(carried))
         elif self.histories is not None:
             histories = [self.histories.read(row.user_index, row.gate_end, self.max_items) for row in rows]
             batch["history_items"] = torch.from_numpy(pad_left(histories))

@@ -26,7 +26,7 @@ ALONE, DDP, FSDP2 = "one process", "DDP", "FSDP2"
 ZERO = "ZeRO-{}"  # of DeepSpeed; also with a single process
 # What gloo and NCCL say when a process that they talk to is gone, or says nothing
 _LOST = re.compile(
-    r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out (waiting|after) .*ms|NCCL|Socket Timeout|failed to recv"
+    r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out (waiting|after) .*ms|NCCL|Socket Timeout"
 )
 
 
@@ -68,6 +68,8 @@ def telling_of_lost_processes() -> Iterator[None]:
 
 
 def _is_of_a_lost_process(error: RuntimeError) -> bool:
+    if "already in use" in str(error):  # the port that they were to meet at: nobody is lost
+        return False
     return isinstance(error, torch.distributed.DistError) or _LOST.search(str(error)) is not None
 
 

@@ -34,14 +34,16 @@ from recllm.model.adapter import (
     save_adapter,
 )
 from recllm.model.base_model import load_base_model, prepare_for_training
+from recllm.model.histories import encode_histories
 from recllm.model.sequence_encoder import SequenceEncoder, load_encoder
 from recllm.model.servable import servable_text
 from recllm.recipe import LossSection, Recipe
-from recllm.train import engines
+from recllm.train import engines, streaming
 from recllm.train.card import model_card
 from recllm.train.collator import COLUMNS, WEIGHED, Collator, TokenizedExamples, tokenize
 from recllm.train.dro import DRO, GroupDro
 from recllm.train.representations import encode_examples, representation_table, statistics_examples
+from recllm.train.streaming import Share, StoredHistories, StreamedExamples, is_streaming
 from recllm.train.trainer import ENCODER, GATE, SOFT_TOKEN, AdapterTrainer, check_balance, last_checkpoint
 from recllm.train.weights import TokenWeights, action_groups, check_tasks, token_weights, user_groups, weighs
 
@@ -117,6 +119,8 @@ def train(
     arguments = training_arguments(recipe, checkpoints)
     engines.check_launch()
     launch = engines.asked_engine(arguments), arguments.mixed_precision
+    if is_streaming(recipe):
+        streaming.check_streaming(recipe, arguments, gate_inputs)
     if recipe.adapter.method == "ilora":
         check_balance(recipe.adapter.gate.balance, arguments)
     encoder = check_inputs(recipe, dataset, Path(encoder_folder), allow_template_mismatch)
@@ -125,7 +129,11 @@ def train(
     model = build_adapter(prepare_for_training(base_model), recipe.adapter, encoder)
     if PartialState().is_main_process:
         print(f"recllm: {servable_text(base_model.config, model.peft_config['default'])}", file=sys.stderr)
-    examples = tokenize_split(dataset, "train", tokenizer, model, WEIGHED if weighs(recipe.loss) else COLUMNS)
+    examples: TokenizedExamples | StreamedExamples
+    if is_streaming(recipe):
+        examples = stream(recipe, dataset, tokenizer, model, arguments)
+    else:
+        examples = tokenize_split(dataset, "train", tokenizer, model, WEIGHED if weighs(recipe.loss) else COLUMNS)
     evaluated = tokenize_split(dataset, "valid", tokenizer, model) if arguments.eval_strategy != "no" else None
     fingerprint = fingerprint_of(recipe, dataset, Path(encoder_folder), gate_inputs)
     checkpoint = _resume_from(checkpoints, fingerprint, resume, *launch)
@@ -135,7 +143,9 @@ def train(
         give_gate_inputs(recipe, model, encoder, dataset, examples, evaluated, arguments.device, output, gate_inputs)
         if checkpoint is None:  # a checkpoint brings its own
             _fit_statistics(recipe, model, encoder, dataset, examples, arguments.device)
-    weighed = weigh(recipe, dataset, examples, encoder, Path(encoder_folder), output, checkpoint)
+    weighed = Weighed()
+    if isinstance(examples, TokenizedExamples):
+        weighed = weigh(recipe, dataset, examples, encoder, Path(encoder_folder), output, checkpoint)
     trainer = make_trainer(
         recipe, model, tokenizer, dataset, examples, evaluated, arguments, fingerprint, output.parent / "logs", weighed
     )
@@ -157,7 +167,9 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
         UserError: an unknown key, with the nearest known one; a key that is ours to set; a value that does not fit.
     """
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
-    for key in recipe.train:
+    is_streaming(recipe)  # its keys are none of transformers'
+    given = {key: value for key, value in recipe.train.items() if key not in streaming.KEYS}
+    for key in given:
         if key in OURS:
             raise UserError(f"train.{key} may not be set: {OURS[key]}")
         if key not in fields:
@@ -165,7 +177,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> TrainingArguments:
             hint = f'did you mean "{close[0]}"?' if close else "see the documentation of transformers.TrainingArguments"
             raise UserError(f'train.{key}: transformers.TrainingArguments has no argument "{key}", {hint}')
     values = {**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available()}
-    values |= {key: _number(value, fields[key].default) for key, value in recipe.train.items()}
+    values |= {key: _number(value, fields[key].default) for key, value in given.items()}
     if values.get("gradient_checkpointing"):
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | dict(
             values.get("gradient_checkpointing_kwargs") or {}
@@ -265,6 +277,27 @@ def tokenize_split(
     return tokenize(batches, tokenizer, context_tokens(model.config), split, total)
 
 
+def stream(
+    recipe: Recipe,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PeftModel,
+    arguments: TrainingArguments,
+) -> StreamedExamples:
+    """The training examples of this process, none of which is read yet; the errors of StreamedExamples."""
+    batch, state = arguments.train_batch_size, PartialState()
+    return StreamedExamples(
+        dataset,
+        tokenizer,
+        context_tokens(model.config),
+        Share(state.process_index, state.num_processes, batch, arguments.gradient_accumulation_steps),
+        seed=arguments.data_seed if arguments.data_seed is not None else recipe.seed,
+        buffer_size=recipe.train.get("buffer_size", streaming.BUFFER_SIZE),
+        by_length=arguments.train_sampling_strategy == "group_by_length",
+        histories=StoredHistories(dataset, recipe.history.max_items) if accepts_history(model) else None,
+    )
+
+
 def fingerprint_of(
     recipe: Recipe, dataset: Dataset, encoder_folder: Path, gate_inputs: dict[str, Array] | None = None
 ) -> str:
@@ -292,7 +325,7 @@ def give_gate_inputs(
     model: PeftModel,
     encoder: SequenceEncoder,
     dataset: Dataset,
-    examples: TokenizedExamples,
+    examples: TokenizedExamples | StreamedExamples,
     evaluated: TokenizedExamples | None,
     device: torch.device,
     output: Path,
@@ -301,13 +334,13 @@ def give_gate_inputs(
     """Have each example carry what the adapter reads: a given table's row, or what the frozen encoder says of it.
 
     With encoder.joint_learning_rate nothing is carried and the encoder is set to be trained: the batches then hold the
-    histories themselves.
+    histories themselves. So they do of streamed examples, and the encoder runs in every step.
 
     Raises:
         UserError: tables that do not fit the examples, or together with evaluation during training or a joint encoder.
     """
     joint = recipe.encoder.joint_learning_rate is not None
-    if gate_inputs:
+    if gate_inputs and isinstance(examples, TokenizedExamples):
         if len(gate_inputs) != 1 or evaluated is not None or joint:
             raise UserError(
                 f"gate_inputs has {', '.join(gate_inputs)}: one table is expected, of the training examples; without "
@@ -317,7 +350,7 @@ def give_gate_inputs(
         examples.give(argument, table)
     elif joint:
         model.base_model.set_encoder(encoder, "default", trainable=True)  # type: ignore[operator]  # nn.Module to PEFT
-    else:
+    elif not isinstance(examples, StreamedExamples):
         for part in (examples, evaluated):
             if part is not None:
                 folder = output.parent
@@ -330,10 +363,15 @@ def _fit_statistics(
     model: PeftModel,
     encoder: SequenceEncoder,
     dataset: Dataset,
-    examples: TokenizedExamples,
+    examples: TokenizedExamples | StreamedExamples,
     device: torch.device,
 ) -> None:
     """On raw SASRec states, which share a large common component, a softmax gate collapses onto one expert."""
+    if isinstance(examples, StreamedExamples):
+        progress = "encode histories" if PartialState().is_local_main_process else None
+        histories = examples.statistics_histories()
+        fit_gate_statistics(model, encode_histories(encoder, histories, device=device, progress=progress))
+        return
     chosen = statistics_examples(examples, recipe.seed)
     if examples.argument == "representation":
         states = torch.from_numpy(np.asarray(examples.table[chosen], dtype=np.float32))
@@ -422,7 +460,7 @@ def make_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    examples: TokenizedExamples,
+    examples: TokenizedExamples | StreamedExamples,
     evaluated: TokenizedExamples | None,
     arguments: TrainingArguments,
     fingerprint: str,
@@ -479,7 +517,11 @@ def _set_aside(folder: Path) -> None:
 
 @torch.no_grad()
 def save_and_check(
-    recipe: Recipe, trainer: AdapterTrainer, dataset: Dataset, examples: TokenizedExamples, output: Path
+    recipe: Recipe,
+    trainer: AdapterTrainer,
+    dataset: Dataset,
+    examples: TokenizedExamples | StreamedExamples,
+    output: Path,
 ) -> None:
     """Write the adapter to a folder beside `output`, reload and check it there, then move it into place.
 
@@ -508,11 +550,14 @@ def save_and_check(
         check_saved(model, staging, probe, wanted)
 
 
-def _probe(trainer: AdapterTrainer, examples: TokenizedExamples) -> dict[str, Any]:
+def _probe(trainer: AdapterTrainer, examples: TokenizedExamples | StreamedExamples) -> dict[str, Any]:
     """A batch without labels of the examples whose gate has most to say: an empty history has a uniform one."""
-    longest = np.argsort(-examples.gate_ends, kind="stable")[:PROBE_ROWS]
-    # through the encoder, which is saved as well
-    rows: list[Any] = [examples[int(i)]._replace(given=None, example=None) for i in longest]
+    if isinstance(examples, StreamedExamples):
+        rows: list[Any] = examples.probe(PROBE_ROWS)
+    else:
+        longest = np.argsort(-examples.gate_ends, kind="stable")[:PROBE_ROWS]
+        # through the encoder, which is saved as well
+        rows = [examples[int(i)]._replace(given=None, example=None) for i in longest]
     device = trainer.accelerator.device
     batch = trainer.data_collator(rows)
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items() if k != "labels"}

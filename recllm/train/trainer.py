@@ -31,6 +31,8 @@ from recllm.model.ilora import GateRows
 from recllm.train import engines
 from recllm.train.collator import IGNORE, TokenizedExamples, without_loss
 from recllm.train.dro import DRO, GroupDro
+from recllm.train.order import order_of
+from recllm.train.streaming import StreamedExamples
 from recllm.train.weights import TokenWeights
 
 MARKER = "checkpoint.json"  # written last: a checkpoint without it was cut off while being written
@@ -70,22 +72,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
     def _order(self) -> list[int]:
         epoch = self.epoch()
         generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.lengths))
-        if not self.group_size:
-            return order.tolist()
-        whole = len(order) - len(order) % self.group_size  # the remainder is a random choice, not the shortest
-        groups = generator.permutation(self._groups(order[:whole]))
-        if epoch == 0 and len(groups):  # the longest first, once: a run that lacks memory stops at once
-            longest = self.lengths[groups].max(axis=1).argmax()
-            groups[[0, longest]] = groups[[longest, 0]]
-        return groups.ravel().tolist() + order[whole:].tolist()
-
-    def _groups(self, order: np.ndarray) -> np.ndarray:
-        """(N / group_size, group_size): sorted by length within stretches of 50 groups, fewer where data are few."""
-        stretch = self.group_size * max(1, min(len(self.lengths) // (self.group_size * 4), 50))
-        parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
-        arranged = [part[np.argsort(-self.lengths[part], kind="stable")] for part in parts]
-        return np.concatenate([np.empty(0, np.int64), *arranged]).reshape(-1, self.group_size)
+        return order_of(self.lengths, self.group_size, generator, longest_first=epoch == 0)
 
 
 def filled_up(order: list[int], whole: int) -> list[int]:
@@ -152,6 +139,8 @@ class AdapterTrainer(Trainer):
         self._step_weight: torch.Tensor | None = None  # of all tokens in the current optimizer step, all processes
         self._step_groups: torch.Tensor | None = None  # (2, G): weighted nats and weight of each group in it, so far
         self._batches_left = 0  # in the current optimizer step
+        if isinstance(self.train_dataset, StreamedExamples):
+            self.train_dataset.epoch = self._epoch
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers'. PEFT would cast what enters the adapter to fp32, only for autocast to cast it back."""
@@ -314,6 +303,27 @@ class AdapterTrainer(Trainer):
         engines.limit_waiting(self.args.ddp_timeout_delta)  # of the engine's own groups too
         return prepared
 
+    def _epoch(self) -> int:
+        return int(self.state.epoch or 0)  # exact at the beginning of every epoch, resumed or not
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """transformers'; of streamed examples one that accelerate does not split: each process has its own rows."""
+        if not isinstance(self.train_dataset, StreamedExamples):
+            return super().get_train_dataloader()
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def num_examples(self, dataloader: torch.utils.data.DataLoader) -> int:
+        """transformers', which logs it: of all processes."""
+        dataset = dataloader.dataset
+        return dataset.num_examples if isinstance(dataset, StreamedExamples) else super().num_examples(dataloader)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
@@ -326,7 +336,7 @@ class AdapterTrainer(Trainer):
             dataset.lengths,
             group if strategy == "group_by_length" else 0,
             seed,
-            lambda: int(self.state.epoch or 0),  # exact at the beginning of every epoch, resumed or not
+            self._epoch,
             self._at_once(self.args.train_batch_size),
         )
 
@@ -460,8 +470,12 @@ class AdapterTrainer(Trainer):
         """transformers', which asks whether the run has ended only after a step, and so goes beyond a finished run."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if isinstance(self.train_dataset, StreamedExamples):  # transformers throws these batches away, unread
+            goes_on = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
+            batches = kwargs["steps_trained_in_current_epoch"] if goes_on else 0
+            self.train_dataset.skip = batches * self.args.train_batch_size
+        super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with implicit_replication():  # FSDP2 has split the tensors that these whole ones are copied into
