@@ -315,6 +315,15 @@ def test_scikit_learn_is_missed_before_anything_is_fitted(run, monkeypatch):
     ActionSystems(others, dataset, run.output / "encoder", tasks)
 
 
+def test_evaluate_alone_misses_xgrammar_before_any_long_work(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    monkeypatch.setattr("recllm.evaluate.evaluation.make_scorers", lambda *_: pytest.fail("baselines were made ready"))
+    asked = load_recipe(run.recipe, ["evaluate.baselines=[base_model]"])
+    with pytest.raises(UserError, match="next_event under a JSON schema needs xgrammar"):
+        evaluate(asked, run.output / "dataset", run.output / "encoder", None, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
 def test_beams_that_are_narrower_than_what_is_looked_at_are_refused(run, tmp_path):
     recipe = load_recipe(run.recipe, ["evaluate.baselines=[base_model]", "evaluate.beam_width=4"])
     with pytest.raises(

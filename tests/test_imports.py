@@ -12,7 +12,7 @@ PACKAGE = ROOT / "recllm"
 
 # A room may import from rooms of a lower rank only; the same rank means: never from one another.
 RANK = {
-    "errors": 0, "files": 1, "schema": 1, "assets": 1, "recipe": 2,
+    "errors": 0, "files": 1, "schema": 1, "assets": 1, "cluster": 1, "recipe": 2,
     "data": 3, "graph": 4, "convert": 5, "model": 6, "train": 7, "infer": 7, "evaluate": 8, "serve": 8, "stages": 9,
     "cli": 10,
 }  # fmt: skip

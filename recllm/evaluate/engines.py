@@ -143,18 +143,14 @@ class VllmEngines:
 class RayVllmEngines(VllmEngines):
     """`evaluate.replicas` of them, each with room for every adapter, are started under Ray and asked together."""
 
-    def __init__(self, recipe: Recipe, folders: list[Path]) -> None:
-        super().__init__(recipe, folders)
-        self._connection = contextlib.ExitStack()
-
     def check(self, folders: list[Path]) -> None:
-        """Damaged adapters, and a Ray that is not there or has no room; from here on this process is connected."""
+        """Damaged adapters, and a Ray that is not there or has no room."""
         from recllm.cluster import connected
         from recllm.infer.replicas import ASKED, room
 
         super().check(folders)
-        self._connection.enter_context(connected(ASKED))
-        room(self.recipe.evaluate.replicas)
+        with connected(ASKED):  # not kept: what comes next may stop, and needs no Ray
+            room(self.recipe.evaluate.replicas)
 
     def start(self, longest: int) -> None:
         """Start the replicas."""
@@ -169,8 +165,3 @@ class RayVllmEngines(VllmEngines):
         from recllm.infer.ray_vllm_engine import RayVllmEngine
 
         yield RayVllmEngine(self._model.replicas, self._model.tokens, folder)
-
-    def close(self) -> None:
-        """Stop the replicas, and the Ray that was started for them."""
-        super().close()
-        self._connection.close()

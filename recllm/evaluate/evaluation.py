@@ -20,7 +20,8 @@ or in place of num_users. There the figures of one class have no interval where 
     provenance      versions {recllm, python, torch, transformers, peft, numpy, …},
                     hashes {recipe, dataset_manifest, items, encoder, adapter, adapters {name}, inputs {path},
                     templates {task: id}},
-                    seed, seeds, command, created, base_model {name_or_path, dtype, attn_implementation},
+                    seed, seeds, command, created, engine (who ran the language models),
+                    base_model {name_or_path, dtype, attn_implementation},
                     machine {cpu_count, processor, platform, torch_device}, seconds {system: scoring wall time}
     counts          the manifest's, and evaluated {task: {examples, users, of_examples, chosen_by_seed}}, of tasks about
                     actions sessions too
@@ -166,7 +167,7 @@ def evaluate(
 
     Raises:
         UserError: adapter or encoder of another vocabulary or base model; broken candidates; an empty split;
-            evaluate.item_groups that the items do not have.
+            evaluate.item_groups that the items do not have; a package that is not installed.
     """
     from recllm.evaluate import report
 
@@ -181,11 +182,12 @@ def evaluate(
             "set one of them the other way"
         )
     tasks = load_tasks(dataset, recipe.evaluate.split, recipe.evaluate.max_examples, recipe.seed)
+    wants_model = bool(adapters) or BASE_MODEL in recipe.evaluate.baselines
+    action_systems.check_packages(recipe, [task.kind for task in tasks], writes=wants_model)
     check_beams(recipe, dataset, tasks)
     scorers = make_scorers(recipe, dataset, Path(encoder_folder), tasks)
     actions = ActionSystems(recipe, dataset, Path(encoder_folder), tasks)
     held, uncalibrated = calibration_tasks(recipe, dataset, tasks)
-    wants_model = adapters or BASE_MODEL in recipe.evaluate.baselines
     explanations = Explanations.of(recipe, dataset) if any(task.is_explained for task in tasks) else None
     of_graph, unexplained = graph_systems.systems(recipe, dataset, tasks, explanations)
     models = LanguageModels(recipe, dataset, adapters, held, explanations) if wants_model else None
@@ -590,9 +592,15 @@ def provenance(recipe: Recipe, dataset: Dataset, encoder_folder: Path, adapters:
         "seeds": manifest["seeds"],
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "engine": _engine(recipe),
         "base_model": recipe.model.model_dump(mode="json"),
         "machine": machine(),
     }
+
+
+def _engine(recipe: Recipe) -> str:
+    section = recipe.evaluate
+    return f"{section.engine}, {section.replicas} replicas" if section.engine == "ray-vllm" else section.engine
 
 
 def versions() -> dict[str, str]:

