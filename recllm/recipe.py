@@ -519,7 +519,7 @@ class DecodingSection(Section):
 class ActionProtocol(Section):
     """How actions are scored."""
 
-    calibration_examples: int = Field(500, ge=0)  # of valid: they fit the temperature of each system; 0: none
+    calibration_examples: int = Field(500, ge=0)  # of valid: they fit systems' temperatures, not controls'; 0: none
     bins: int = Field(10, ge=2)  # of the reliability plot and the calibration error
     otto_k: int = Field(20, ge=1)  # cut-off, and cap of what is to be found, of recall@k for each action
     otto_weights: dict[str, float] = {}  # label → weight of its recall; OTTO: clicks 0.1, carts 0.3, orders 0.6
@@ -567,7 +567,9 @@ class Recipe(Section):
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     loss: LossSection = LossSection()
-    train: dict[str, Any] = {}  # transformers.TrainingArguments by their own names
+    # transformers.TrainingArguments by their own names; and streaming: true, with buffer_size, for training examples
+    # that no process holds (train/streaming.py)
+    train: dict[str, Any] = {}
     evaluate: EvaluateSection = EvaluateSection()
 
     @model_validator(mode="before")

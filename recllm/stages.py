@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from recllm import __version__, assets, files, schema
-from recllm.data import offline
+from recllm.data import object_store, offline
 from recllm.errors import UserError
 from recllm.recipe import Recipe
 
@@ -37,11 +37,39 @@ def require(recipe: Recipe, stage: str) -> Path:
     return folder
 
 
-def convert(recipe: Recipe, workers: int | None = None) -> None:
-    """Interactions → dataset/."""
+def convert(
+    recipe: Recipe,
+    workers: int | None = None,
+    engine: str = "local",
+    partitions: int | None = None,
+    skip_unreadable: bool = False,
+) -> None:
+    """Interactions → dataset/, with the cores of this machine or on a Ray cluster: the same files.
+
+    Args:
+        recipe: the run.
+        workers: processes of the local engine.
+        engine: local or ray.
+        partitions: tasks of Ray that examples are dealt to.
+        skip_unreadable: leave out files of the log that cannot be read.
+
+    Raises:
+        UserError: options of the other engine.
+    """
+    from recllm.convert.pipeline import Engine
     from recllm.convert.pipeline import convert as convert_dataset
 
-    convert_dataset(recipe, output_of(recipe, "convert"), workers, graph_tokenizer(recipe))
+    output = output_of(recipe, "convert")
+    chosen: Engine | None = None
+    if engine == "ray":
+        from recllm.convert.ray_engine import RayEngine
+
+        if workers is not None:
+            raise UserError(f"--workers {workers} is of the local engine: leave it out, Ray takes the cluster's cores")
+        chosen = RayEngine(output, fingerprint(recipe, "convert", skip_unreadable), partitions)
+    elif partitions is not None:
+        raise UserError(f"--partitions {partitions} is of --engine ray: add that, or give --workers")
+    convert_dataset(recipe, output, workers, graph_tokenizer(recipe), chosen, skip_unreadable)
 
 
 def graph_tokenizer(recipe: Recipe) -> str | None:
@@ -190,8 +218,8 @@ STAGES: dict[str, Callable[..., None]] = {
 }
 
 
-def run(recipe: Recipe, force: bool = False) -> None:
-    """All stages in order; one whose inputs have not changed is skipped.
+def run(recipe: Recipe, force: bool = False, convert_options: Mapping[str, Any] | None = None) -> None:
+    """All stages in order; one whose inputs have not changed is skipped. `convert_options` go to `convert`.
 
     Raises:
         UserError: before the first stage, where the last one needs a package that is not installed.
@@ -201,7 +229,7 @@ def run(recipe: Recipe, force: bool = False) -> None:
 
         check_packages(recipe, [task.task for task in recipe.tasks], writes=True)
     for name in STAGES:
-        run_stage(recipe, name, force)
+        run_stage(recipe, name, force, **((convert_options or {}) if name == "convert" else {}))
 
 
 def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
@@ -212,19 +240,22 @@ def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
     """
     from accelerate import PartialState
 
+    from recllm.train import engines
+
     # The other ranks wait for the fit: torch's default of ten minutes would kill a long one
     patience = datetime.timedelta(seconds=float(recipe.train.get("ddp_timeout", 24 * 3600)))
-    state = PartialState(cpu=bool(recipe.train.get("use_cpu")), timeout=patience)
-    if state.is_main_process:
-        run_stage(recipe, "encoder")
-    state.wait_for_everyone()
+    with engines.telling_of_lost_processes():
+        state = PartialState(cpu=bool(recipe.train.get("use_cpu")), timeout=patience)
+        if state.is_main_process:
+            run_stage(recipe, "encoder")
+        state.wait_for_everyone()
     run_stage(recipe, "train", force=True, allow_template_mismatch=allow_template_mismatch)
 
 
 def run_stage(recipe: Recipe, name: str, force: bool = False, **options: Any) -> bool:
     """Run one stage unless it is up to date; returns whether it ran. `options` go to the stage's function."""
     record_path = recipe.output / "stages" / f"{name}.json"
-    key = fingerprint(recipe, name)
+    key = fingerprint(recipe, name, bool(options.get("skip_unreadable")))
     output = output_of(recipe, name)
     if not force and _up_to_date(record_path, key, output):
         print(f"== {name}: up to date ({output})", flush=True)
@@ -242,8 +273,8 @@ def run_stage(recipe: Recipe, name: str, force: bool = False, **options: Any) ->
     return True
 
 
-def fingerprint(recipe: Recipe, name: str) -> str:
-    """sha256 over everything that the stage reads."""
+def fingerprint(recipe: Recipe, name: str, skip_unreadable: bool = False) -> str:
+    """sha256 over everything that the stage reads; where convert may leave out files, over that too."""
     document = recipe.model_dump(mode="json")
     joint = document["encoder"].pop("joint_learning_rate")  # of the adapter's training, not of this fit
     from recllm.convert.pipeline import tokenizer_special_tokens
@@ -263,7 +294,8 @@ def fingerprint(recipe: Recipe, name: str) -> str:
             read["tokenizer"] = _model_files(recipe.model.name_or_path) or recipe.model.name_or_path
         if recipe.finance is not None:
             paths = [*paths, recipe.finance.folder]
-        read["files"] = {path: files.sha256_of(offline.resolve(path)) for path in paths}
+        read["files"] = {path: _content(path) for path in paths}
+        read |= {"skip_unreadable": True} if skip_unreadable else {}
         read["special_tokens"] = tokenizer_special_tokens(recipe.model.name_or_path)  # neutralised in titles
         read["templates"] = [files.sha256_of(assets.find("prompts", task.template)) for task in recipe.tasks]
     elif name == "encoder":
@@ -287,6 +319,11 @@ def fingerprint(recipe: Recipe, name: str) -> str:
         read["adapters"] = [files.sha256_of(folder) for folder in _adapters(recipe)]
     read |= {section: document[section] for section in sections}
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: str) -> Any:
+    """What changes with a file's content; objects in stores are not sent for it."""
+    return object_store.version(path) if object_store.is_url(path) else files.sha256_of(offline.resolve(path))
 
 
 def _model_files(name_or_path: str) -> dict[str, tuple[int, int]]:

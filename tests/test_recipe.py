@@ -116,6 +116,12 @@ def test_a_bad_graph_section_is_an_error_with_a_next_step(override: str, message
     assert message in str(error.value)
 
 
+def test_replicas_are_of_engine_ray_vllm_only() -> None:
+    assert load_recipe(NAME, ["evaluate.engine=ray-vllm", "evaluate.replicas=4"]).evaluate.replicas == 4
+    with pytest.raises(UserError, match="replicas=4 with engine vllm: only engine ray-vllm has replicas"):
+        load_recipe(NAME, ["evaluate.engine=vllm", "evaluate.replicas=4"])
+
+
 def test_an_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean"):
         load_recipe("movielens/next_item_ilra")

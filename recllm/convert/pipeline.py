@@ -1,12 +1,14 @@
-"""The local engine: a recipe becomes dataset/, streamed over all cores.
+"""A recipe becomes dataset/, streamed over all cores of this machine, or of a cluster.
 
 A `Recipe` enters; sequences.parquet, items.parquet, {train,valid,test}/part-*.parquet and manifest.json leave, in one
-step: the folder appears complete or not at all. The bytes depend on the recipe and its inputs only, not on the number
-of workers: shards are cut by user and each is written by one worker.
+step: the folder appears complete or not at all. The bytes depend on the recipe and its inputs only, not on the engine
+or the number of workers: shards are cut by user and each is written by one worker. `Local` is the engine of one
+machine; that of a cluster is in ray_engine.py.
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import polars as pl
@@ -36,11 +38,20 @@ from recllm.convert.targets import WITHOUT_RATIONALE, Sequences
 from recllm.convert.templates import ACTION_TASKS, BANK_TASKS, GRAPH_TASKS, GRAPH_VARIABLES, RANK_ASSETS, load_template
 from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
 from recllm.data.candidates import CandidateSampler
+from recllm.data.rows import Scan, Scanner, scan
 from recllm.data.sequences import Prepared, prepare
-from recllm.data.stored import SHARD_POSITIONS, USER, StoredSequences, shards
+from recllm.data.stored import SHARD_POSITIONS, USER, Shard, StoredSequences
 from recllm.errors import UserError
 from recllm.graph.build import build_graph, check_times
-from recllm.recipe import GraphSection, PromptSection, Recipe, TaskSection
+from recllm.recipe import (
+    ActionsSection,
+    DataSection,
+    FilterSection,
+    GraphSection,
+    PromptSection,
+    Recipe,
+    TaskSection,
+)
 
 IN_FLIGHT = 2  # shards handed out for each worker: bounds what waits in memory
 GRAPH = "graph"  # folder of a dataset
@@ -81,8 +92,71 @@ class Written(NamedTuple):
         self.labels.update(other.labels)
         self.sessions.update(other.sessions)
 
+    def document(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        labels = [[place, label, count] for (place, label), count in self.labels.items()]
+        return {"examples": self.examples, "graph": self.graph, "labels": labels, "sessions": self.sessions}
 
-def convert(recipe: Recipe, output: Path, workers: int | None = None, tokenizer: str | None = None) -> dict[str, Any]:
+    @classmethod
+    def of_document(cls, found: dict[str, Any]) -> "Written":
+        """What `document` gave."""
+        labels = Counter({(place, label): count for place, label, count in found["labels"]})
+        return cls(Counter(found["examples"]), Counter(found["graph"]), labels, Counter(found["sessions"]))
+
+
+class Engine(Protocol):
+    """Where a log is read and examples are written."""
+
+    def opened(self, folder: Path) -> contextlib.AbstractContextManager[None]:
+        """All of the work on the dataset that becomes `folder` lies within."""
+
+    def scan(
+        self,
+        data: DataSection,
+        filters: FilterSection,
+        actions: ActionsSection | None,
+        items: pl.DataFrame | None,
+        skip_unreadable: bool = False,
+    ) -> Scan:
+        """See rows.scan."""
+
+    def write(
+        self, sequences: StoredSequences, cut: list[Shard], converter: Converter, folder: Path
+    ) -> Iterator[tuple[int, Written]]:
+        """Write each shard to folder/{train,valid,test}/part-NUMBER.parquet; its number and what it held, when done.
+
+        Numbers are those in `cut`, from 0.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """The cores of this machine: a pool of processes, or this process alone with 1."""
+
+    workers: int
+
+    def opened(self, folder: Path) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """Nothing to open."""
+        return contextlib.nullcontext()
+
+    scan = staticmethod(scan)
+
+    def write(
+        self, sequences: StoredSequences, cut: list[Shard], converter: Converter, folder: Path
+    ) -> Iterator[tuple[int, Written]]:
+        """See Engine."""
+        jobs = ((number, batch, str(folder)) for number, batch in enumerate(sequences.read(cut)))
+        return enumerate(_run(jobs, converter, min(self.workers, len(cut))))
+
+
+def convert(
+    recipe: Recipe,
+    output: Path,
+    workers: int | None = None,
+    tokenizer: str | None = None,
+    engine: Engine | None = None,
+    skip_unreadable: bool = False,
+) -> dict[str, Any]:
     """Write the dataset of `recipe` to the folder `output` and return its manifest.
 
     Args:
@@ -91,6 +165,8 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None, tokenizer:
         workers: processes; None takes the cores that this process may use, at most MOST_WORKERS. 1 works in this
             process.
         tokenizer: the base model's tokenizer.json as text: counts the budget of a graph. None: that of its folder.
+        engine: None is `Local(workers)`.
+        skip_unreadable: leave out files of the log that cannot be read to their end, and name them in the manifest.
 
     Raises:
         UserError: anything wrong with recipe, templates or data; an empty split; a worker that was killed.
@@ -99,20 +175,25 @@ def convert(recipe: Recipe, output: Path, workers: int | None = None, tokenizer:
     workers = min(available_cores(), MOST_WORKERS) if workers is None else workers
     if workers < 1:
         raise UserError(f"convert with {workers} workers: at least 1 is needed, leave --workers out for the default")
-    with files.replacing_folder(output) as folder:
-        prepared, converter, further = set_up(recipe, folder, tokenizer)
-        written = _write_examples(prepared.sequences, converter, folder, workers)
+    engine = engine or Local(workers)
+    with files.replacing_folder(output) as folder, engine.opened(folder):
+        scanner = functools.partial(engine.scan, skip_unreadable=skip_unreadable)
+        prepared, converter, further = set_up(recipe, folder, tokenizer, scanner)
+        written = _write_examples(prepared.sequences, converter, folder, engine)
         _check_nothing_is_empty(converter.tasks, written)
         items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
         pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
         manifest = _manifest(recipe, prepared, converter, written)
         manifest |= {"graph": _graph_entry(further.graph, written), "finance": further.finance}
+        manifest |= {"skipped": prepared.skipped} if skip_unreadable else {}
         files.write_json(folder / "manifest.json", manifest)
     print(summary(manifest, output))
     return manifest
 
 
-def set_up(recipe: Recipe, folder: Path, tokenizer: str | None = None) -> tuple[Prepared, Converter, Further]:
+def set_up(
+    recipe: Recipe, folder: Path, tokenizer: str | None = None, scanner: Scanner = scan
+) -> tuple[Prepared, Converter, Further]:
     """All that comes before the first example: templates, data, texts, and every check that needs no example.
 
     sequences.parquet is written to `folder`, and graph/ and finance/ where the recipe has one. With prompt.user the
@@ -132,7 +213,7 @@ def set_up(recipe: Recipe, folder: Path, tokenizer: str | None = None) -> tuple[
         )
     if recipe.graph is not None:
         tokenizer = tokenizer or _tokenizer(recipe.model.name_or_path)
-    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder, recipe.actions)
+    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder, recipe.actions, scanner)
     check_labels(prepared.actions, tasks)
     check_sessions(prepared, tasks)
     converter, graph, finance = make_converter(recipe, prepared, tasks, events), None, None
@@ -382,17 +463,20 @@ def make_converter(
     )
 
 
-def _write_examples(sequences: StoredSequences, converter: Converter, folder: Path, workers: int) -> Written:
+def _write_examples(sequences: StoredSequences, converter: Converter, folder: Path, engine: Engine) -> Written:
     """Write every shard."""
     for split in schema.SPLITS:
         (folder / split).mkdir()
-    sizes = [users for _, users in shards(sequences.lengths, SHARD_POSITIONS)]
-    jobs = ((number, batch, str(folder)) for number, batch in enumerate(sequences.batches(SHARD_POSITIONS)))
-    written = Written.nothing()
+    cut, counts = sequences.cut(SHARD_POSITIONS), dict[int, Written]()
     with tqdm(total=sequences.num_users, unit="user", desc="convert", leave=False) as progress:
-        for users, counts in zip(sizes, _run(jobs, converter, min(workers, len(sizes))), strict=True):
-            written.add(counts)
-            progress.update(users)
+        for number, held in engine.write(sequences, cut, converter, folder):
+            counts[number] = held
+            progress.update(cut[number].users)
+    if len(counts) != len(cut):
+        raise RuntimeError(f"{len(counts)} of {len(cut)} shards were written: a defect")
+    written = Written.nothing()
+    for number in range(len(cut)):  # whatever was done first
+        written.add(counts[number])
     for split in schema.SPLITS:  # a shard without examples of a split leaves no file: close the gaps
         for number, path in enumerate(sorted((folder / split).iterdir())):
             path.rename(path.with_name(f"part-{number:05d}.parquet"))
@@ -560,6 +644,9 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     lines += classes.lines(manifest.get("actions"))
     warnings += classes.warnings(manifest.get("actions"))
     lines += [f"  audit: {name} {_short(value)}" for name, value in audit.items() if value is not None]
+    if skipped := manifest.get("skipped"):
+        warnings.append(f"{len(skipped)} files of the log could not be read and were skipped, as asked")
+        warnings += [f"skipped: {why}" for why in skipped.values()]
     return "\n".join([*lines, *(f"  warning: {text}" for text in warnings)])
 
 

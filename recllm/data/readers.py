@@ -9,9 +9,9 @@ Files are scanned lazily, so that a log need never be in memory as text. Anythin
 file, the line and the value.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
@@ -81,21 +81,65 @@ def read_interactions(
             session id, an action without the item that it needs, an attribute in JSON that is none. Names file, line
             and value. Also a name that goes into JSON and leads nowhere in any row of any file.
     """
+    read = [read_file(path, source, skip, actions) for path in log_paths(source, actions)]
+    check_together([one.about for one in read], source, skip)
+    log = pl.concat([one.frame for one in read])
+    return log if actions is None else log.with_row_index(ROW)
+
+
+def log_paths(source: InteractionsSource, actions: ActionsSection | None) -> list[str]:
+    """The files of a log, of which there is at least one; the names in its `columns` are known ones.
+
+    Raises:
+        UserError: an empty list, an unknown name.
+    """
     if not (paths := paths_of(source)):
         raise UserError("data.interactions.path is an empty list: name at least one file")
     _known_keys(source.columns, actions)
-    opened = [with_paths(_open(path, source), source.columns.values()) for path in paths]
-    read = [_interactions_of(table, source, skip, actions) for table in opened]
+    return paths
+
+
+class About(NamedTuple):
+    """What the files of one log must agree on."""
+
+    path: str
+    names: list[str]  # of the columns that it gives
+    nowhere: list[str]  # names that go into its JSON and are null in every row
+
+
+class LogFile(NamedTuple):
+    """One file of a log, checked."""
+
+    about: About
+    frame: pl.LazyFrame  # as `read_interactions` says, without `row`
+
+
+def read_file(
+    path: str, source: InteractionsSource, skip: Collection[str] = (), actions: ActionsSection | None = None
+) -> LogFile:
+    """One file of a log by itself; arguments and errors are those of `read_interactions`."""
+    frame, nowhere = _interactions_of(_table(path, source), source, skip, actions)
+    return LogFile(About(path, frame.collect_schema().names(), nowhere), frame)
+
+
+def check_together(files: Sequence[About], source: InteractionsSource, skip: Collection[str] = ()) -> None:
+    """What can only be seen of all files of a log.
+
+    Raises:
+        UserError: files with different columns, a name that goes into JSON and leads nowhere in any row of any file.
+    """
     asked = [column for name, column in source.columns.items() if name not in skip]
-    if lost := [way for way in read[0][1] if way in asked and all(way in nowhere for _, nowhere in read)]:
-        raise leads_nowhere(opened[0], lost[0])
-    frames = [frame for frame, _ in read]
-    first = frames[0].collect_schema().names()
-    for path, frame in zip(paths, frames):
-        if (names := frame.collect_schema().names()) != first:
-            raise UserError(f"{path}: gives the columns {names}, but {paths[0]} gives {first}: read them separately")
-    log = pl.concat(frames)
-    return log if actions is None else log.with_row_index(ROW)
+    if lost := [way for way in files[0].nowhere if way in asked and all(way in file.nowhere for file in files)]:
+        raise leads_nowhere(_table(files[0].path, source), lost[0])
+    for path, names, _ in files:
+        if names != files[0].names:
+            raise UserError(
+                f"{path}: gives the columns {names}, but {files[0].path} gives {files[0].names}: read them separately"
+            )
+
+
+def _table(path: str, source: InteractionsSource) -> Table:
+    return with_paths(_open(path, source), source.columns.values())
 
 
 def _open(path: str, source: InteractionsSource) -> Table:

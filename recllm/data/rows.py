@@ -5,9 +5,10 @@ its texts, each once, in memory.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from recllm.data.randomness import text_keys
 from recllm.data.readers import ORDER, ROW
 from recllm.data.spool import Spool
 from recllm.errors import UserError
-from recllm.recipe import ActionsSection, DataSection, FilterSection
+from recllm.recipe import ActionsSection, DataSection, FilterSection, InteractionsSource
 from recllm.schema import ACTION, ATTRIBUTE, ITEM_ID, NO_ITEM, RATING, SESSION_ID, TITLE, USER_ID
 
 NO_TEXT = "\0"  # stands for a null action or session where texts are hashed
@@ -39,10 +40,140 @@ class Source:
     users: list[str]  # by number
     texts: dict[str, list[str]]  # "action" and "attribute:NAME" → texts by number
     counts: dict[str, int]
+    skipped: dict[str, str]  # files that could not be read → why
+    sha256: dict[str, str]  # of files that another process read
 
 
-def read_rows(data: DataSection, filters: FilterSection, actions: ActionsSection | None, folder: Path) -> Source:
-    """Read with the streaming engine, ids as integers early: a row is 16 to 36 bytes, and 4 for each attribute.
+@dataclass
+class Scan:
+    """A log while it is read: batches of rows in any order, and what else comes to light on the way."""
+
+    names: list[str]  # columns of the log
+    batches: Iterator[pl.DataFrame]  # see `selected`
+    paths: list[str]  # of the files that are read
+    skipped: dict[str, str]  # path → why it could not be read; complete when the batches are through
+    sha256: dict[str, str] = field(default_factory=dict)  # of files that this process does not read itself, likewise
+
+
+class Scanner(Protocol):
+    """Opens a log: here (`scan`), or on a cluster (convert/ray_reading.py)."""
+
+    def __call__(
+        self,
+        data: DataSection,
+        filters: FilterSection,
+        actions: ActionsSection | None,
+        items: pl.DataFrame | None,
+    ) -> Scan:
+        """The log of a recipe's sections; with `items` as the catalogue."""
+
+
+def scan(
+    data: DataSection,
+    filters: FilterSection,
+    actions: ActionsSection | None,
+    items: pl.DataFrame | None,
+    skip_unreadable: bool = False,
+) -> Scan:
+    """Read in this process, with the streaming engine and all cores.
+
+    Args:
+        data, filters, actions: of the recipe.
+        items: the catalogue, if there is one.
+        skip_unreadable: leave out files that cannot be read to their end, which takes one more pass to know.
+
+    Raises:
+        UserError: bad input (see readers), no file that can be read.
+    """
+    source, skipped = data.interactions, dict[str, str]()
+    if skip_unreadable:
+        source, skipped = _readable(data, filters, actions)
+    scanned = readers.read_interactions(source, not_read(filters), actions)
+    names, paths = scanned.collect_schema().names(), readers.paths_of(source)
+    frame = selected(scanned, names, items)
+    return Scan(names, tables.batches(frame, paths, _BATCH, readers.list_key(source)), paths, skipped)
+
+
+def _readable(
+    data: DataSection, filters: FilterSection, actions: ActionsSection | None
+) -> tuple[InteractionsSource, dict[str, str]]:
+    """The source without the files that cannot be read, and why not."""
+    source, skipped = data.interactions, dict[str, str]()
+    for path in readers.log_paths(source, actions):
+        try:
+            read_through(readers.read_file(path, source, not_read(filters), actions), source)
+        except tables.Unreadable as error:
+            skipped[path] = str(error)
+    left = [path for path in readers.paths_of(source) if path not in skipped]
+    refuse_nothing_left(left, skipped)
+    return source.model_copy(update={"path": left}), skipped
+
+
+def refuse_nothing_left(left: Collection[str], skipped: Mapping[str, str]) -> None:
+    """An error where every file of a log was skipped."""
+    if not left:
+        first = next(iter(skipped.values()))
+        raise UserError(f"none of the {len(skipped)} files of the log can be read, the first: {first}")
+
+
+def read_through(file: readers.LogFile, source: InteractionsSource) -> None:
+    """Decode every value once: what is broken behind the checked columns shows now.
+
+    Raises:
+        Unreadable: it is.
+    """
+    for _ in tables.batches(file.frame, [file.about.path], _BATCH, readers.list_key(source)):
+        pass
+
+
+def batch_rows() -> int:
+    """Rows of a batch of `in_order`, but the last."""
+    return _BATCH
+
+
+def in_order(file: readers.LogFile, source: InteractionsSource, items: pl.DataFrame | None) -> Iterator[pl.DataFrame]:
+    """The batches of one file as `selected` says, cut at the same rows however often it is read.
+
+    A task that is lost and run again therefore gives the same batches under the same numbers.
+    """
+    frame, waiting = selected(file.frame, file.about.names, items, ordered=True), pl.DataFrame()
+    paths, key = [file.about.path], readers.list_key(source)
+    for batch in tables.batches(frame, paths, _BATCH, key, ordered=True):
+        waiting = pl.concat([waiting, batch]) if waiting.width else batch
+        while waiting.height >= _BATCH:
+            yield waiting.head(_BATCH)
+            waiting = waiting.slice(_BATCH)
+    if waiting.height:
+        yield waiting
+
+
+def selected(
+    scanned: pl.LazyFrame, names: Collection[str], items: pl.DataFrame | None, ordered: bool = False
+) -> pl.LazyFrame:
+    """The columns that are written down: with a catalogue the row of each item in it, otherwise its id.
+
+    Rows come in any order, unless they are `ordered` as in the file.
+    """
+    wanted = [name for name in (USER_ID, ORDER, RATING, ACTION, SESSION_ID, ROW) if name in names]
+    attributes = [name for name in names if name.startswith(ATTRIBUTE)]
+    if items is None:
+        return scanned.select(*wanted, ITEM_ID, *attributes)
+    catalogue = items.lazy().select(ITEM_ID, pl.int_range(pl.len(), dtype=pl.Int32).alias(_ITEM))
+    # Build side: by default the engine may hold the log and stream the catalogue.
+    order: Any = "left" if ordered else None
+    joined = scanned.join(catalogue, on=ITEM_ID, how="left", build_side="force_right", maintain_order=order)
+    unknown = (pl.col(_ITEM).is_null() & pl.col(ITEM_ID).is_not_null()).alias(_UNKNOWN)
+    return joined.select(*wanted, pl.col(_ITEM).fill_null(NO_ITEM), unknown, *attributes)
+
+
+def read_rows(
+    data: DataSection,
+    filters: FilterSection,
+    actions: ActionsSection | None,
+    folder: Path,
+    scanner: Scanner = scan,
+) -> Source:
+    """Ids become integers early: a row is 16 to 36 bytes, and 4 for each attribute.
 
     Texts are numbered as they come: memory holds the different ids and attributes, each once, and a batch of rows.
     Attributes that differ in every event (pages, typed text) are therefore all in memory.
@@ -51,24 +182,24 @@ def read_rows(data: DataSection, filters: FilterSection, actions: ActionsSection
         UserError: bad input (see readers), unknown items or actions; session ids where pauses should make sessions.
     """
     items = None if data.items is None else readers.read_items(data.items)
-    scanned = readers.read_interactions(data.interactions, _not_read(filters), actions)
-    names = scanned.collect_schema().names()
-    _check_columns(names, data, filters, actions)
-    reading = _Reading(names, filters, actions, items, folder)
-    paths, events = readers.paths_of(data.interactions), readers.list_key(data.interactions)
+    log = scanner(data, filters, actions, items)
+    _check_columns(log.names, data, filters, actions)
+    reading = _Reading(log.names, filters, actions, items, folder)
     with tqdm(unit="interaction", desc="read", unit_scale=True, leave=False) as progress:
-        for batch in tables.batches(reading.select(scanned, items), paths, _BATCH, events):
+        for batch in log.batches:
             progress.update(batch.height)
             reading.add(batch)
     if reading.vocabulary and reading.vocabulary.unknown and not reading.vocabulary.drop:
-        raise UserError(f"{', '.join(paths)}: {reading.vocabulary.complaint()}")
+        raise UserError(f"{', '.join(log.paths)}: {reading.vocabulary.complaint()}")
     if reading.unknown and not filters.drop_unknown_items and items is not None:
+        left = [path for path in log.paths if path not in log.skipped]
+        data = data.model_copy(update={"interactions": data.interactions.model_copy(update={"path": left})})
         raise UserError(_unknown_items(data, filters, actions, items, reading))
-    return reading.source(items)
+    return reading.source(items, log)
 
 
 def _check_columns(names: list[str], data: DataSection, filters: FilterSection, actions: ActionsSection | None) -> None:
-    if RATING not in _not_read(filters) and RATING not in names:
+    if RATING not in not_read(filters) and RATING not in names:
         raise UserError(
             "filter.min_rating, like_at and rating_bands need ratings, the source has no rating column: "
             "map one with data.interactions.columns.rating or drop the filter"
@@ -81,7 +212,7 @@ def _check_columns(names: list[str], data: DataSection, filters: FilterSection, 
         )
 
 
-def _not_read(filters: FilterSection) -> set[str]:
+def not_read(filters: FilterSection) -> set[str]:
     """Optional columns that nothing looks at, whatever they hold."""
     rated = filters.min_rating is not None or filters.makes_actions
     return (set() if rated else {RATING}) | ({ACTION} if filters.makes_actions else set())
@@ -113,17 +244,6 @@ class _Reading:
         fields += [(ROW, np.int64)] * (ROW in self.names)
         return np.dtype([*fields, *((name, np.uint32) for name in self.attributes)])
 
-    def select(self, scanned: pl.LazyFrame, items: pl.DataFrame | None) -> pl.LazyFrame:
-        """The columns that `add` looks at: with a catalogue the row of each item in it, otherwise its id."""
-        wanted = [name for name in (USER_ID, ORDER, RATING, ACTION, SESSION_ID, ROW) if name in self.names]
-        if items is None:
-            return scanned.select(*wanted, ITEM_ID, *self.attributes)
-        catalogue = items.lazy().select(ITEM_ID, pl.int_range(pl.len(), dtype=pl.Int32).alias(_ITEM))
-        # Build side: by default the engine may hold the log and stream the catalogue.
-        joined = scanned.join(catalogue, on=ITEM_ID, how="left", build_side="force_right")
-        unknown = (pl.col(_ITEM).is_null() & pl.col(ITEM_ID).is_not_null()).alias(_UNKNOWN)
-        return joined.select(*wanted, pl.col(_ITEM).fill_null(NO_ITEM), unknown, *self.attributes)
-
     def add(self, batch: pl.DataFrame) -> None:
         """Filter and number the rows of a batch, and write them down."""
         self.read += batch.height
@@ -147,7 +267,7 @@ class _Reading:
             rows[name] = numbers.of(batch[name])
         self.rows.append(rows)
 
-    def source(self, items: pl.DataFrame | None) -> Source:
+    def source(self, items: pl.DataFrame | None, log: Scan) -> Source:
         """All that was taken in."""
         counts = {"interactions_read": self.read}
         if self.filters.min_rating is not None:
@@ -164,7 +284,7 @@ class _Reading:
         if self.ids is not None:
             items = _of_ids(self.ids.texts)
         assert items is not None  # one of both there is
-        return Source(self.rows, items, self.users.texts, texts, counts)
+        return Source(self.rows, items, self.users.texts, texts, counts, log.skipped, log.sha256)
 
 
 def _of_ids(item_ids: list[str]) -> pl.DataFrame:
@@ -252,7 +372,7 @@ def _by_rating(batch: pl.DataFrame, filters: FilterSection) -> pl.DataFrame:
 def _unknown_items(
     data: DataSection, filters: FilterSection, actions: ActionsSection | None, items: pl.DataFrame, log: _Reading
 ) -> str:
-    scanned = readers.read_interactions(data.interactions, _not_read(filters), actions)
+    scanned = readers.read_interactions(data.interactions, not_read(filters), actions)
     if filters.min_rating is not None:
         scanned = scanned.filter(pl.col(RATING) >= filters.min_rating)
     missing = scanned.filter(pl.col(ITEM_ID).is_not_null()).join(items.lazy().select(ITEM_ID), on=ITEM_ID, how="anti")

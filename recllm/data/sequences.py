@@ -38,7 +38,7 @@ from recllm.data.given import Given, read_given
 from recllm.data.log import Log
 from recllm.data.randomness import mix, text_keys
 from recllm.data.readers import ORDER, ROW
-from recllm.data.rows import NO_TEXT, Source, read_rows
+from recllm.data.rows import NO_TEXT, Scanner, Source, read_rows, scan
 from recllm.data.spool import Rows, Spool
 from recllm.data.stored import GROUP_POSITIONS, StoredSequences, shards
 from recllm.errors import UserError
@@ -64,6 +64,7 @@ class Prepared:
     split: dict[str, Any]  # method, cutoffs (seconds)
     audit: dict[str, Any]
     inputs: dict[str, str]  # path as the recipe gives it → sha256
+    skipped: dict[str, str]  # files of the log that could not be read → why
     # interactions after each filter, users, items, targets; of an event log events_without_item, sessions and
     # sessions_of_one_event
     counts: dict[str, int]
@@ -76,6 +77,7 @@ def prepare(
     seed: int,
     folder: Path,
     events: ActionsSection | None = None,
+    scanner: Scanner = scan,
 ) -> Prepared:
     """Read, filter, order, split and audit. Row order and number of the input files do not change the result.
 
@@ -86,6 +88,7 @@ def prepare(
         data, filters, split, seed: of the recipe.
         folder: there sequences.parquet is written; scratch files there need some 30 bytes an interaction, twice.
         events: the section `actions` of the recipe, if it has one.
+        scanner: reads the log, here or elsewhere.
 
     Raises:
         UserError: bad input (see readers), unknown items or actions, nothing left after filtering, an empty split.
@@ -94,7 +97,7 @@ def prepare(
     given_rows = read_given(split) if split.method == "given" else None
     attributes = None if data.users is None else readers.read_users(data.users)
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=folder) as scratch:
-        source = read_rows(data, filters, events, Path(scratch) / "rows")
+        source = read_rows(data, filters, events, Path(scratch) / "rows", scanner)
         user_rows, item_rows = _core(source, filters)
         items, item_index = _catalogue(source.items, item_rows, filters)
         user_ids, user_index = _in_order(source.users, user_rows)
@@ -130,7 +133,12 @@ def prepare(
         train_counts=train_counts,
         split={"method": split.method, "cutoffs": rules.cutoffs},
         audit=leaks,
-        inputs={path: files.sha256_of(offline.resolve(path)) for path in source_paths(data, split)},
+        inputs={
+            path: source.sha256.get(path) or files.sha256_of(offline.resolve(path))
+            for path in source_paths(data, split)
+            if path not in source.skipped
+        },
+        skipped=source.skipped,
         counts=source.counts
         | {"users": len(lengths), "items": items.height, "interactions": int(lengths.sum())}
         | log.counts

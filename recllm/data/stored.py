@@ -4,9 +4,10 @@ A sequences.parquet enters; record batches of bounded size leave, in user_index 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,16 +41,39 @@ class StoredSequences:
 
     def batches(self, positions: int) -> Iterator[pa.RecordBatch]:
         """Shards (see `shards`) as batches of schema.SEQUENCES and the further columns."""
-        begin = 0
+        return self.read(self.cut(positions))
+
+    def cut(self, positions: int) -> list["Shard"]:
+        """The shards (see `shards`) of each row group."""
+        found, begin = list[Shard](), 0
+        metadata = pq.read_metadata(self.path)
+        for group in range(metadata.num_row_groups):
+            end = begin + metadata.row_group(group).num_rows
+            found += [Shard(group, begin, first, users) for first, users in shards(self.lengths, positions, begin, end)]
+            begin = end
+        return found
+
+    def read(self, wanted: Iterable["Shard"]) -> Iterator[pa.RecordBatch]:
+        """Some shards, each as a batch; of those that follow one another in a row group it is read once."""
         with pq.ParquetFile(self.path) as file:
-            for number in range(file.num_row_groups):
+            for number, together in itertools.groupby(wanted, key=lambda shard: shard.group):
                 group = file.read_row_group(number).combine_chunks().to_batches()[0]
-                end = begin + group.num_rows
-                for name, column in self.further.items():
-                    group = group.append_column(name, column.slice(begin, group.num_rows))
-                for first, rows in shards(self.lengths, positions, begin, end):
-                    yield group.take(pa.array(range(first - begin, first - begin + rows)))  # a slice is sent whole
-                begin = end
+                for shard in together:
+                    place = shard.first - shard.begin
+                    batch = group.take(pa.array(range(place, place + shard.users)))  # a slice is sent whole
+                    for name, column in self.further.items():
+                        further = column.slice(shard.first, shard.users)
+                        batch = batch.append_column(name, further.take(pa.array(range(shard.users))))
+                    yield batch
+
+
+class Shard(NamedTuple):
+    """Consecutive users of one row group."""
+
+    group: int  # number of the row group
+    begin: int  # user_index of its first user
+    first: int  # user_index of the shard's first user
+    users: int
 
 
 def shards(

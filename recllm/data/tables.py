@@ -55,6 +55,10 @@ class Source(Protocol):
         """One character."""
 
 
+class Unreadable(UserError):
+    """A file that cannot be read as what it should be: cut short, broken, not text. Not one that holds wrong values."""
+
+
 @dataclass(frozen=True)
 class Table:
     """One opened file: its lazy frame under the file's own column names, and how to name a row of it."""
@@ -286,9 +290,9 @@ def _json_line(file: str, row: int) -> int:
         return next(islice(filled, row, None), row + 1)
 
 
-def _unreadable_json(path: str, file: str, error: Exception, events: str | None = None) -> UserError:
+def _unreadable_json(path: str, file: str, error: Exception, events: str | None = None) -> Unreadable:
     _refuse_encoding(path, file)
-    return UserError(
+    return Unreadable(
         _json_fault(path, file, events)
         or f"{path}: cannot be read as JSON lines ({_first_line(error)}): values of one key must be of one kind"
     )
@@ -321,7 +325,7 @@ def _hf(path: str, folder: Path) -> Table:
     try:
         dataset = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"{path}: is no folder written by datasets.save_to_disk ({error})") from None
+        raise Unreadable(f"{path}: is no folder written by datasets.save_to_disk ({error})") from None
     if not isinstance(dataset, Dataset):
         raise UserError(f"{path}: holds the splits {', '.join(dataset)}: name one, e.g. {path}/{next(iter(dataset))}")
     frame = pl.from_arrow(dataset.with_format("arrow")[:])
@@ -333,7 +337,7 @@ def _names(frame: pl.LazyFrame, path: str) -> list[str]:
     try:
         names = frame.collect_schema().names()
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(
+        raise Unreadable(
             f"{path}: cannot be read ({_first_line(error)}): check the format and that it is not empty"
         ) from None
     if any("\ufffd" in name for name in names):
@@ -382,10 +386,12 @@ def collect(frame: pl.LazyFrame, paths: Sequence[str], events: str | None = None
         return frame.collect(engine="streaming")
 
 
-def batches(frame: pl.LazyFrame, paths: Sequence[str], rows: int, events: str | None = None) -> Iterator[pl.DataFrame]:
-    """The same in pieces of about `rows` rows, in any order; memory holds a few of them."""
+def batches(
+    frame: pl.LazyFrame, paths: Sequence[str], rows: int, events: str | None = None, ordered: bool = False
+) -> Iterator[pl.DataFrame]:
+    """The same in pieces of about `rows` rows, in any order unless `ordered`; memory holds a few of them."""
     with _named(paths, events):
-        yield from frame.collect_batches(chunk_size=rows, maintain_order=False, engine="streaming")
+        yield from frame.collect_batches(chunk_size=rows, maintain_order=ordered, engine="streaming")
 
 
 @contextlib.contextmanager
@@ -398,7 +404,7 @@ def _named(paths: Sequence[str], events: str | None = None) -> Iterator[None]:
             _refuse_encoding(path, str(file))
             if len(paths) == 1 and (events or _ENDINGS.get(ending_of(file)) == "jsonl"):
                 raise _unreadable_json(path, str(file), error, events) from None
-        raise UserError(
+        raise Unreadable(
             f"{', '.join(paths)}: cannot be read ({_first_line(error)}): check the format and separator"
         ) from None
 
@@ -413,7 +419,7 @@ def _refuse_encoding(path: str, file: str) -> None:
             try:
                 text.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
+                raise Unreadable(
                     f"{path}, line {number}: is not UTF-8 text (byte 0x{text[error.start]:02x} at place "
                     f"{error.start + 1}): save the file as UTF-8, e.g. iconv -f latin1 -t utf-8 {Path(path).name}"
                 ) from None

@@ -3,24 +3,31 @@
 
     python scripts/bench/convert.py                       # 1e5, 1e6 and 1e7 interactions
     python scripts/bench/convert.py --sizes 1e5 --workers 1
+    python scripts/bench/convert.py --sizes 1e6 --engine ray
 
 Task: next_item_among, every training position a target, 10-item histories, 20 candidates listed in the prompt and
 stored (--task next_item --dense-window 10 measures others). Each size runs in a fresh process. One JSON line a size,
 then one with all of them. cpu_s: user and system time of all processes of the run, reading and writing included, making
-the log and the first imports excluded. peak_rss_mib: largest sum over the process tree, sampled (memory shared by
-processes counts for each); with the second worker it is flat: only users and items are held whole. disk_mib:
-size of the dataset.
+the log and the first imports excluded (of the local engine; Ray's processes are not the driver's to count). tree_cpu_s:
+the same over the whole process tree, sampled, with all imports and with Ray's own processes. driver_cpu_s: of the first
+process alone, and of it before_examples_cpu_s until the log is numbered, sorted and split: on any engine the part that
+one process does. peak_rss_mib: largest sum over the process tree, sampled (memory shared by processes counts for each);
+with the second worker it is flat: only users and items are held whole. disk_mib: size of the dataset; peak_disk_mib:
+largest size of all that the run had on disk beside its log, sampled.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed
@@ -53,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["1e5", "1e6", "1e7"], help="interactions")
     parser.add_argument("--workers", type=int, default=None, help="processes; the cores, at most 8, if not given")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local")
     parser.add_argument("--task", choices=sorted(TEMPLATES), default="next_item_among")
     parser.add_argument("--dense-window", type=int, default=0)
     parser.add_argument("--folder", default=None, help="where the temporary log and dataset go")
@@ -67,41 +75,76 @@ def run_size(arguments: argparse.Namespace, size: int, folder: Path) -> dict[str
         f"write_interactions(Path(sys.argv[1]), {size}, {max(size // INTERACTIONS_PER_USER, 1)}, {NUM_ITEMS}, 0)"
     )
     subprocess.run([sys.executable, "-c", make, str(folder / "log")], check=True, cwd=ROOT)
-    options = ["--task", arguments.task, "--dense-window", str(arguments.dense_window)]
+    options = ["--task", arguments.task, "--dense-window", str(arguments.dense_window), "--engine", arguments.engine]
     if arguments.workers:
         options += ["--workers", str(arguments.workers)]
     command = [sys.executable, __file__, "--measure", str(folder), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        peak = watch(process)
+        peak = watch(process, folder)
         assert process.stdout is not None
         output = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"converting {size} interactions failed, see above")
-    return {"interactions": size, **json.loads(output.splitlines()[-1]), "peak_rss_mib": round(peak / 2**20)}
+    return {"interactions": size, **json.loads(output.splitlines()[-1]), **peak}
 
 
-def watch(process: subprocess.Popen[str]) -> int:
-    """Bytes: the largest resident memory of the process and its descendants until it ends (Linux; elsewhere 0)."""
-    peak = 0
+def watch(process: subprocess.Popen[str], folder: Path) -> dict[str, float]:
+    """What is seen of a process and its descendants until it ends, and of its folder (Linux; elsewhere 0)."""
+    rss = disk = looks = 0
+    cpu = dict[int, float]()
     while process.poll() is None:
-        peak = max(peak, tree_rss(process.pid))
+        rss = max(rss, tree_rss(process.pid))
+        if looks % 10 == 0:
+            cpu |= tree_cpu(process.pid)
+            disk = max(disk, size_of(folder) - size_of(folder / "log"))
+        looks += 1
         time.sleep(0.05)
-    return peak
+    mib = {"peak_rss_mib": round(rss / 2**20), "peak_disk_mib": round(disk / 2**20)}
+    return {**mib, "tree_cpu_s": round(sum(cpu.values()), 2)}
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of its files now."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it went between two looks
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def tree_cpu(pid: int) -> dict[int, float]:
+    """Seconds of user and system time of a process and its descendants so far, by pid."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # a name may hold blanks
+    except OSError:
+        return {}
+    found = {pid: (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")}
+    for child in children(pid):
+        found |= tree_cpu(child)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Of all its threads."""
+    found = list[int]()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
 
 
 def tree_rss(pid: int) -> int:
     """Bytes: resident memory of a process and its descendants now."""
     try:
         status = Path(f"/proc/{pid}/statm").read_text()
-        children = [text for path in Path(f"/proc/{pid}/task").glob("*/children") for text in path.read_text().split()]
     except OSError:  # it ended between two looks
         return 0
-    return int(status.split()[1]) * resource.getpagesize() + sum(tree_rss(int(child)) for child in children)
+    return int(status.split()[1]) * resource.getpagesize() + sum(map(tree_rss, children(pid)))
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Convert the log in `folder` in this process and its workers."""
-    from recllm.convert.pipeline import convert
+    from recllm.convert import pipeline
     from recllm.recipe import Recipe
 
     recipe = Recipe.model_validate(
@@ -123,8 +166,20 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
             "model": {"name_or_path": "none"},
         }
     )
-    wall, cpu = time.perf_counter(), cpu_seconds()
-    manifest = convert(recipe, folder / "dataset", workers=arguments.workers)
+    engine, output, before = None, folder / "dataset", list[float]()
+    if arguments.engine == "ray":
+        from recllm.convert.ray_engine import RayEngine
+
+        engine = RayEngine(output, "bench")
+    write = pipeline._write_examples
+
+    def write_examples(*arguments: Any) -> Any:
+        before.append(time.process_time())
+        return write(*arguments)
+
+    pipeline._write_examples = write_examples
+    wall, cpu, own = time.perf_counter(), cpu_seconds(), time.process_time()
+    manifest = pipeline.convert(recipe, output, workers=arguments.workers, engine=engine)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
     examples = sum(manifest["counts"]["examples"].values())
     disk = sum(path.stat().st_size for path in (folder / "dataset").rglob("*") if path.is_file())
@@ -133,6 +188,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         "examples_per_cpu_s": round(examples / cpu),
         "cpu_s": round(cpu, 2),
         "wall_s": round(wall, 2),
+        "driver_cpu_s": round(time.process_time() - own, 2),
+        "before_examples_cpu_s": round(before[0] - own, 2),
         "disk_mib": round(disk / 2**20),
     }
 

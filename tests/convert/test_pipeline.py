@@ -191,8 +191,8 @@ def test_workers_are_the_cores_but_not_without_end(make_recipe, tmp_path, monkey
     write = pipeline._write_examples
 
     def spy(*arguments):
-        seen.append(arguments[-1])
-        return write(*arguments[:-1], 1)
+        seen.append(arguments[-1].workers)
+        return write(*arguments[:-1], pipeline.Local(1))
 
     monkeypatch.setattr(pipeline, "_write_examples", spy)
     monkeypatch.setattr(pipeline, "available_cores", lambda: cores)

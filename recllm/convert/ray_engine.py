@@ -1,0 +1,336 @@
+"""The engine of a cluster: a log's files are read, and shards become examples, as tasks of Ray Data.
+
+A log and shards of sequences enter; the same files leave as those of the local engine, byte for byte, whatever the
+number of partitions, nodes and lost tasks: tasks call the functions that the local engine calls, on the same shards.
+
+What runs where: tasks parse, check and translate the files of a log in several (ray_reading.py), and make the examples.
+The driver numbers users, cuts the log into buckets, sorts, splits and audits (data/sequences.py), on its own.
+That part is serial: measured at 1e7 interactions, 1.0 CPU-second a million (1.5 where it reads a log in one file too)
+and 156 bytes a user, of 12 CPU-seconds a million in all with 20 candidates in each prompt, and of 2.3 with windows of
+ten titles. So a cluster makes a conversion at most 12 or 2 times as fast as one core. For a billion interactions of a
+hundred million users that predicts half an hour of one core, and 16 GiB on the driver: its memory breaks first.
+
+Nodes share a file system: the output's folder, and the files of the log unless they are URLs.
+
+Shards that are done lie beside the output, in .NAME.shards-KEY, until the dataset is complete. A run that was killed as
+a whole is started again with the same recipe, inputs and recllm, and so with the same KEY: it prepares the log anew and
+writes only the shards that are not there. What other keys left is removed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+import pyarrow as pa
+
+from recllm import cluster, files, schema
+from recllm.convert import ray_reading
+from recllm.convert.examples import Converter
+from recllm.convert.pipeline import Written, write_shard
+from recllm.data import readers
+from recllm.data.rows import Scan, scan
+from recllm.data.stored import Shard, StoredSequences
+from recllm.errors import UserError
+from recllm.recipe import ActionsSection, DataSection, FilterSection
+
+ASKED = "recllm convert --engine ray"
+MOST_LOST = 5  # processes that may be lost over one shard; Ray Data itself would go on for ever
+TASKS_A_CORE = 4  # at least, while there are shards, and unless partitions are given: cores end at about the same time
+_WRITING = ".writing-"  # folders of tasks under way
+
+
+class Work(NamedTuple):
+    """What every task needs, put once into the object store, where each node keeps one copy."""
+
+    sequences: StoredSequences
+    cut: list[Shard]
+    converter: Converter
+    driver: cluster.Identity
+
+
+class RayEngine:
+    """An engine for `pipeline.convert`; of one conversion."""
+
+    def __init__(self, output: Path, key: str, partitions: int | None = None) -> None:
+        """Nothing happens yet.
+
+        Args:
+            output: the dataset's folder, beside which shards that are done lie.
+            key: changes with all that examples hang on but recllm's sources.
+            partitions: tasks that the shards are dealt to; None: one a row group, more where there are few.
+
+        Raises:
+            UserError: less than one partition.
+        """
+        if partitions is not None and partitions < 1:
+            raise UserError(f"--partitions {partitions}: at least 1 is needed, leave it out for the default")
+        self.partitions, output = partitions, Path(output).resolve()
+        self.done = Done(output, f"{key[:16]}{cluster.identity().sources[:8]}")
+        self._ray: Any = None
+
+    @contextlib.contextmanager
+    def opened(self, folder: Path) -> Iterator[None]:
+        """Connected to Ray, with the folder of shards that are done; kept where some are and the work stops.
+
+        Raises:
+            UserError: see cluster.connected; another run writes to the same output.
+        """
+        with self.done.opened(), cluster.connected(ASKED, folder) as self._ray:  # first no task runs any more
+            self.done.remove_others()
+            _quiet()
+            yield
+
+    def scan(
+        self,
+        data: DataSection,
+        filters: FilterSection,
+        actions: ActionsSection | None,
+        items: pl.DataFrame | None,
+        skip_unreadable: bool = False,
+    ) -> Scan:
+        """See rows.scan; a task reads a file, and of a log in one file there is nothing to share out."""
+        if len(readers.paths_of(data.interactions)) == 1:
+            return scan(data, filters, actions, items, skip_unreadable)
+        return ray_reading.scan(self._ray, data, filters, actions, items, skip_unreadable)
+
+    def write(
+        self, sequences: StoredSequences, cut: list[Shard], converter: Converter, folder: Path
+    ) -> Iterator[tuple[int, Written]]:
+        """See pipeline.Engine.
+
+        Raises:
+            UserError: what a task met; processes that were lost again and again.
+            OSError: a node's disk is full.
+        """
+        self.done.bind(files.sha256_of(sequences.path))
+        missing = []
+        for number in range(len(cut)):
+            if (held := self.done.read(number)) is None:
+                missing.append(number)
+            else:
+                yield number, held
+        if missing:
+            yield from self._written(Work(sequences, cut, converter, cluster.identity()), missing)
+        self.done.move_to(folder, len(cut))
+
+    def _written(self, work: Work, missing: Sequence[int]) -> Iterator[tuple[int, Written]]:
+        from ray.data import from_items
+
+        parts = self._partitions(work.cut, missing)
+        task = functools.partial(_write_part, work=[self._ray.put(work)], done=self.done)  # [] keeps it a reference
+        rows = from_items([{"shards": part} for part in parts], override_num_blocks=len(parts))
+        with cluster.own_errors():
+            for row in rows.flat_map(task, num_cpus=1).iter_rows():
+                yield row["number"], Written.of_document(json.loads(row["held"]))
+
+    def _partitions(self, cut: Sequence[Shard], missing: Sequence[int]) -> list[list[int]]:
+        """Shards by task. Those of a row group, which a task reads as a whole, go to one, or to few for few groups."""
+        if self.partitions:
+            return _dealt(missing, self.partitions)
+        cores = int(self._ray.cluster_resources().get("CPU", 1))
+        groups = [list(group) for _, group in itertools.groupby(missing, key=lambda number: cut[number].group)]
+        each = math.ceil(TASKS_A_CORE * cores / len(groups))
+        return [part for group in groups for part in _dealt(group, each)]
+
+
+def _dealt(numbers: Sequence[int], count: int) -> list[list[int]]:
+    """At most `count` parts of like size, none empty.
+
+    >>> _dealt([4, 5, 6, 7, 8], 2), _dealt([4, 5], 3)
+    ([[4, 5], [6, 7, 8]], [[4], [5]])
+    """
+    count = min(count, len(numbers))
+    ends = [round(len(numbers) * part / count) for part in range(count + 1)]
+    return [list(numbers[begin:end]) for begin, end in itertools.pairwise(ends)]
+
+
+class Done:
+    """The folder of shards that are done: {train,valid,test}/part-NUMBER.parquet, and NUMBER.json behind all these."""
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.output, self.key = output, key
+        self.folder = output.parent / f".{output.name}.shards-{key}"
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Made or found again, and locked; removed at the end, unless the work stops while shards are done.
+
+        Raises:
+            UserError: another process is writing to the same output.
+        """
+        for split in schema.SPLITS:
+            (self.folder / split).mkdir(parents=True, exist_ok=True)
+        lock = _locked(self.folder)
+        if lock is None:
+            raise UserError(f"{self.output}: another run is writing it: wait for it or stop it")
+        with lock:
+            for left in self.folder.glob(f"{_WRITING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                yield
+            except BaseException:
+                if kept := len(list(self.folder.glob("*.json"))):
+                    print(f"recllm: {kept} shards are done, the next run goes on from them", file=sys.stderr)
+                else:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_others(self) -> None:
+        """What runs of other recipes, inputs or versions left for this output, unless they are still at work."""
+        for other in self.output.parent.glob(f".{self.output.name}.shards-*"):
+            if other == self.folder or (lock := _locked(other)) is None:
+                continue
+            with lock:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def bind(self, sequences_sha256: str) -> None:
+        """Forget the shards that were made of other sequences: a file that was skipped may be readable again."""
+        stamp = self.folder / "sequences.sha256"
+        if stamp.exists() and stamp.read_text() != sequences_sha256:
+            for note in self.folder.glob("*.json"):
+                note.unlink()
+        files.write_text(stamp, sequences_sha256)
+
+    def read(self, number: int) -> Written | None:
+        """What a shard held, if it is done and all its files are there."""
+        try:
+            found = json.loads((self.folder / f"{number}.json").read_text())
+        except FileNotFoundError:
+            return None
+        for split, size in found["sizes"].items():
+            path = self._part(split, number)
+            if not path.is_file() or path.stat().st_size != size:
+                return None
+        return Written.of_document(found["held"])
+
+    def write(self, number: int, batch: pa.RecordBatch, converter: Converter) -> Written:
+        """Make a shard: its files appear whole, and behind them the note that they are done.
+
+        Raises:
+            UserError: process after process was lost over it.
+            OSError: the disk is full; nothing is left of the shard.
+        """
+        if (lost := len(list(self.folder.glob(f"{_WRITING}{number}-*")))) >= MOST_LOST:
+            raise UserError(
+                f"{lost} processes were killed over shard {number}, most likely for want of memory: give Ray fewer CPUs"
+                " a node (`ray start --num-cpus`), and run again: shards that are done stay"
+            )
+        under_way = Path(
+            tempfile.mkdtemp(prefix=f"{_WRITING}{number}-{platform.node()}-{os.getpid()}-", dir=self.folder)
+        )
+        try:
+            for split in schema.SPLITS:
+                (under_way / split).mkdir()
+            held = write_shard(number, batch, str(under_way), converter)
+            sizes = {}
+            for split in schema.SPLITS:
+                if (path := under_way / split / _name(number)).exists():
+                    sizes[split] = path.stat().st_size
+                    os.replace(path, self._part(split, number))
+            files.write_json(self.folder / f"{number}.json", {"held": held.document(), "sizes": sizes})
+        finally:
+            shutil.rmtree(under_way, ignore_errors=True)
+        return held
+
+    def move_to(self, folder: Path, count: int) -> None:
+        """The files of shards 0 to count - 1 into folder/{train,valid,test}/: here they are done no longer."""
+        for number in range(count):
+            (self.folder / f"{number}.json").unlink()
+            for split in schema.SPLITS:
+                if (path := self._part(split, number)).exists():
+                    os.replace(path, folder / split / _name(number))
+
+    def _part(self, split: str, number: int) -> Path:
+        return self.folder / split / _name(number)
+
+
+def _name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
+def _locked(folder: Path) -> Any | None:
+    """An open file that locks a folder until it is closed or its process ends; None if another one has it."""
+    try:
+        lock = (folder / ".lock").open("w")
+    except FileNotFoundError:  # removed since it was seen
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError:  # a file system without locks: two runs at once write the same bytes
+        pass
+    return lock
+
+
+# ---- in tasks ----
+
+_opened: dict[str, Work] = {}  # of this process, under its reference: a graph's names are worked out once
+
+
+def _write_part(row: dict[str, Any], work: list[Any], done: Done) -> Iterator[dict[str, Any]]:
+    """Write shards, and say of each what it held; those that an earlier try of this task wrote are left."""
+    pa.set_cpu_count(1)  # one process a core: no threads on top
+    asked, numbers = _work(work[0]), [int(number) for number in row["shards"]]
+    cluster.check_here(asked.driver)
+    held = {number: done.read(number) for number in numbers}
+    missing = [number for number in numbers if held[number] is None]
+    with _named(asked.sequences.path):
+        batches = asked.sequences.read(asked.cut[number] for number in missing)
+        for number, batch in zip(missing, batches, strict=True):
+            held[number] = done.write(number, batch, asked.converter)
+    for number, found in held.items():
+        assert found is not None  # it was there, or is now
+        yield {"number": number, "held": json.dumps(found.document())}
+
+
+def _work(reference: Any) -> Work:
+    import ray
+
+    name = reference.hex()
+    if name not in _opened:
+        _opened.clear()
+        _opened[name] = ray.get(reference)
+    return _opened[name]
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A file that this node cannot read is named, and the node; a full disk stays what it is."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"node {platform.node()}: a shard cannot be read from {path} or written ({error}): check the file system "
+            "that the nodes share, and run again: shards that are done stay"
+        ) from error
+
+
+def _quiet() -> None:
+    """Ray Data's own bars and log lines off: recllm shows its own."""
+    import logging
+
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # a task's UserError comes out as it is
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
