@@ -177,7 +177,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         before.append(time.process_time())
         return write(*arguments)
 
-    pipeline._write_examples = write_examples
+    pipeline._write_examples = write_examples  # type: ignore[assignment]  # to see when the first example is made
     wall, cpu, own = time.perf_counter(), cpu_seconds(), time.process_time()
     manifest = pipeline.convert(recipe, output, workers=arguments.workers, engine=engine)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu

@@ -24,6 +24,7 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -74,7 +75,7 @@ def whole(text: str) -> int:
     return int(float(text))
 
 
-def run(arguments: argparse.Namespace, size: int, engine: str) -> dict[str, float]:
+def run(arguments: argparse.Namespace, size: int, engine: str) -> dict[str, Any]:
     """One size on one engine, and its line."""
     arguments = argparse.Namespace(**{**vars(arguments), "engine": engine})
     if engine == "ray":
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace, size: int, engine: str) -> dict[str, floa
     return line
 
 
-def growth(lines: list[dict[str, float]], name: str) -> float | None:
+def growth(lines: list[dict[str, Any]], name: str) -> float | None:
     """The largest ratio of neighbouring sizes, raised to what it would be for a factor of ten; None of one size."""
     ratios = [
         (later[name] / earlier[name]) ** (1 / math.log10(later["interactions"] / earlier["interactions"]))
