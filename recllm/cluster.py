@@ -24,6 +24,7 @@ import recllm
 from recllm.errors import UserError
 
 ADDRESS = "RAY_ADDRESS"
+MOST_LOST = 5  # processes that may be lost over one task, or one shard; Ray itself would go on for ever
 PATIENCE_S = 5.0  # for the first sign of life of a cluster
 NODE_PATIENCE_S = 60.0  # for every node to start one process and import recllm in it
 _RAY_DATA_NOTE = "Failed to apply UDF transform"  # begins what Ray Data appends to what a function raised
@@ -84,6 +85,7 @@ def _import(what: str) -> Any:
         raise UserError(f'{what} needs ray: run `pip install "recllm[ray]"`')
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_task_oom_retries", str(MOST_LOST))  # those that Ray's memory monitor kills count apart
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without GPU keeps what it sees
     import ray
 
@@ -101,7 +103,7 @@ def _connect(ray: Any, what: str, cores: int | None) -> None:
             f"{what}: {ADDRESS}={address} is a Ray Client address, whose driver has no files in common with the "
             "cluster: run recllm on a node of the cluster, with RAY_ADDRESS=auto or HOST:6379"
         )
-    if address != "auto":
+    if address != "auto" and os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):  # else none answers us
         _find(address, what)
     try:
         ray.init(address=address, **quiet)
@@ -145,13 +147,13 @@ def check_nodes(ray: Any, what: str, folder: Path | None = None) -> None:
     try:
         nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
         asked = {
-            name: ray.remote(_answer())
+            node: ray.remote(_answer())
             .options(num_cpus=0, max_retries=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
             .remote(str(mark) if mark else None)
-            for node, name in nodes.items()
+            for node in nodes
         }
-        for name, answer in asked.items():
-            _judge(ray, what, name, answer, token, folder)
+        for node, answer in asked.items():  # host names may occur twice
+            _judge(ray, what, nodes[node], answer, token, folder)
     finally:
         if mark is not None:
             mark.unlink(missing_ok=True)
@@ -181,6 +183,11 @@ def _answer() -> Any:
             return str(error), seen
 
     return answer
+
+
+def task_options() -> dict[str, Any]:
+    """How Ray Data runs a task of ours: on one core, and again a bounded number of times where its process is lost."""
+    return {"num_cpus": 1, "max_retries": MOST_LOST, "runtime_env": {"env_vars": {"POLARS_MAX_THREADS": "1"}}}
 
 
 def check_here(driver: Identity) -> None:

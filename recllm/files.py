@@ -67,7 +67,7 @@ def recover(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.tmp-(new|old)-{re.escape(_host())}-(\d+)-")
     for left in path.parent.iterdir():
         match = pattern.match(left.name)
-        if match is None or _alive(int(match[2])):
+        if match is None or alive(int(match[2])):
             continue
         if match[1] == "old" and not path.exists() and (left / path.name).exists():
             os.rename(left / path.name, path)
@@ -78,7 +78,8 @@ def _host() -> str:
     return re.sub(r"\W", "_", platform.node())
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this host lives."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

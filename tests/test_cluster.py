@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -79,6 +80,45 @@ class TestAddress:
             monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
             with pytest.raises(UserError, match=r"no Ray cluster at .*timed out"):
                 connect()
+
+    def test_nobody_knocks_where_ray_speaks_tls(self, monkeypatch):
+        class Refusing:
+            def init(self, **_):
+                raise ConnectionError("refused by Ray itself")
+
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+        with pytest.raises(UserError, match="no Ray cluster at RAY_ADDRESS"):
+            cluster._connect(Refusing(), "recllm", None)
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        with pytest.raises(UserError, match=r"that this process can join.*refused by Ray itself"):
+            cluster._connect(Refusing(), "recllm", None)
+
+
+class TwoNodesOfOneName:
+    """As much of Ray as asks nodes: two have the same host name, one of them runs another recllm."""
+
+    def __init__(self, exceptions):
+        self.exceptions = exceptions
+        self.strategy = None
+
+    def nodes(self):
+        return [{"NodeID": node, "NodeManagerHostname": "localhost", "Alive": True} for node in ("aa" * 28, "bb" * 28)]
+
+    def remote(self, *arguments):
+        return self if callable(arguments[0]) else self.strategy.node_id
+
+    def options(self, scheduling_strategy, **_):
+        self.strategy = scheduling_strategy
+        return self
+
+    def get(self, node, timeout):
+        return (cluster.Identity("9.8.7", "") if node == "aa" * 28 else cluster.identity()), None
+
+
+def test_two_nodes_of_one_host_name_are_both_asked():
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
+    with pytest.raises(UserError, match=r"node localhost runs recllm 9\.8\.7"):
+        cluster.check_nodes(TwoNodesOfOneName(ray.exceptions), "recllm")
 
 
 NODES = """
@@ -159,6 +199,22 @@ class TestObjectStore:
         object_store.forget("memory://logs/a.csv")
         fsspec.filesystem("memory").pipe("/logs/a.csv", b"three")
         assert object_store.version("memory://logs/a.csv") != before
+
+    def test_what_a_killed_process_left_goes_before_the_next_copy(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with subprocess.Popen(["true"]) as dead:
+            pass
+        left, in_use = (tmp_path / f"{object_store._PREFIX}{process}-x" for process in (dead.pid, os.getppid()))
+        for folder in (left, in_use):
+            folder.mkdir()
+            (folder / "log.csv").write_text("content")
+        (tmp_path / "log.csv").write_text("content")
+        copy = object_store.fetch(f"file://{tmp_path}/log.csv")
+        assert not left.exists()
+        assert in_use.exists()
+        object_store.forget_all()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["log.csv", in_use.name])
+        assert not copy.exists()
 
     @pytest.mark.parametrize("url", ["memory://logs/none.csv", "file:///no/such/file.csv", "file:///"])
     def test_no_such_object(self, url):

@@ -37,6 +37,7 @@ from recllm.convert.knowledge import Knowledge
 from recllm.convert.targets import WITHOUT_RATIONALE, Sequences
 from recllm.convert.templates import ACTION_TASKS, BANK_TASKS, GRAPH_TASKS, GRAPH_VARIABLES, RANK_ASSETS, load_template
 from recllm.convert.titles import item_texts, tokenizer_special_tokens, user_texts
+from recllm.data import object_store
 from recllm.data.candidates import CandidateSampler
 from recllm.data.rows import Scan, Scanner, scan
 from recllm.data.sequences import Prepared, prepare
@@ -176,7 +177,7 @@ def convert(
     if workers < 1:
         raise UserError(f"convert with {workers} workers: at least 1 is needed, leave --workers out for the default")
     engine = engine or Local(workers)
-    with files.replacing_folder(output) as folder, engine.opened(folder):
+    with files.replacing_folder(output) as folder, engine.opened(folder), _copies():
         scanner = functools.partial(engine.scan, skip_unreadable=skip_unreadable)
         prepared, converter, further = set_up(recipe, folder, tokenizer, scanner)
         written = _write_examples(prepared.sequences, converter, folder, engine)
@@ -189,6 +190,15 @@ def convert(
         files.write_json(folder / "manifest.json", manifest)
     print(summary(manifest, output))
     return manifest
+
+
+@contextlib.contextmanager
+def _copies() -> Iterator[None]:
+    """Copies of objects in stores go with the conversion: the next one in this process reads what is there then."""
+    try:
+        yield
+    finally:
+        object_store.forget_all()
 
 
 def set_up(

@@ -26,9 +26,11 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,9 +49,9 @@ from recllm.errors import UserError
 from recllm.recipe import ActionsSection, DataSection, FilterSection
 
 ASKED = "recllm convert --engine ray"
-MOST_LOST = 5  # processes that may be lost over one shard; Ray Data itself would go on for ever
 TASKS_A_CORE = 4  # at least, while there are shards, and unless partitions are given: cores end at about the same time
 _WRITING = ".writing-"  # folders of tasks under way
+_NOTE = re.compile(r"\d+\.json")
 
 
 class Work(NamedTuple):
@@ -90,6 +92,11 @@ class RayEngine:
         """
         with self.done.opened(), cluster.connected(ASKED, folder) as self._ray:  # first no task runs any more
             self.done.remove_others()
+            if not self._ray.cluster_resources().get("CPU"):
+                raise UserError(
+                    f"{ASKED}: no node of the cluster has a CPU for tasks: add a node, or start them without "
+                    "`ray start --num-cpus=0`"
+                )
             _quiet()
             yield
 
@@ -116,9 +123,9 @@ class RayEngine:
             OSError: a node's disk is full.
         """
         self.done.bind(files.sha256_of(sequences.path))
-        missing = []
+        missing, noted = [], self.done.noted()
         for number in range(len(cut)):
-            if (held := self.done.read(number)) is None:
+            if number not in noted or (held := self.done.read(number)) is None:
                 missing.append(number)
             else:
                 yield number, held
@@ -133,7 +140,7 @@ class RayEngine:
         task = functools.partial(_write_part, work=[self._ray.put(work)], done=self.done)  # [] keeps it a reference
         rows = from_items([{"shards": part} for part in parts], override_num_blocks=len(parts))
         with cluster.own_errors():
-            for row in rows.flat_map(task, num_cpus=1).iter_rows():
+            for row in rows.flat_map(task, **cluster.task_options()).iter_rows():
                 yield row["number"], Written.of_document(json.loads(row["held"]))
 
     def _partitions(self, cut: Sequence[Shard], missing: Sequence[int]) -> list[list[int]]:
@@ -161,7 +168,7 @@ class Done:
     """The folder of shards that are done: {train,valid,test}/part-NUMBER.parquet, and NUMBER.json behind all these."""
 
     def __init__(self, output: Path, key: str) -> None:
-        self.output, self.key = output, key
+        self.output, self.key, self.run = output, key, uuid.uuid4().hex[:8]
         self.folder = output.parent / f".{output.name}.shards-{key}"
 
     @contextlib.contextmanager
@@ -176,8 +183,8 @@ class Done:
         lock = _locked(self.folder)
         if lock is None:
             raise UserError(f"{self.output}: another run is writing it: wait for it or stop it")
-        with lock:
-            for left in self.folder.glob(f"{_WRITING}*"):
+        with lock.file:
+            for left in self.folder.glob(f"{_WRITING}*") if lock.held else ():
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 yield
@@ -194,28 +201,37 @@ class Done:
         for other in self.output.parent.glob(f".{self.output.name}.shards-*"):
             if other == self.folder or (lock := _locked(other)) is None:
                 continue
-            with lock:
-                shutil.rmtree(other, ignore_errors=True)
+            with lock.file:
+                if lock.held:  # otherwise nobody knows
+                    shutil.rmtree(other, ignore_errors=True)
 
     def bind(self, sequences_sha256: str) -> None:
         """Forget the shards that were made of other sequences: a file that was skipped may be readable again."""
         stamp = self.folder / "sequences.sha256"
         if stamp.exists() and stamp.read_text() != sequences_sha256:
             for note in self.folder.glob("*.json"):
-                note.unlink()
+                note.unlink(missing_ok=True)
+            for part in self.folder.glob("*/part-*.parquet"):
+                part.unlink(missing_ok=True)
         files.write_text(stamp, sequences_sha256)
+
+    def noted(self) -> set[int]:
+        """Shards that have a note. One look at the folder: NFS remembers for a while what was asked for in vain."""
+        return {int(name[: -len(".json")]) for name in os.listdir(self.folder) if _NOTE.fullmatch(name)}
 
     def read(self, number: int) -> Written | None:
         """What a shard held, if it is done and all its files are there."""
+        note = self._note(number)
+        return None if note is None else Written.of_document(note["held"])
+
+    def _note(self, number: int) -> dict[str, Any] | None:
+        """The note of a shard, if it is there and the parts that it names have the sizes that it names."""
         try:
-            found = json.loads((self.folder / f"{number}.json").read_text())
+            found: dict[str, Any] = json.loads((self.folder / f"{number}.json").read_text())
+            sizes = {split: self._part(split, number).stat().st_size for split in found["sizes"]}
         except FileNotFoundError:
             return None
-        for split, size in found["sizes"].items():
-            path = self._part(split, number)
-            if not path.is_file() or path.stat().st_size != size:
-                return None
-        return Written.of_document(found["held"])
+        return found if sizes == found["sizes"] else None
 
     def write(self, number: int, batch: pa.RecordBatch, converter: Converter) -> Written:
         """Make a shard: its files appear whole, and behind them the note that they are done.
@@ -224,13 +240,13 @@ class Done:
             UserError: process after process was lost over it.
             OSError: the disk is full; nothing is left of the shard.
         """
-        if (lost := len(list(self.folder.glob(f"{_WRITING}{number}-*")))) >= MOST_LOST:
+        if (lost := len(list(self.folder.glob(f"{_WRITING}{number}-{self.run}-*")))) >= cluster.MOST_LOST:
             raise UserError(
                 f"{lost} processes were killed over shard {number}, most likely for want of memory: give Ray fewer CPUs"
                 " a node (`ray start --num-cpus`), and run again: shards that are done stay"
             )
         under_way = Path(
-            tempfile.mkdtemp(prefix=f"{_WRITING}{number}-{platform.node()}-{os.getpid()}-", dir=self.folder)
+            tempfile.mkdtemp(prefix=f"{_WRITING}{number}-{self.run}-{platform.node()}-{os.getpid()}-", dir=self.folder)
         )
         try:
             for split in schema.SPLITS:
@@ -247,12 +263,21 @@ class Done:
         return held
 
     def move_to(self, folder: Path, count: int) -> None:
-        """The files of shards 0 to count - 1 into folder/{train,valid,test}/: here they are done no longer."""
-        for number in range(count):
-            (self.folder / f"{number}.json").unlink()
-            for split in schema.SPLITS:
-                if (path := self._part(split, number)).exists():
-                    os.replace(path, folder / split / _name(number))
+        """The files that the notes of shards 0 to count - 1 name into folder/{train,valid,test}/: done no longer here.
+
+        Raises:
+            UserError: a note is missing, or a file is not as its note says; then nothing has moved.
+        """
+        notes = [self._note(number) for number in range(count)]
+        if None in notes:
+            raise UserError(
+                f"shard {notes.index(None)} was written, but its files in {self.folder} are not there or not whole: "
+                "check the file system that the nodes share, and run again: shards that are done stay"
+            )
+        for number, note in enumerate(notes):
+            (self.folder / f"{number}.json").unlink(missing_ok=True)
+            for split in note["sizes"] if note else ():
+                os.replace(self._part(split, number), folder / split / _name(number))
 
     def _part(self, split: str, number: int) -> Path:
         return self.folder / split / _name(number)
@@ -262,8 +287,15 @@ def _name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def _locked(folder: Path) -> Any | None:
-    """An open file that locks a folder until it is closed or its process ends; None if another one has it."""
+class _Lock(NamedTuple):
+    """Of a folder, until its file is closed or its process ends."""
+
+    file: Any
+    held: bool  # False on a file system without locks: others may be at work there
+
+
+def _locked(folder: Path) -> _Lock | None:
+    """The lock of a folder; None if another process has it, or the folder is gone."""
     try:
         lock = (folder / ".lock").open("w")
     except FileNotFoundError:  # removed since it was seen
@@ -274,8 +306,8 @@ def _locked(folder: Path) -> Any | None:
         lock.close()
         return None
     except OSError:  # a file system without locks: two runs at once write the same bytes
-        pass
-    return lock
+        return _Lock(lock, held=False)
+    return _Lock(lock, held=True)
 
 
 # ---- in tasks ----
@@ -290,9 +322,11 @@ def _write_part(row: dict[str, Any], work: list[Any], done: Done) -> Iterator[di
     cluster.check_here(asked.driver)
     held = {number: done.read(number) for number in numbers}
     missing = [number for number in numbers if held[number] is None]
-    with _named(asked.sequences.path):
-        batches = asked.sequences.read(asked.cut[number] for number in missing)
-        for number, batch in zip(missing, batches, strict=True):
+    batches = asked.sequences.read(asked.cut[number] for number in missing)
+    for number in missing:
+        with _named(f"sequences cannot be read from {asked.sequences.path}", OSError, pa.ArrowException):
+            batch = next(batches)
+        with _named(f"shard {number} cannot be written to {done.folder}", OSError):
             held[number] = done.write(number, batch, asked.converter)
     for number, found in held.items():
         assert found is not None  # it was there, or is now
@@ -310,16 +344,16 @@ def _work(reference: Any) -> Work:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A file that this node cannot read is named, and the node; a full disk stays what it is."""
+def _named(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """What this node cannot do with the file system is said, with the node; a full disk stays what it is."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except errors as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"node {platform.node()}: a shard cannot be read from {path} or written ({error}): check the file system "
-            "that the nodes share, and run again: shards that are done stay"
+            f"node {platform.node()}: {what} ({error}): check the file system that the nodes share, and run again: "
+            "shards that are done stay"
         ) from error
 
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -96,7 +97,7 @@ def _pieces(ray: Any, paths: list[str], asked: Reading) -> Iterator[dict[str, An
     listed = from_items(
         [{"file": place, "path": path} for place, path in enumerate(paths)], override_num_blocks=len(paths)
     )
-    table = listed.map_batches(task, batch_size=1, batch_format="pyarrow", num_cpus=1)
+    table = listed.map_batches(task, batch_size=1, batch_format="pyarrow", **cluster.task_options())
     with cluster.own_errors():
         blocks: Iterable[Any] = table.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
         for block in blocks:
@@ -208,16 +209,38 @@ def _piece(place: int, number: int = 0, about: _File | None = None, batch: pl.Da
 
 @contextlib.contextmanager
 def _here(how: Reading, path: str) -> Iterator[None]:
-    """In the driver's folder, with the file there; an object's copy goes afterwards."""
+    """With the file there, a relative path in the driver's folder; copies of objects go afterwards."""
     try:
-        with contextlib.chdir(how.folder):
+        with _in_folder(how.folder, path) if _is_relative(path) else contextlib.nullcontext():
             if not object_store.is_url(path) and not offline.resolve(path).exists():
-                raise FileNotFoundError
+                where = f" (relative to {how.folder})" if _is_relative(path) else ""
+                raise UserError(
+                    f"{path} does not exist on node {platform.node()}{where}: check the path in the recipe, and that "
+                    "all nodes share its file system, or give URLs of an object store"
+                )
             yield
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist on node {platform.node()} (relative to {how.folder}): check the path in the "
-            "recipe, and that all nodes share its file system, or give URLs of an object store"
-        ) from None
     finally:
-        object_store.forget(path)
+        object_store.forget_all()
+
+
+def _is_relative(path: str) -> bool:
+    """Whether what a path leads to hangs on the folder that a process works in."""
+    local = path.removeprefix(offline.FAR_TRANS)
+    return not (object_store.is_url(local) or local.startswith(offline.PREFIX) or Path(local).is_absolute())
+
+
+@contextlib.contextmanager
+def _in_folder(folder: str, path: str) -> Iterator[None]:
+    # The path itself stays as the recipe has it: errors and the manifest name it so.
+    before = Path.cwd()
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"node {platform.node()} has no folder {folder} ({error.strerror}), in which recllm was started and to "
+            f"which {path} is relative: start it in a folder that all nodes share, or give absolute paths"
+        ) from None
+    try:
+        yield
+    finally:
+        os.chdir(before)

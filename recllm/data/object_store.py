@@ -1,8 +1,9 @@
 """Inputs in object stores: URLs such as s3://bucket/log.parquet become local copies.
 
 A URL enters; the path of a copy on this machine leaves, in the folder for temporary files (TMPDIR). Every file is
-copied once a process and then read as any other: the same checks, line numbers and types, and one pass over the network
-where reading needs several. Pyarrow's own file systems are asked first (s3, gs, abfs, hdfs, file), then fsspec's.
+copied once a conversion and then read as any other: the same checks, line numbers and types, and one pass over the
+network where reading needs several. Copies go with `forget_all`; those of killed processes go before the next is made.
+Pyarrow's own file systems are asked first (s3, gs, abfs, hdfs, file), then fsspec's.
 
 Credentials are found where the store's own tools find them (environment, profile, role of the machine).
 """
@@ -11,17 +12,21 @@ import atexit
 import contextlib
 import errno
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from recllm import files
 from recllm.errors import UserError
 
 _OURS = ("offline", "far-trans")  # schemes of recllm itself (offline.py)
 _BLOCK = 1 << 22
 _GCS_PATIENCE = "retry_limit_seconds=30"  # pyarrow's own would be a quarter of an hour without credentials
+_PREFIX = f"recllm-object-{re.sub(r'[^A-Za-z0-9_]', '_', platform.node())}-"  # and the process
 _copies: dict[str, Path] = {}
 
 
@@ -36,7 +41,7 @@ def is_url(path: str) -> bool:
 
 
 def fetch(url: str) -> Path:
-    """A local copy of the object, kept until `forget` or the end of the process.
+    """A local copy of the object, kept until `forget`, `forget_all` or the end of the process.
 
     Raises:
         UserError: no such object, a folder, no credentials, a store that does not answer or that nothing here can read.
@@ -44,7 +49,8 @@ def fetch(url: str) -> Path:
     """
     if url in _copies:
         return _copies[url]
-    folder = Path(tempfile.mkdtemp(prefix="recllm-object-"))
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = folder / PurePosixPath(url.partition("?")[0]).name
     try:
@@ -64,6 +70,20 @@ def forget(url: str) -> None:
     """Give the disk of a copy back."""
     if copy := _copies.pop(url, None):
         shutil.rmtree(copy.parent, ignore_errors=True)
+
+
+def forget_all() -> None:
+    """Give the disk of all copies back; objects are read anew after it, and may then be others."""
+    for url in list(_copies):
+        forget(url)
+
+
+def _sweep() -> None:
+    """Remove the copies of processes of this host that were killed: they fill the disk."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        process = left.name.removeprefix(_PREFIX).partition("-")[0]
+        if process.isdecimal() and not files.alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def version(url: str) -> list[Any]:

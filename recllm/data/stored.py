@@ -41,17 +41,22 @@ class StoredSequences:
 
     def batches(self, positions: int) -> Iterator[pa.RecordBatch]:
         """Shards (see `shards`) as batches of schema.SEQUENCES and the further columns."""
-        return self.read(self.cut(positions))
+        return self.read(self._cut(positions))
 
     def cut(self, positions: int) -> list["Shard"]:
         """The shards (see `shards`) of each row group."""
-        found, begin = list[Shard](), 0
+        return list(self._cut(positions))
+
+    def _cut(self, positions: int) -> Iterator["Shard"]:
+        """One row group at a time: whoever looks at the first shard cuts no others."""
+        begin = before = 0
         metadata = pq.read_metadata(self.path)
         for group in range(metadata.num_row_groups):
             end = begin + metadata.row_group(group).num_rows
-            found += [Shard(group, begin, first, users) for first, users in shards(self.lengths, positions, begin, end)]
-            begin = end
-        return found
+            ends = before + self.lengths[begin:end].cumsum()
+            for first, users in _cut_at(ends, positions, begin):
+                yield Shard(group, begin, first, users)
+            begin, before = end, int(ends[-1]) if len(ends) else before
 
     def read(self, wanted: Iterable["Shard"]) -> Iterator[pa.RecordBatch]:
         """Some shards, each as a batch; of those that follow one another in a row group it is read once."""
@@ -84,6 +89,10 @@ def shards(
     Of users begin..end - 1 only. Cuts stand at multiples of `positions` over all users, wherever one begins.
     """
     end = len(lengths) if end is None else end
-    ends = int(lengths[:begin].sum()) + lengths[begin:end].cumsum()
+    return _cut_at(int(lengths[:begin].sum()) + lengths[begin:end].cumsum(), positions, begin)
+
+
+def _cut_at(ends: npt.NDArray[np.int64], positions: int, begin: int) -> list[tuple[int, int]]:
+    """See `shards`; `ends`: of each user from `begin` on, the interactions of all users up to it."""
     cuts = np.flatnonzero(np.diff((ends - 1) // positions)) + 1 + begin
-    return [(int(a), int(b - a)) for a, b in itertools.pairwise([begin, *cuts, end]) if b > a]
+    return [(int(a), int(b - a)) for a, b in itertools.pairwise([begin, *cuts, begin + len(ends)]) if b > a]

@@ -11,6 +11,7 @@ import difflib
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -300,7 +301,7 @@ def _unreadable_json(path: str, file: str, error: Exception, events: str | None 
 
 def _json_fault(path: str, file: str, events: str | None = None) -> str | None:
     """What is wrong with the first line that is no JSON object, or whose `events` are no list of objects."""
-    with opened_text(file) as handle:
+    with _broken(path), opened_text(file) as handle:
         for number, text in enumerate(handle, 1):
             if not text.strip():
                 continue
@@ -414,7 +415,7 @@ def _refuse_encoding(path: str, file: str) -> None:
     if Path(file).is_dir() or _ENDINGS.get(ending_of(Path(file))) == "parquet":
         return
     opener = gzip.open if file.endswith(".gz") else open
-    with opener(file, "rb") as handle:
+    with _broken(path), opener(file, "rb") as handle:
         for number, text in enumerate(handle, 1):
             try:
                 text.decode("utf-8")
@@ -423,6 +424,17 @@ def _refuse_encoding(path: str, file: str) -> None:
                     f"{path}, line {number}: is not UTF-8 text (byte 0x{text[error.start]:02x} at place "
                     f"{error.start + 1}): save the file as UTF-8, e.g. iconv -f latin1 -t utf-8 {Path(path).name}"
                 ) from None
+
+
+@contextlib.contextmanager
+def _broken(path: str) -> Iterator[None]:
+    """A file that cannot be read to its end even as bytes: a gzip file that is cut short, a disk that fails."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error) as error:
+        raise Unreadable(
+            f"{path}: cannot be read to its end ({_first_line(error)}): copy or download the file again"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,13 @@ from recllm.cluster import identity
 from recllm.convert import pipeline, ray_reading
 from recllm.convert.pipeline import Written, convert
 from recllm.data import rows as reading
+from recllm.data.stored import StoredSequences
 from recllm.errors import UserError
 from recllm.recipe import Recipe
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
+from recllm.convert import ray_engine  # noqa: E402
 from recllm.convert.ray_engine import Done, RayEngine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,6 +272,7 @@ def test_shards_of_other_sequences_are_forgotten(many_users, make_converter, tmp
         assert done.read(0) == held
         done.bind("b")
         assert done.read(0) is None
+        assert list(done.folder.glob("*/part-*")) == []
         done.write(0, many_users, make_converter())
         (done.folder / "test" / "part-00000.parquet").write_bytes(b"cut short")
         assert done.read(0) is None
@@ -277,9 +282,136 @@ def test_a_shard_over_which_every_process_is_killed_is_an_error(tmp_path):
     done = RayEngine(tmp_path / "out", "test").done
     with pytest.raises(UserError, match="5 processes were killed over shard 3"), done.opened():  # noqa: PT012
         for number in range(5):
-            (done.folder / f".writing-3-host-{number}-x").mkdir()
+            (done.folder / f".writing-3-{done.run}-host-{number}-x").mkdir()
+        (done.folder / f".writing-2-{done.run}-host-9-x").mkdir()  # of another shard
         done.write(3, pa.record_batch({}), None)
     assert left_beside(tmp_path / "out") == []
+
+
+def test_the_parts_that_notes_name_become_the_dataset(many_users, make_converter, tmp_path):
+    done = RayEngine(tmp_path / "out", "test").done
+    for split in schema.SPLITS:
+        (tmp_path / "new" / split).mkdir(parents=True)
+    with done.opened():
+        done.bind("a")
+        assert done.noted() == set()
+        for number in (0, 1):
+            done.write(number, many_users, make_converter())
+        assert done.noted() == {0, 1}
+        note = json.loads((done.folder / "1.json").read_text())
+        del note["sizes"]["valid"]  # a part that another try left: this shard has none of this split
+        files.write_json(done.folder / "1.json", note)
+        part = done.folder / "test" / "part-00001.parquet"
+        whole = part.read_bytes()
+        part.write_bytes(whole[:-1])
+        with pytest.raises(UserError, match=r"shard 1 was written, but its files .* not whole"):
+            done.move_to(tmp_path / "new", 2)
+        assert contents(tmp_path / "new") == {}
+        part.write_bytes(whole)
+        with pytest.raises(UserError, match="shard 2 was written, but"):
+            done.move_to(tmp_path / "new", 3)
+        done.move_to(tmp_path / "new", 2)
+        moved = [f"{split}/part-0000{number}.parquet" for split in schema.SPLITS for number in (0, 1)]
+        assert sorted(contents(tmp_path / "new")) == sorted(set(moved) - {"valid/part-00001.parquet"})
+
+
+def test_without_locks_nothing_is_taken_for_left_behind(many_users, make_converter, tmp_path, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    first, second, other = (RayEngine(tmp_path / "out", key).done for key in ("test", "test", "other"))
+    with first.opened(), other.opened():
+        for number in range(5):
+            (first.folder / f".writing-0-{first.run}-host-{number}-x").mkdir()
+        with pytest.raises(ZeroDivisionError), second.opened():  # noqa: PT012
+            second.remove_others()
+            second.bind("a")
+            assert other.folder.exists()
+            second.write(0, many_users, make_converter())  # processes that the other run lost are not counted
+            assert len(list(first.folder.glob(".writing-*"))) == 5
+            raise ZeroDivisionError
+
+
+def lost(*_, **__) -> None:
+    """A task over which the system kills every process, before it leaves a mark."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("module", "task"), [(ray_reading, "_read"), (ray_engine, "_write_part")])
+def test_a_task_over_which_every_process_is_killed_ends(cluster, make_recipe, tmp_path, monkeypatch, module, task):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(module, task, lost)
+    monkeypatch.setattr("recllm.cluster.MOST_LOST", 1)
+    (tmp_path / "two.csv").write_bytes((tmp_path / "log.csv").read_bytes())
+    log = [str(tmp_path / name) for name in ("log.csv", "two.csv")]
+    recipe = make_recipe(data={"interactions": {"path": log}, "items": {"path": str(tmp_path / "items.csv")}})
+    with pytest.raises(UserError, match="was lost too often"):
+        on_ray(recipe, tmp_path / "ray")
+    assert left_beside(tmp_path / "ray") == []
+
+
+def test_a_cluster_without_a_cpu_is_refused(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    with (
+        pytest.raises(UserError, match="no node of the cluster has a CPU"),
+        RayEngine(tmp_path / "out", "k").opened(tmp_path),
+    ):
+        pass
+
+
+class Failing(Done):
+    """Raises what it is asked to."""
+
+    error: Exception
+
+    def write(self, number, batch, converter):
+        raise self.error
+
+
+def test_only_what_the_file_system_did_is_said_of_it(stored_work, tmp_path):
+    done = Failing(tmp_path / "out", "test")
+    row = {"shards": [0]}
+    done.error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(UserError, match=f"node .*: shard 0 cannot be written to {done.folder} .*Input/output error"):
+        list(ray_engine._write_part(row, stored_work, done))
+    done.error = pa.ArrowInvalid("a defect of a converter")
+    with pytest.raises(pa.ArrowInvalid, match="a defect"):
+        list(ray_engine._write_part(row, stored_work, done))
+    ray_engine._opened["work"].sequences.path.write_bytes(b"PAR1 broken")
+    with pytest.raises(UserError, match=r"sequences cannot be read from .*sequences.parquet"):
+        list(ray_engine._write_part(row, stored_work, done))
+
+
+@pytest.fixture
+def stored_work(many_users, make_converter, tmp_path, monkeypatch) -> list[Any]:
+    """A reference to the work on `many_users`, as tasks get it."""
+    pq.write_table(pa.Table.from_batches([many_users]), tmp_path / "sequences.parquet")
+    sequences = StoredSequences(tmp_path / "sequences.parquet", many_users.column("items").value_lengths().to_numpy())
+    work = ray_engine.Work(sequences, sequences.cut(1 << 17), make_converter(), identity())
+    monkeypatch.setattr(ray_engine, "_opened", {"work": work})
+    return [SimpleNamespace(hex=lambda: "work")]
+
+
+def test_where_a_path_hangs_on_the_drivers_folder(make_recipe, tmp_path, monkeypatch):
+    how = ray_reading.Reading(
+        make_recipe().data.interactions, frozenset(), None, None, False, str(tmp_path / "nowhere"), identity()
+    )
+    monkeypatch.chdir(tmp_path)
+    for path in (f"file://{tmp_path}/log.csv", str(tmp_path / "log.csv")):
+        with ray_reading._here(how, path):  # the driver's folder is not on this node, and need not be
+            assert Path.cwd() == tmp_path
+    with pytest.raises(UserError, match=f"has no folder {tmp_path}/nowhere .*to which log.csv is relative"):
+        ray_reading._here(how, "log.csv").__enter__()
+    (tmp_path / "nowhere").mkdir()
+    with pytest.raises(UserError, match=rf"log.csv does not exist on node .* \(relative to {tmp_path}/nowhere\)"):
+        ray_reading._here(how, "log.csv").__enter__()
+    assert Path.cwd() == tmp_path
+    (tmp_path / "nowhere" / "log.csv").touch()
+    with ray_reading._here(how, "log.csv"):
+        assert Path("log.csv").exists()
+        assert Path.cwd() == tmp_path / "nowhere"
+    assert Path.cwd() == tmp_path
 
 
 class FullDisk(Done):
@@ -362,6 +494,24 @@ def test_urls_of_an_object_store_are_read_by_both_engines(cluster, make_recipe, 
     assert contents(tmp_path / "ray") == contents(tmp_path / "urls")
     for name in ("test/part-00000.parquet", "sequences.parquet", "items.parquet"):
         assert (tmp_path / "urls" / name).read_bytes() == (tmp_path / "paths" / name).read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_an_object_that_was_replaced_is_read_anew(request, make_recipe, tmp_path, monkeypatch, engine):
+    if engine == "ray":
+        request.getfixturevalue("cluster")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    log, items = f"file://{tmp_path}/log.csv", f"file://{tmp_path}/items.csv"
+    recipe = make_recipe(data={"interactions": {"path": log}, "items": {"path": items}})
+    found = []
+    for _ in range(2):
+        options = {"engine": RayEngine(tmp_path / "out", "test")} if engine == "ray" else {"workers": 1}
+        found.append(convert(recipe, tmp_path / "out", **options)["counts"]["interactions_read"])
+        assert list((tmp_path / "tmp").glob("recllm-object-*")) == []
+        with (tmp_path / "log.csv").open("a") as file:
+            file.write("user0,i1,99999999,5\n")
+    assert found[1] == found[0] + 1
 
 
 def test_two_runs_do_not_write_the_same_output(cluster, make_recipe, tmp_path):

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recllm.data import readers
+from recllm.data import readers, tables
+from recllm.data.rows import scan
 from recllm.errors import UserError
-from recllm.recipe import IdMap, InteractionsSource, ItemsSource, UsersSource
+from recllm.recipe import DataSection, FilterSection, IdMap, InteractionsSource, ItemsSource, UsersSource
 
 LOG = [
     {"user_id": "7", "item_id": "a", "timestamp": 10, "rating": 4.0},
@@ -485,3 +486,20 @@ def test_id_map_that_does_not_fit(write, tmp_path):
         items(path, id_map=id_map(write, tmp_path, [(1, 5), (1, 6)]))
     with pytest.raises(UserError, match=r'item id "5" stands in line 2, line 3'):
         items(path, id_map=id_map(write, tmp_path, [(1, 5), (2, 5)]))
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
+def test_a_gzip_file_that_is_cut_short_is_named_and_on_demand_skipped(write, tmp_path, name):
+    # long enough that the beginning, from which columns are known, is whole
+    log = [{"user_id": f"u{n}", "item_id": f"i{n * n * 7919**3 % 10**9}", "timestamp": n} for n in range(20_000)]
+    whole = gzip.compress(write(tmp_path / name, log).read_bytes())
+    paths = [str(tmp_path / f"{part}-{name}.gz") for part in ("whole", "half")]
+    for path, content in zip(paths, (whole, whole[: len(whole) // 2])):
+        with open(path, "wb") as file:
+            file.write(content)
+    with pytest.raises(tables.Unreadable, match=f"half-{name}.gz: cannot be read to its end .*: copy or download"):
+        interactions(paths)
+    data = DataSection(interactions=InteractionsSource(path=paths))
+    scanned = scan(data, FilterSection(), None, None, skip_unreadable=True)
+    assert sum(batch.height for batch in scanned.batches) == 20_000
+    assert list(scanned.skipped) == [paths[1]]

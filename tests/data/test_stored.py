@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recllm import schema
+from recllm.data import stored as module
 from recllm.data.spool import Spool
 from recllm.data.stored import StoredSequences, shards
 
@@ -47,6 +48,20 @@ def test_batches_are_the_file_cut_by_shards(stored, positions):
     batches = list(stored.batches(positions))
     assert [batch.num_rows for batch in batches] == [rows for _, rows in shards(LENGTHS, positions)]
     assert pa.Table.from_batches(batches).equals(pq.read_table(stored.path))
+
+
+def test_the_first_batch_costs_one_row_group(stored, monkeypatch):
+    cut, cut_at = list[int](), module._cut_at
+    monkeypatch.setattr(module, "_cut_at", lambda ends, *rest: cut.append(len(ends)) or cut_at(ends, *rest))
+    next(stored.batches(10))
+    assert cut == [2]  # users, of 7
+    stored.cut(10)
+    assert cut == [2, *(group.num_rows for group in groups(stored.path))]  # each user once
+
+
+def groups(path):
+    metadata = pq.read_metadata(path)
+    return [metadata.row_group(number) for number in range(metadata.num_row_groups)]
 
 
 def test_a_batch_is_sent_without_the_rest_of_its_row_group(stored):
