@@ -19,6 +19,7 @@ from recllm.data import object_store, offline
 from recllm.errors import UserError
 from recllm.recipe import Recipe
 
+FIT_S = 24 * 3600.0  # how long ranks wait for the first one to fit the encoder, at least
 OUTPUTS = {"convert": "dataset", "encoder": "encoder", "train": "adapter", "evaluate": "report"}
 
 
@@ -242,8 +243,9 @@ def fine_tune(recipe: Recipe, allow_template_mismatch: bool = False) -> None:
 
     from recllm.train import engines
 
-    # The other ranks wait for the fit: torch's default of ten minutes would kill a long one
-    patience = datetime.timedelta(seconds=float(recipe.train.get("ddp_timeout", 24 * 3600)))
+    # The other ranks wait for the fit, which may be long: train.ddp_timeout is set, by engines.limit_waiting, for the
+    # training that follows, and does not shorten this
+    patience = datetime.timedelta(seconds=max(FIT_S, float(recipe.train.get("ddp_timeout", 0))))
     with engines.telling_of_lost_processes():
         state = PartialState(cpu=bool(recipe.train.get("use_cpu")), timeout=patience)
         if state.is_main_process:
@@ -277,6 +279,7 @@ def fingerprint(recipe: Recipe, name: str, skip_unreadable: bool = False) -> str
     """sha256 over everything that the stage reads; where convert may leave out files, over that too."""
     document = recipe.model_dump(mode="json")
     joint = document["encoder"].pop("joint_learning_rate")  # of the adapter's training, not of this fit
+    document["evaluate"].pop("replicas")  # how many share the work: the numbers are the same
     from recllm.convert.pipeline import tokenizer_special_tokens
     from recllm.data.sequences import source_paths
 

@@ -1,5 +1,6 @@
 """The whole line on a tiny model: real processes, real files; what is unchanged is skipped."""
 
+import datetime
 import errno
 import json
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -79,6 +81,7 @@ def test_a_broken_record_makes_a_stage_run_again(tiny_recipe) -> None:
         ("adapter.r=2", {"train"}),
         ("train.max_steps=2", {"train"}),
         ("evaluate.batch_size=2", {"evaluate"}),
+        ("evaluate.replicas=2", set()),  # the numbers are the same
         ("seed=1", {"convert", "encoder", "train", "evaluate"}),
         ("description=other", set()),
     ],
@@ -89,7 +92,8 @@ def test_a_fingerprint_changes_with_what_the_stage_reads(tiny_recipe, monkeypatc
         (fixed / folder).mkdir(parents=True)
     (fixed / "dataset" / "manifest.json").write_text("{}")
     monkeypatch.setattr(stages, "require", lambda recipe, stage: fixed / stages.OUTPUTS[stage])
-    before, after = load_recipe(tiny_recipe), load_recipe(tiny_recipe, [override])
+    always = ["evaluate.engine=ray-vllm"]  # replicas are of it alone
+    before, after = load_recipe(tiny_recipe, always), load_recipe(tiny_recipe, [*always, override])
     differing = {name for name in stages.STAGES if stages.fingerprint(before, name) != stages.fingerprint(after, name)}
     assert differing == changed
 
@@ -223,3 +227,20 @@ def test_one_process_of_a_launch_decides_about_the_encoder(monkeypatch, tiny_rec
     monkeypatch.setattr(stages, "run_stage", lambda _, name, **__: seen.append(name))
     stages.fine_tune(load_recipe(str(tiny_recipe)))
     assert seen == expected
+
+
+@pytest.mark.parametrize(("ddp_timeout", "hours"), [(None, 24), (60, 24), (100 * 3600, 100)])
+def test_the_limit_of_training_does_not_cut_short_the_wait_for_the_encoder(
+    monkeypatch, tiny_recipe, ddp_timeout, hours
+):
+    waits = []
+
+    def state(timeout: datetime.timedelta, **_: Any) -> SimpleNamespace:
+        waits.append(timeout)
+        return SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    monkeypatch.setattr(stages, "run_stage", lambda *_, **__: None)
+    override = [] if ddp_timeout is None else [f"train.ddp_timeout={ddp_timeout}"]
+    stages.fine_tune(load_recipe(str(tiny_recipe), override))
+    assert waits == [datetime.timedelta(hours=hours)]

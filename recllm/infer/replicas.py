@@ -7,7 +7,8 @@
     answers, each chunk's exactly once   ←   with the process that gave them
 
 A replica whose process dies is started again by Ray, RESTARTS times at most, and asked again for what it owes: answers
-hang on their chunk alone. One whose node is lost waits for room on another, while the others go on. What a replica
+hang on their chunk alone. One whose node is lost waits for room on another, while the others go on, and so does one
+whose place another job has taken. One that hangs is waited for, and that is told. What a replica
 raises is raised here; that is no reason to ask again. What the engines are is not known here (ray_vllm_engine.py).
 Imports Ray when replicas are started, and no torch.
 """
@@ -31,8 +32,8 @@ ASKED = "recllm evaluate --engine ray-vllm"  # how errors call it
 IN_FLIGHT = 2  # chunks a replica: one that it works on, one that waits there
 RESTARTS = 3  # of a replica
 LEAST, MOST, TURNS = 32, 256, 4  # prompts of a chunk; chunks a replica where there are enough prompts
-START_S = 3600.0  # until all replicas have started (large models come from slow disks), or for a lost one's new node
-SILENT_S = 60.0  # without any answer, before the nodes are looked at
+START_S = 3600.0  # until all replicas have started (large models come from slow disks), or for a lost one's new place
+SILENT_S = 60.0  # without an answer, before that is told and the nodes are looked at
 FREE_S = 15.0  # until what an earlier run held is counted as free
 ENVIRONMENT = {  # of a replica
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the actor itself: it dies, and frees its GPU, with it
@@ -108,6 +109,8 @@ class Replicas:
         self.count, self.chunk = count, chunk
         self._actors: list[Any] = []
         self._shared: list[tuple[Any, Any]] = []  # what all chunks are given, and its place in Ray's object store
+        self._heard = [0.0] * count  # when each answered last
+        self._told_after = [SILENT_S] * count  # seconds without an answer of each; doubled whenever they are told
         self._connection = contextlib.ExitStack()
         try:
             self._ray = self._connection.enter_context(cluster.connected(ASKED))
@@ -163,12 +166,14 @@ class Replicas:
                 reference = self._actors[replica].ask.remote(folder, method, common, arguments)
                 waiting[reference] = (number, replica, len(arguments["prompts"]))
 
+        self._heard = [time.monotonic()] * self.count
         for replica in [*range(self.count)] * IN_FLIGHT:
             send(replica)
         with tqdm(total=total, desc=progress, disable=progress is None, unit="prompt") as bar:
             while waiting:
-                reference = self._next(list(waiting))
+                reference = self._next(list(waiting), {replica for _, replica, _ in waiting.values()})
                 number, replica, size = waiting.pop(reference)
+                self._heard[replica] = time.monotonic()
                 answer = self._answer(reference, replica)
                 if number in answers or len(answer) != size:
                     raise RuntimeError(f"chunk {number} of {size} prompts has {len(answer)} answers, once is expected")
@@ -223,25 +228,66 @@ class Replicas:
                 bar.update()
         return [found[number] for number in range(self.count)]
 
-    def _next(self, waiting: list[Any]) -> Any:
-        """The first of the references that is answered.
+    def _next(self, waiting: list[Any], owing: set[int]) -> Any:
+        """The first of the references that is answered, of those that the replicas `owing` are to answer.
 
         Raises:
-            UserError: none is for START_S, in which the nodes do not have room for all replicas.
+            UserError: none is for START_S, in which a replica has no place.
         """
-        since, told = time.monotonic(), False
+        since, told = time.monotonic(), ""
         while not (done := self._ray.wait(waiting, num_returns=1, timeout=SILENT_S)[0]):
-            found = placeable(self._each)
-            if found >= self.count:  # long chunks
-                since, told = time.monotonic(), False
+            self._tell_of_silence(owing)
+            lacking = self._lacking()
+            if lacking is None:  # long chunks
+                since, told = time.monotonic(), ""
                 continue
-            text = f"Ray has lost nodes: it has room for {found} of {self.count} replicas"
+            text, wait, advice = lacking
             if time.monotonic() - since > START_S:
-                raise UserError(f"{text}, and no other came: start Ray on more nodes, or lower evaluate.replicas")
-            if not told:
-                tqdm.write(f"{text}; what the others owe waits for a new node (`ray start`)", file=sys.stderr)
-            told = True
+                raise UserError(f"{text}, {advice}")
+            if told != text:
+                tqdm.write(f"{text}; {wait}", file=sys.stderr)
+            told = text
+        self._tell_of_silence(owing)
         return done[0]
+
+    def _lacking(self) -> tuple[str, str, str] | None:
+        """Why a replica has no place, what it waits for, and what to do; None where all have one."""
+        found = placeable(self._each)
+        if found < self.count:
+            return (
+                f"Ray has lost nodes: it has room for {found} of {self.count} replicas",
+                "what the others owe waits for a new node (`ray start`)",
+                "and no other came: start Ray on more nodes, or lower evaluate.replicas",
+            )
+        unplaced = ", ".join(str(number) for number in self._unplaced())
+        if not unplaced:
+            return None
+        return (
+            f"replica {unplaced} of {self.count} is to be started again and has no place",
+            "what it owes waits: others may hold what it had (`ray status`)",
+            f"for {START_S:.0f} s: wait for the others who use the cluster (`ray status`), start Ray on more nodes, or "
+            "lower evaluate.replicas",
+        )
+
+    def _unplaced(self) -> list[int]:
+        """Replicas that Ray has yet to place."""
+        from ray._private import state  # ray.util.state asks the dashboard, which need not run
+
+        states = [state.actors(actor._actor_id.hex()).get("State") for actor in self._actors]
+        return [number for number, found in enumerate(states) if found in ("PENDING_CREATION", "RESTARTING")]
+
+    def _tell_of_silence(self, owing: set[int]) -> None:
+        """Say who has not answered for long; of each after SILENT_S, and then after twice as long as the last time."""
+        for replica in sorted(owing):
+            silent = time.monotonic() - self._heard[replica]
+            if silent < self._told_after[replica]:
+                continue
+            self._told_after[replica] = 2 * silent
+            place = self.places[replica]
+            tqdm.write(
+                f"no answer for {silent:.0f} s from replica {replica} (process {place.pid} on {place.node})",
+                file=sys.stderr,
+            )
 
     def _answer(self, reference: Any, replica: int) -> Any:
         place, answer = self._get(reference, replica)

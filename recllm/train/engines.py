@@ -28,6 +28,8 @@ ZERO = "ZeRO-{}"  # of DeepSpeed; also with a single process
 _LOST = re.compile(
     r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out (waiting|after) .*ms|NCCL|Socket Timeout"
 )
+# What they say when nobody is gone: a port to meet at, a GPU for two ranks, memory, tensors of unequal sizes
+_OURS = re.compile(r"already in use|ncclInvalid(Usage|Argument)|out of memory|enforce fail.*nbytes")
 
 
 def check_launch() -> None:
@@ -59,18 +61,25 @@ def telling_of_lost_processes() -> Iterator[None]:
         rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1))
         if processes < 2 or not _is_of_a_lost_process(error):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = _said(error)
         raise UserError(
             f"process {rank} of {processes} lost another one, and stops: that process or its machine died, or the "
-            f"network was silent for train.ddp_timeout seconds ({said}). Look for the first error in the logs of the "
-            "other machines, then give the same commands again on all of them: the run goes on from its last checkpoint"
+            f"network failed or was silent for train.ddp_timeout seconds ({said}). Look for the first error in the "
+            "logs of the other machines, mend what it and this one name, then give the same commands again on all of "
+            "them: the run goes on from its last checkpoint"
         ) from error
 
 
 def _is_of_a_lost_process(error: RuntimeError) -> bool:
-    if "already in use" in str(error):  # the port that they were to meet at: nobody is lost
+    if _OURS.search(str(error)):
         return False
     return isinstance(error, torch.distributed.DistError) or _LOST.search(str(error)) is not None
+
+
+def _said(error: RuntimeError) -> str:
+    """An error's text in a line, NCCL's "Last error:" with it; without the frames of C++ that may follow."""
+    text = re.split(r"\n(?:Exception raised from|frame #0)", str(error).strip())[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def limit_waiting(limit: datetime.timedelta) -> None:

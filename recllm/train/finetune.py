@@ -292,7 +292,7 @@ def stream(
         context_tokens(model.config),
         Share(state.process_index, state.num_processes, batch, arguments.gradient_accumulation_steps),
         seed=arguments.data_seed if arguments.data_seed is not None else recipe.seed,
-        buffer_size=recipe.train.get("buffer_size", streaming.BUFFER_SIZE),
+        buffer_size=streaming.buffer_size_of(recipe),
         by_length=arguments.train_sampling_strategy == "group_by_length",
         histories=StoredHistories(dataset, recipe.history.max_items) if accepts_history(model) else None,
     )
@@ -305,6 +305,8 @@ def fingerprint_of(
     document = recipe.model_dump(mode="json")
     if not recipe.train.get("load_best_model_at_end"):  # with it, when is saved decides what is loaded
         document["train"] = {k: v for k, v in document["train"].items() if not k.startswith(NO_WEIGHT)}
+    if is_streaming(recipe):  # a resumed run passes over rows by their buffers: another default would be another order
+        document["train"] = document["train"] | {"buffer_size": streaming.buffer_size_of(recipe)}
     read: dict[str, Any] = {key: document[key] for key in ("seed", "model", "adapter", "train", "history", "prompt")}
     read["dataset"] = files.sha256_of(dataset.folder / "manifest.json")
     read["compute_dtype"] = str(compute_dtype(recipe))

@@ -9,10 +9,12 @@ The order of an epoch hangs on (seed, epoch), the number of processes and train.
 - the row groups of all files are shuffled and stand one after the other: N rows;
 - process r of W has the rows [N·r/W, N·(r+1)/W) of them, so that processes differ by one row at most, and each reads
   its own row groups and at both ends a part of one;
-- its rows are shuffled within buffers, train.buffer_size after train.buffer_size, and there put together by length.
+- its rows are shuffled within buffers, train.buffer_size after train.buffer_size, and there put together by length;
+  of these groups of like length a shuffled order is drawn that is the same in all processes.
 
 Every process then fills its rows up to the same number of whole batches with rows without loss. Each example so counts
-exactly once in the loss of an epoch, and none waits for another.
+exactly once in the loss of an epoch. In each step the processes wait for the one with the longest batch: their batches
+are of like length, but not of the same.
 
 A run that goes on begins at the buffer it had come to; what precedes it is not read again.
 """
@@ -95,6 +97,12 @@ def check_streaming(recipe: Recipe, arguments: TrainingArguments, gate_inputs: A
         raise UserError(
             f"train.streaming reads each example once, as it comes: {faults[0]}. Leave that out, or streaming"
         )
+
+
+def buffer_size_of(recipe: Recipe) -> int:
+    """Rows of a buffer that the recipe asks for, or the default."""
+    size = recipe.train.get("buffer_size")
+    return BUFFER_SIZE if size is None else int(size)
 
 
 # ---- the files ----
@@ -344,9 +352,16 @@ class StreamedExamples(torch.utils.data.IterableDataset):
 
     def _order(self, rows: list[Row], epoch: int, number: int) -> list[int]:
         """Of a buffer of this process, which is the `number`-th of the epoch."""
-        generator = np.random.default_rng([self.seed, epoch, self.share.rank, number])
         lengths = np.array([len(row.input_ids) for row in rows])
-        return order_of(lengths, self.group_size, generator, longest_first=epoch == number == 0)
+        fewest = self.num_examples // self.share.processes - number * self.buffer_size  # left to any process
+        return order_of(
+            lengths,
+            self.group_size,
+            np.random.default_rng([self.seed, epoch, self.share.rank, number]),
+            longest_first=epoch == number == 0,
+            groups_generator=np.random.default_rng([self.seed, epoch, number]),  # without the rank: like meets like
+            num_groups=min(fewest, self.buffer_size) // self.group_size if self.group_size else None,
+        )
 
     def _rows(self, examples: list[dict[str, Any]]) -> list[Row]:
         rows = [self._row(**example) for example in examples]

@@ -15,6 +15,7 @@ folder.
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from recllm.errors import UserError
 from recllm.recipe import Recipe, load_recipe
 
 WHAT = "scripts/cluster/ray_train.py"
+PATIENCE_S = 3600.0  # for all workers to have a place, at first and after a lost node
+FIT_S = 24 * 3600  # how long workers wait for the first one to fit the encoder; in training train.ddp_timeout holds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,38 +56,58 @@ def train(recipe: Recipe, workers: int, use_gpu: bool, retries: int = 3) -> Path
 
     Raises:
         UserError: what a worker refused, after all retries; no cluster, another recllm on a node, a node that does not
-            see the output folder; fewer GPUs or cores than workers.
+            see the output folder; fewer GPUs or cores than workers; no place for all workers within PATIENCE_S.
     """
     if workers < 1 or retries < 0:
         raise UserError(f"--workers {workers} --retries {retries}: at least 1 worker and 0 retries are expected")
     recipe.output.mkdir(parents=True, exist_ok=True)
     with cluster.connected(WHAT, recipe.output.resolve()) as ray, cluster.own_errors():
         _check_resources(ray, workers, "GPU" if use_gpu else "CPU")
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-        from ray.train.torch import TorchTrainer
+        from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         trainer = TorchTrainer(
             work,
             train_loop_config={"recipe": recipe.model_dump(mode="json"), "folder": os.getcwd()},
+            torch_config=TorchConfig(timeout_s=FIT_S),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
             run_config=RunConfig(
                 name="ray",  # of a folder beside the adapter, with what Ray Train writes about the run
                 storage_path=str(recipe.output.resolve()),
-                failure_config=FailureConfig(max_failures=retries),
+                failure_config=FailureConfig(
+                    max_failures=retries,
+                    controller_failure_limit=_attempts(),  # type: ignore[call-arg]  # mypy sees the older Ray Train's
+                ),
             ),
         )
         try:
             trainer.fit()
         except WorkerGroupError as error:
             raise _first_cause(error) from error
+        except ControllerError as error:
+            said = str(error.controller_failure).strip().splitlines() or [type(error.controller_failure).__name__]
+            raise UserError(
+                f"Ray Train has no {workers} workers that run ({said[0]}): see `ray status` for what they wait for, "
+                "then give the same command again: the run goes on from its last checkpoint"
+            ) from error
     return recipe.output / "adapter"
 
 
+def _attempts() -> int:
+    """How often Ray Train tries again to place all workers until PATIENCE_S are over; by itself it tries for ever."""
+    return math.ceil(PATIENCE_S / float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60)))
+
+
 def _first_cause(error: Any) -> Exception:
-    """What recllm refused on one of the workers; the others, who then miss that one, say so too."""
+    """What recllm refused on one of the workers, or all that Ray tells where one of them failed otherwise.
+
+    The others, who then miss that one, say so too: that is told where nobody knows more (a process that was killed).
+    """
     failures = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
     refused = [failure for failure in failures if isinstance(failure, UserError)]
-    return min(refused, key=lambda failure: "lost another one" in str(failure), default=error)
+    first = min(refused, key=lambda failure: "lost another one" in str(failure), default=error)
+    of_work = [one for one in failures if one not in refused and not type(one).__module__.startswith("ray.")]
+    return error if of_work and "lost another one" in str(first) else first
 
 
 def _check_resources(ray: Any, workers: int, kind: str) -> None:

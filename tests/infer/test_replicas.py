@@ -210,6 +210,58 @@ def test_a_node_that_does_not_come_is_an_error(ray, monkeypatch, two):
         two.ask(None, "doze", chunks(1))
 
 
+def test_a_replica_whose_place_was_taken_is_waited_for_and_then_an_error(ray, monkeypatch, two, tmp_path, capsys):
+    monkeypatch.setattr(replicas, "SILENT_S", 0.2)
+    killed = two.places[0].pid
+    (tmp_path / f"stop {killed}").touch()
+
+    @ray.remote(num_cpus=1)
+    def hold() -> None:
+        while not (tmp_path / "free").exists():
+            time.sleep(0.05)
+
+    held = hold.remote()  # as a job that has waited: it takes the core before Ray starts the replica again
+
+    def taken() -> Iterator[dict[str, Any]]:
+        for number, chunk in enumerate(chunks(8)):
+            if number == 6:
+                os.kill(killed, signal.SIGKILL)
+            yield chunk
+
+    monkeypatch.setattr(replicas, "START_S", 1.0)
+    said = r"^replica 0 of 2 is to be started again and has no place, for 1 s: wait for the others"
+    with pytest.raises(UserError, match=said):
+        two.ask(None, "add", taken())
+    assert capsys.readouterr().err.count("has no place; what it owes waits: others may hold what it had") == 1
+    monkeypatch.setattr(replicas, "START_S", 60.0)
+    (tmp_path / "free").touch()
+    assert two.ask(None, "add", chunks(4)) == [[0], [1], [2], [3]]
+    assert two.places[0].pid != killed
+    ray.get(held)
+
+
+def test_a_replica_that_says_nothing_is_told_of_at_growing_intervals(monkeypatch, two, tmp_path):
+    silent = two.places[0]
+    (tmp_path / f"stop {silent.pid}").touch()
+    begun, told = time.monotonic(), []
+
+    def tell(text: str, file: Any) -> None:  # as tqdm.write
+        assert file is sys.stderr
+        told.append((time.monotonic() - begun, text))
+        if len(told) == 3:
+            (tmp_path / "go").touch()
+
+    monkeypatch.setattr(replicas, "SILENT_S", 0.1)
+    monkeypatch.setattr(two, "_told_after", [0.5, 60.0])
+    monkeypatch.setattr(replicas.tqdm, "write", tell)
+    assert two.ask(None, "add", chunks(6)) == [[number] for number in range(6)]
+    assert len(told) == 3
+    for (when, text), least in zip(told, [0.5, 1.0, 2.0], strict=True):
+        assert when >= least
+        assert text.endswith(f" s from replica 0 (process {silent.pid} on {silent.node})")
+    assert told[2][1].startswith("no answer for ")
+
+
 def test_shares_are_fair():
     assert [chunk_size(count, 2) for count in (0, 1, 12, 64, 256, 1000, 10_000)] == [1, 1, 6, 32, 32, 125, 256]
     assert cores_each([64, 2], 3) == 21  # on the large node

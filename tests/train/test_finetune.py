@@ -25,7 +25,7 @@ from recllm.model.adapter import load_adapter
 from recllm.model.base_model import load_base_model
 from recllm.model.sequence_encoder import load_encoder
 from recllm.recipe import LossSection, Recipe
-from recllm.train import finetune, representations
+from recllm.train import finetune, representations, streaming
 from recllm.train.collator import COLUMNS, WEIGHED, TokenizedExamples, tokenize
 from recllm.train.encoder import fit_encoder
 from recllm.train.finetune import train, training_arguments
@@ -657,6 +657,21 @@ def test_what_does_not_touch_the_weights_does_not_bar_resuming(dataset, encoder_
     tables = [{"gate_weights": np.full((3, 2), value)} for value in (0.5, 0.4)]
     given = [finetune.fingerprint_of(make_recipe(), dataset, encoder_folder, table) for table in tables]
     assert len({fingerprint(), *given}) == 3
+
+
+def test_a_run_that_streams_resumes_with_its_own_buffer_only(dataset, encoder_folder, make_recipe, monkeypatch):
+    """Where a resumed epoch goes on is counted in buffers: with others rows would come twice, and some never."""
+
+    def fingerprint(**section: Any) -> str:
+        return finetune.fingerprint_of(make_recipe(train=section), dataset, encoder_folder)
+
+    default, plain = fingerprint(streaming=True), fingerprint()
+    assert fingerprint(streaming=True, buffer_size=streaming.BUFFER_SIZE) == default
+    assert fingerprint(streaming=True, buffer_size=None) == default
+    assert fingerprint(streaming=True, buffer_size=64) != default
+    monkeypatch.setattr(streaming, "BUFFER_SIZE", 64)  # of another version
+    assert fingerprint(streaming=True) == fingerprint(streaming=True, buffer_size=64) != default
+    assert fingerprint() == plain
 
 
 def test_a_resumed_run_takes_the_gate_statistics_of_its_checkpoint(

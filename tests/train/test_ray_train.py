@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
 
+from recllm import stages
 from recllm.data.dataset import Dataset
+from recllm.errors import UserError
 from recllm.recipe import load_recipe
 from recllm.stages import fine_tune
 
@@ -107,3 +110,57 @@ def test_what_is_refused_is_said(ray_train: ModuleType, recipe_path: Path, capfd
     assert "3 workers need a CPU each, the Ray cluster has 2: lower --workers" in capfd.readouterr().err
     assert ray_train.main([str(recipe_path), "--workers", "1"]) == 1
     assert "1 workers need a GPU each, the Ray cluster has 0" in capfd.readouterr().err
+
+
+def test_the_cause_is_told_and_not_what_others_missed(ray_train: ModuleType):
+    from ray.exceptions import RayActorError
+    from ray.train import WorkerGroupError
+
+    lost, refused = UserError("process 0 of 2 lost another one, and stops"), UserError("train.learning_rate=-1")
+    memory, died = RuntimeError("CUDA out of memory"), RayActorError()
+
+    def told(*failures: Exception) -> Exception:
+        error = WorkerGroupError("all of it", dict(enumerate(failures)))
+        found = ray_train._first_cause(error)
+        return memory if found is error else found
+
+    assert told(lost, refused) is refused
+    assert told(lost, memory) is memory  # what Ray tells has it
+    assert told(lost, died) is told(died, lost) is lost
+
+
+def test_workers_that_find_no_place_are_an_error(ray_train, recipe_path, monkeypatch, capfd):
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Other:
+        def hold(self) -> None:
+            pass
+
+    other = Other.remote()
+    ray.get(other.hold.remote())
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "0.5")
+    monkeypatch.setattr(ray_train, "PATIENCE_S", 1.0)
+    assert ray_train.main([str(recipe_path), "--workers", "2", "--cpu"]) == 1
+    said = capfd.readouterr().err
+    assert re.search(r"^recllm: Ray Train has no 2 workers that run \(.*startup timed out after 0\.5 s", said, re.M)
+    ray.kill(other)
+
+
+def test_workers_wait_for_the_encoder_as_long_as_those_of_other_launches(ray_train, recipe_path, monkeypatch):
+    """Ray joins them before recllm.stages can ask for more than Ray's own half an hour."""
+    import ray.train.torch
+
+    made = {}
+
+    class Trainer:
+        def __init__(self, _: Any, **options: Any) -> None:
+            made.update(options)
+
+        def fit(self) -> None:
+            pass
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
+    ray_train.train(load_recipe(recipe_path, ["train.use_cpu=true"]), 2, use_gpu=False)
+    assert made["torch_config"].timeout_s == stages.FIT_S == 24 * 3600
+    assert made["run_config"].failure_config.controller_failure_limit == 60

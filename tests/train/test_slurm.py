@@ -18,7 +18,7 @@ SCRIPT = ROOT / "scripts" / "cluster" / "train.sbatch"
 STAND_INS = {
     "scontrol": '#!/bin/bash\n[ "$1 $2" = "show hostnames" ] && printf "node07\\nnode08\\nnode11\\n"',
     # a task a node, one after the other; options end where the command begins
-    "srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done\n'
+    "srun": '#!/bin/bash\nwhile [[ "$1" == --* ]]; do echo "$1" >> "$STARTED.options"; shift; done\n'
     'for ((n = 0; n < SLURM_JOB_NUM_NODES; n++)); do SLURM_NODEID=$n "$@" || exit $?; done',
     "accelerate": f"#!{sys.executable}\nimport json, os, sys\n"
     'open(os.environ["STARTED"], "a").write(json.dumps(sys.argv[1:]) + "\\n")\n'
@@ -32,6 +32,7 @@ def submit(folder: Path, *arguments: str, **variables: str) -> tuple[int, list[l
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "1230042", "SLURM_JOB_NODELIST": "node[07-08,11]", "SLURM_JOB_NUM_NODES": "3"}
+    job |= {"SLURM_CPUS_PER_TASK": "24"}
     job |= {"SLURM_GPUS_ON_NODE": "4", "STARTED": str(folder / "started"), "PATH": f"{folder}:{os.environ['PATH']}"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     found = subprocess.run(
@@ -66,6 +67,8 @@ def test_each_node_starts_its_part_of_one_launch(tmp_path: Path):
         for node in range(3)
     ]
     assert (ROOT / options(started[0])["--config_file"]).is_file()
+    given = (tmp_path / "started.options").read_text().split()
+    assert sorted(given) == ["--cpus-per-task=24", "--kill-on-bad-exit=1"]
 
 
 def test_another_engine(tmp_path: Path):

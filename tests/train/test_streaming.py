@@ -187,6 +187,31 @@ def test_rows_of_like_length_stand_together_the_longest_first(small: Dataset, ti
     assert max(lengths) == max(lengths[:STEP])
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("rows", [2048, 2047])
+def test_batches_of_like_length_meet_so_that_no_process_waits_long(small, tiny_tokenizer, rows: int, epoch: int):
+    """Of 8 ranks the longest batch of each step against their mean; every second rank has a row more.
+
+    With 2047 rows that makes a group more.
+    """
+    ranks, draw = 8, np.random.default_rng(7)
+    lengths = [draw.integers(20, 2000, rows + (rank % 2)) for rank in range(ranks)]
+
+    def longest(rank: int) -> np.ndarray:
+        examples = streamed(small, tiny_tokenizer, rank, ranks, buffer_size=4096)
+        examples.num_examples = ranks * rows + ranks // 2
+        made = [Row(np.zeros(length, np.int32), 1, 0, 0) for length in lengths[rank]]
+        order = examples._order(made, epoch, 0)
+        assert sorted(order) == list(range(len(made)))
+        whole = lengths[rank][order][: rows // STEP * STEP]
+        return whole.reshape(-1, STEP).max(axis=1)
+
+    steps = np.stack([longest(rank) for rank in range(ranks)])
+    assert steps.max(axis=0).sum() < 1.1 * steps.mean(axis=0).sum()
+    unaligned = np.stack([np.random.default_rng(rank).permutation(own) for rank, own in enumerate(steps)])
+    assert unaligned.max(axis=0).sum() > 1.6 * unaligned.mean(axis=0).sum()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("batches", [0, 1, 8, 11, 18, 19])
 def test_a_resumed_epoch_goes_on_at_the_same_place(small: Dataset, tiny_tokenizer, rank: int, batches: int):
@@ -230,7 +255,11 @@ def test_of_many_histories_a_share_of_each_row_group_is_chosen(small: Dataset, t
     monkeypatch.setattr(streaming, "STATISTICS_HISTORIES", 12)
     monkeypatch.setattr(streaming, "STATISTICS_SHARE", 4)
     examples = streamed(small, tiny_tokenizer)
+    read, of_a_group = examples.histories.read, []
+    monkeypatch.setattr(examples.histories, "read", lambda *rows: of_a_group.append(len(rows[0])) or read(*rows))
     found = examples.statistics_histories()
+    assert 3 <= len(of_a_group) <= len(examples.groups)
+    assert max(of_a_group) == 4  # though the largest group has 47
     assert len(found) == 12
     assert all(len(history) for history in found)
     assert list(map(list, found)) == list(map(list, examples.statistics_histories()))

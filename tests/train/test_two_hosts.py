@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from recllm.data.dataset import Dataset
+from recllm.errors import UserError
 from recllm.recipe import EncoderSection
 from recllm.train import engines
 from recllm.train.encoder import fit_encoder
@@ -221,14 +222,55 @@ def test_a_launch_that_waited_for_days_does_not_wait_so_long_in_training(tmp_pat
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("text", ["CUDA out of memory", "shapes cannot be multiplied", "address already in use"])
-def test_errors_of_our_own_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, text: str):
+NCCL = "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:93, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (RuntimeError, "CUDA out of memory"),
+        (RuntimeError, "shapes cannot be multiplied"),
+        (torch.distributed.DistNetworkError, "address already in use"),
+        (
+            torch.distributed.DistBackendError,
+            NCCL.format(
+                "invalid usage (run with NCCL_DEBUG=WARN for details)",
+                "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.",
+                "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000",
+            ),
+        ),
+        (
+            torch.distributed.DistBackendError,
+            NCCL.format(
+                "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+                "ncclUnhandledCudaError: Call to CUDA function failed.",
+                "Cuda failure 2 'out of memory'",
+            ),
+        ),
+        (
+            RuntimeError,
+            "[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] "
+            "op.preamble.length <= op.nbytes. 24 vs 8",
+        ),
+    ],
+)
+def test_errors_of_our_own_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError], text: str):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match=text), engines.telling_of_lost_processes():
-        raise torch.distributed.DistNetworkError(text) if "address" in text else RuntimeError(text)
+    with pytest.raises(RuntimeError, match=re.escape(text)) as raised, engines.telling_of_lost_processes():
+        raise kind(text)
+    assert raised.type is kind
     monkeypatch.setenv("WORLD_SIZE", "1")  # nobody is there who could be lost
     with pytest.raises(RuntimeError, match="Connection closed"), engines.telling_of_lost_processes():
         raise RuntimeError("Connection closed by peer")
+
+
+def test_what_nccl_said_last_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    text = NCCL.format("unhandled system error", "ncclSystemError: System call failed.", "Bootstrap : no interface")
+    frames = "\nException raised from f at NCCLUtils.cpp:93 (most recent call first):\nframe #0: c10::Error"
+    with pytest.raises(UserError, match=LOST.format(rank=0)) as raised, engines.telling_of_lost_processes():
+        raise torch.distributed.DistBackendError(text + frames)
+    assert "ncclSystemError: System call failed. Last error: Bootstrap : no interface)" in str(raised.value)
 
 
 # ---- the commands in the headers ----
