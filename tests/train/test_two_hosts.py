@@ -119,7 +119,12 @@ def runs(hosts: list[Host], dataset: Dataset, log_folder: Path, tiny_model_folde
     model = {"name_or_path": str(tiny_model_folder), "dtype": "float32"}
     recipe = recipe_of(log_folder, train=train, model=model, encoder=encoder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    fit_encoder(dataset, EncoderSection(**encoder), 12, 0, folder / "encoder")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as launched runs fit theirs: sums of other threads end in other digits
+    try:
+        fit_encoder(dataset, EncoderSection(**encoder), 12, 0, folder / "encoder")
+    finally:
+        torch.set_num_threads(threads)
     job = {"recipe": folder / "recipe.yaml", "dataset": dataset.folder, "encoder": folder / "encoder"}
     with ExitStack() as stack:
         worlds = [stack.enter_context(Worlds(host.prefix, **host.environment)) for host in hosts]
@@ -342,5 +347,4 @@ def test_the_commands_in_the_header_train_and_go_on_when_a_machine_has_died(runs
     assert "== encoder: up to date" in resumed["logs"][0]
     assert re.search(r"going on from \S+checkpoint-2", resumed["logs"][0])
     assert_same_losses(output / "adapter", whole)
-    # the launched run fits an encoder of its own, on as many threads as its launcher gives: 1e-4 apart were seen
-    assert_same_weights(output / "adapter", whole, atol=1e-3)
+    assert_same_weights(output / "adapter", whole, atol=1e-5)
