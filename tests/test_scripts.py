@@ -155,7 +155,7 @@ def test_action_evidence_runs_resumes_and_reports(run, tmp_path):
     found = [(cell["setting"], cell["arm"]) for cell in cells]
     assert sorted(found) == sorted([("4:all", arm) for arm in arms] + [("4:prompt", arm) for arm in reads])
     counts = [cell["parameters"] for cell in cells]
-    assert max(counts) - min(counts) <= 1220  # half a rank (1,024 of 16,384) and what the gate adds (196)
+    assert max(counts) <= 1.02 * min(counts)  # equal within 2%
     first = cells[0]
     assert all(cell[name] == first[name] for cell in cells for name in ("users", "labels", "bayes"))
     assert all(len(cell["nats"]) == len(first["labels"]) and np.isfinite(cell["nats"]).all() for cell in cells)

@@ -27,7 +27,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recllm.convert import pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed
@@ -166,20 +169,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
             "model": {"name_or_path": "none"},
         }
     )
-    engine, output, before = None, folder / "dataset", list[float]()
-    if arguments.engine == "ray":
-        from recllm.convert.ray_engine import RayEngine
-
-        engine = RayEngine(output, "bench")
-    write = pipeline._write_examples
-
-    def write_examples(*arguments: Any) -> Any:
-        before.append(time.process_time())
-        return write(*arguments)
-
-    pipeline._write_examples = write_examples  # type: ignore[assignment]  # to see when the first example is made
+    output = folder / "dataset"
+    engine = Noted(engine_of(arguments, output))
     wall, cpu, own = time.perf_counter(), cpu_seconds(), time.process_time()
-    manifest = pipeline.convert(recipe, output, workers=arguments.workers, engine=engine)
+    manifest = pipeline.convert(recipe, output, engine=engine)
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
     examples = sum(manifest["counts"]["examples"].values())
     disk = sum(path.stat().st_size for path in (folder / "dataset").rglob("*") if path.is_file())
@@ -189,9 +182,33 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         "cpu_s": round(cpu, 2),
         "wall_s": round(wall, 2),
         "driver_cpu_s": round(time.process_time() - own, 2),
-        "before_examples_cpu_s": round(before[0] - own, 2),
+        "before_examples_cpu_s": round(engine.written_at - own, 2),
         "disk_mib": round(disk / 2**20),
     }
+
+
+def engine_of(arguments: argparse.Namespace, output: Path) -> "pipeline.Engine":
+    """The one that is asked for."""
+    from recllm.convert import pipeline
+
+    if arguments.engine == "ray":
+        from recllm.convert.ray_engine import RayEngine
+
+        return RayEngine(output, "bench")
+    return pipeline.Local(arguments.workers or min(pipeline.available_cores(), pipeline.MOST_WORKERS))
+
+
+class Noted:
+    """An engine, and when it was first asked for examples."""
+
+    def __init__(self, engine: "pipeline.Engine") -> None:
+        self.engine, self.written_at = engine, 0.0
+        self.opened, self.scan = engine.opened, engine.scan
+
+    def write(self, *given: Any) -> Any:
+        """The engine's; `written_at` is this process's CPU time at its beginning."""
+        self.written_at = time.process_time()
+        return self.engine.write(*given)
 
 
 def cpu_seconds() -> float:
