@@ -238,7 +238,7 @@ def own_errors() -> Iterator[None]:
     )
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Ray wraps whatever a task raised; what is not ours is raised again below
         own = _own(error)
         if own is not None:
             raise own from None

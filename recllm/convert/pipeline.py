@@ -136,7 +136,7 @@ class Local:
 
     workers: int
 
-    def opened(self, folder: Path) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+    def opened(self, folder: Path) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002  # of clusters
         """Nothing to open."""
         return contextlib.nullcontext()
 

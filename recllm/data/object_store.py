@@ -153,14 +153,14 @@ def _fsspec(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _named(url: str) -> Iterator[None]:
-    """Whatever a store's library raises, with the URL; libraries have errors of their own, without a common class."""
+    """Whatever a store's library raises, with the URL; a full disk stays what it is."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{url}: is not there, a file was expected: check the path in the recipe") from None
-    except Exception as error:
+    except Exception as error:  # every store's library has its own, without a common class
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         text = str(error).strip() or type(error).__name__
