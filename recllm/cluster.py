@@ -16,6 +16,7 @@ import platform
 import socket
 import uuid
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,10 @@ ADDRESS = "RAY_ADDRESS"
 MOST_LOST = 5  # processes that may be lost over one task, or one shard; Ray itself would go on for ever
 PATIENCE_S = 5.0  # for the first sign of life of a cluster
 NODE_PATIENCE_S = 60.0  # for every node to start one process and import recllm in it
+TASK_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}  # a task has one core; Polars counts its threads when it is imported
 _RAY_DATA_NOTE = "Failed to apply UDF transform"  # begins what Ray Data appends to what a function raised
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_started_here: ContextVar[bool] = ContextVar("_started_here", default=False)  # whether the Ray connected to was
 # Ray's head speaks gRPC: a server of HTTP/2 answers this preface and empty SETTINGS frame (RFC 9113, 3.4) by SETTINGS
 _HTTP2_HELLO, _HTTP2_SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\x04"
 
@@ -70,12 +73,13 @@ def connected(what: str, folder: Path | None = None, cores: int | None = None) -
     """
     ray = _import(what)
     ours = not ray.is_initialized()
-    if ours:
-        _connect(ray, what, cores)
+    local = _connect(ray, what, cores) if ours else False
+    token = _started_here.set(local)
     try:
         check_nodes(ray, what, folder)
         yield ray
     finally:
+        _started_here.reset(token)
         if ours:
             ray.shutdown()
 
@@ -92,12 +96,14 @@ def _import(what: str) -> Any:
     return ray
 
 
-def _connect(ray: Any, what: str, cores: int | None) -> None:
+def _connect(ray: Any, what: str, cores: int | None) -> bool:
+    """Connected to the cluster at RAY_ADDRESS, or to a Ray that is started here: whether it is the latter."""
     address = os.environ.get(ADDRESS, "").strip()
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address in ("", "local"):
-        ray.init(address="local", num_cpus=cores or _available_cores(), include_dashboard=False, **quiet)
-        return
+        with _environment(TASK_ENVIRONMENT):  # its processes inherit it
+            ray.init(address="local", num_cpus=cores or _available_cores(), include_dashboard=False, **quiet)
+        return True
     if address.startswith("ray://"):
         raise UserError(
             f"{what}: {ADDRESS}={address} is a Ray Client address, whose driver has no files in common with the "
@@ -113,6 +119,22 @@ def _connect(ray: Any, what: str, cores: int | None) -> None:
             f"({_first_line(error)}): start one with `ray start --head`, join it from this machine with "
             f"`ray start --address=HOST:6379`, or unset {ADDRESS} for a Ray of this machine alone"
         ) from None
+    return False
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables of the environment that processes started in the block inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _find(address: str, what: str) -> None:
@@ -187,7 +209,10 @@ def _answer() -> Any:
 
 def task_options() -> dict[str, Any]:
     """How Ray Data runs a task of ours: on one core, and again a bounded number of times where its process is lost."""
-    return {"num_cpus": 1, "max_retries": MOST_LOST, "runtime_env": {"env_vars": {"POLARS_MAX_THREADS": "1"}}}
+    options: dict[str, Any] = {"num_cpus": 1, "max_retries": MOST_LOST}
+    if not _started_here.get():  # an environment of their own costs tasks the processes that Ray has ready
+        options["runtime_env"] = {"env_vars": TASK_ENVIRONMENT}
+    return options
 
 
 def check_here(driver: Identity) -> None:

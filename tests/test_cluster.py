@@ -153,6 +153,29 @@ def test_a_task_for_a_driver_with_another_recllm_is_refused():
         cluster.check_here(cluster.Identity("9.8.7", ""))
 
 
+@pytest.mark.parametrize("whose", ["started here", "of the caller"])
+def test_a_task_has_one_thread_and_the_caller_keeps_theirs(whose, monkeypatch):
+    ray = pytest.importorskip("ray", reason="needs the extra ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("POLARS_MAX_THREADS", raising=False)
+
+    def threads() -> int:
+        import polars
+
+        return polars.thread_pool_size()
+
+    if whose == "of the caller":
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with cluster.connected("recllm convert --engine ray", cores=2):
+            asked = ray.remote(threads)
+            found = ray.get([asked.options(**cluster.task_options()).remote() for _ in range(4)])
+    finally:
+        ray.shutdown()
+    assert found == [1] * 4
+    assert "POLARS_MAX_THREADS" not in os.environ
+
+
 class TestNodes:
     @pytest.fixture(autouse=True)
     def _with_ray(self):

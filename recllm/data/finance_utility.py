@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -93,6 +92,8 @@ def fit_taste(mean: Floats, variance: Floats, drawdown: Floats, chosen: Integers
         gradient = (risks[:, rows, chosen] - (share * risks).sum(axis=2)).sum(axis=1) + 2 * PENALTY * taste
         nats = float((np.log(total[:, 0]) - shifted[rows, chosen]).sum())
         return nats + PENALTY * float(taste @ taste), gradient
+
+    from scipy.optimize import minimize  # its import takes half a second of every process that converts
 
     options = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 1000}
     found = minimize(loss, np.ones(2), jac=True, method="L-BFGS-B", bounds=[(0.0, LARGEST_TASTE)] * 2, options=options)
