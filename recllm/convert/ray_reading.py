@@ -46,6 +46,7 @@ class Reading(NamedTuple):
     skip_unreadable: bool
     folder: str  # that relative paths start from
     driver: cluster.Identity
+    batch_rows: int
 
 
 class _File(NamedTuple):
@@ -74,9 +75,8 @@ def scan(
     source = data.interactions
     paths = readers.log_paths(source, actions)
     ids = None if items is None else items[ITEM_ID].to_arrow().cast(pa.large_string())
-    asked = Reading(
-        source, frozenset(rows.not_read(filters)), actions, ids, skip_unreadable, str(Path.cwd()), cluster.identity()
-    )
+    how = (skip_unreadable, str(Path.cwd()), cluster.identity(), rows.batch_rows())
+    asked = Reading(source, frozenset(rows.not_read(filters)), actions, ids, *how)
     pieces = _pieces(ray, paths, asked)
     merge = _Merge(paths, asked)
     first = list[pl.DataFrame]()
@@ -117,7 +117,6 @@ class _Merge:
         self._about: dict[int, About] = {}
         self._batches: dict[int, int] = {}
         self._seen: defaultdict[int, set[int]] = defaultdict(set)
-        self._size = rows.batch_rows()
 
     def all(self, first: list[pl.DataFrame], pieces: Iterator[dict[str, Any]]) -> Iterator[pl.DataFrame]:
         """Every batch of rows once.
@@ -145,7 +144,7 @@ class _Merge:
         self._seen[place].add(number)
         batch = pl.read_ipc(io.BytesIO(rows_of.as_buffer()))
         if self.asked.actions is not None:
-            begin = (place << _PLACE_BITS) + number * self._size
+            begin = (place << _PLACE_BITS) + number * self.asked.batch_rows
             batch = batch.with_columns(pl.Series(ROW, np.arange(begin, begin + batch.height)))
         yield batch
 
@@ -191,7 +190,7 @@ def _read(table: pa.Table, asked: list[Any]) -> Iterator[pa.Table]:
         about = _File(file.about.names, file.about.nowhere, files.sha256_of(offline.resolve(path)) if remote else None)
         yield _piece(place, about=about)
         count = 0
-        for batch in rows.in_order(file, how.source, items):
+        for batch in rows.in_order(file, how.source, items, how.batch_rows):
             yield _piece(place, number=count, batch=batch)
             count += 1
         yield _piece(place, about=about._replace(batches=count))

@@ -127,22 +127,24 @@ def read_through(file: readers.LogFile, source: InteractionsSource) -> None:
 
 
 def batch_rows() -> int:
-    """Rows of a batch of `in_order`, but the last."""
+    """Rows that are read at a time."""
     return _BATCH
 
 
-def in_order(file: readers.LogFile, source: InteractionsSource, items: pl.DataFrame | None) -> Iterator[pl.DataFrame]:
-    """The batches of one file as `selected` says, cut at the same rows however often it is read.
+def in_order(
+    file: readers.LogFile, source: InteractionsSource, items: pl.DataFrame | None, size: int
+) -> Iterator[pl.DataFrame]:
+    """The batches of one file as `selected` says, of `size` rows but for the last, however often it is read.
 
     A task that is lost and run again therefore gives the same batches under the same numbers.
     """
     frame, waiting = selected(file.frame, file.about.names, items, ordered=True), pl.DataFrame()
     paths, key = [file.about.path], readers.list_key(source)
-    for batch in tables.batches(frame, paths, _BATCH, key, ordered=True):
+    for batch in tables.batches(frame, paths, size, key, ordered=True):
         waiting = pl.concat([waiting, batch]) if waiting.width else batch
-        while waiting.height >= _BATCH:
-            yield waiting.head(_BATCH)
-            waiting = waiting.slice(_BATCH)
+        while waiting.height >= size:
+            yield waiting.head(size)
+            waiting = waiting.slice(size)
     if waiting.height:
         yield waiting
 
