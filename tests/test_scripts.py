@@ -381,6 +381,25 @@ def test_train_step_bench_prints_every_ratio(run, tiny_model_folder):
     assert line["step"]["wide"]["share_of_peak"] is None
 
 
+def test_train_step_bench_measures_dense_windows(run, tiny_model_folder):
+    small = ["--quick", "--dtype", "float32", "--model", tiny_model_folder, "--parts", "dense"]
+    line = json.loads(run("bench/train_step.py", *small).splitlines()[-1])
+    rates = line["targets_per_s"]
+    assert min(rates.values()) > 0
+    assert line["dense_targets_per_s_over_single"] == pytest.approx(rates["dense"] / rates["single"], rel=0.01)
+
+
+def test_train_step_bench_runs_trl(run, tiny_model_folder):
+    pytest.importorskip("trl", reason="needs the extra trl")
+    small = ["--quick", "--dtype", "float32", "--model", tiny_model_folder, "--parts", "trl"]
+    line = json.loads(run("bench/train_step.py", *small).splitlines()[-1])
+    spent = line["us_a_real_token"]
+    assert min(spent.values()) > 0
+    assert line["ours_over_trl"] == pytest.approx(spent["ours"] / spent["trl"], rel=0.01)
+    # the same kind of examples under untrained LoRAs of one base model: near the loss of a uniform guess
+    assert line["first_loss"]["ours"] == pytest.approx(line["first_loss"]["trl"], rel=0.2)
+
+
 def test_the_loop_of_the_bench_gives_our_formula(monkeypatch, tiny_llama):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "bench"))
     import train_step
@@ -426,6 +445,9 @@ def test_differences_are_paired_and_count_titles(evidence):
     assert gap.low == pytest.approx(-0.1)  # paired: what both share is gone
     assert gap.by_seed == pytest.approx([-0.1, -0.1])
     assert evidence.against(cells["ilora"], []) is None
+    later = {"arm": "ilora", "seed": 0, "users": users, "titles": titles, "nats": (noise - 0.3).tolist()}
+    unordered = evidence.against([cells["ilora"][1], later], cells["lora"][::-1])  # as cells come out of several lanes
+    assert unordered.by_seed == pytest.approx([-0.3, -0.1])
     values, _ = evidence._by_title(cells["lora"][0], cells["lora"][0]["nats"])
     assert values.mean() == pytest.approx(np.average(noise, weights=titles))
     rows, lines = evidence.comparisons({**cells, "soft_token": []}, "lora", [("ilora", "soft_token")])

@@ -35,6 +35,7 @@ from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.evaluate.evaluation import METRICS, PREDICTIONS, evaluate
 from recllm.evaluate.metrics import NO_RANK
+from recllm.evaluate.reading import beam_note
 from recllm.recipe import Recipe, load_recipe
 from recllm.train.encoder import fit_encoder
 from recllm.train.finetune import train
@@ -278,6 +279,8 @@ def _task_part(task: str, cells: list[Cell], documents: dict[int, dict[str, Any]
     size = next(iter(documents.values()))["counts"]["evaluated"][task]
     sessions = len(next(cell for cell in cells if cell["arm"] == PLAIN)["users"])
     lines = [f"**{task}**: {size['examples']} of {size['of_examples']} examples in {sessions} sessions.", ""]
+    for seed, document in documents.items() if not closed else ():
+        lines += [f"Seed {seed}: {note}.", ""] if (note := beam_note(_of_task(task, document))) else []
     if below := [
         one for document in documents.values() for one in document.get("below_constant", []) if one["task"] == task
     ]:
@@ -289,6 +292,11 @@ def _below(found: list[dict[str, Any]]) -> str:
     """The systems below the constant answer, so that nobody misses it."""
     said = [f"{one['system']} {one['metric']} {one['value']:.3f} against {one['constant']:.3f}" for one in found]
     return f"below the constant answer: {'; '.join(said)}"
+
+
+def _of_task(task: str, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The systems that a report has of a task."""
+    return [entry for entry in document["systems"] if entry["task"] == task]
 
 
 def _figures(task: str, system: str, documents: dict[int, dict[str, Any]]) -> dict[str, float]:

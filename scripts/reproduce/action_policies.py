@@ -13,7 +13,7 @@ preferred action. The knob `conflict` goes from one policy for all users (0) to 
 all others leave (1). Sessions are short, so a prompt that shows the session says little about the cluster; the gate
 reads all sessions of the user before it. The base model is a tiny Llama (tiny_llama.py), trained in full on the
 training users' examples and then frozen; every arm fits an adapter to it on the same examples in the same order, and
-arms train equally many numbers. Test users are in no training set.
+arms train equally many numbers (a gate 1.6% more). Test users are in no training set.
 
 Settings: what the prompt shows and what the gate (or the soft token) reads. `1:all` the last event, which is the
 context, and the gate all events of all sessions; at the largest knob only, `1:prompt`, where the gate reads that event

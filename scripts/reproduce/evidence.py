@@ -405,9 +405,10 @@ def interval(cells: Sequence[Cell], name: str = "nats") -> str:
 
 
 def against(arm: Sequence[Cell], other: Sequence[Cell], name: str = "nats") -> Against | None:
-    """Paired difference arm − other over the seeds that both have; None where there is none."""
+    """Paired difference arm − other over the seeds that both have, in their order; None where there is none."""
     others = {cell["seed"]: cell for cell in other}
-    pairs = [(cell, others[cell["seed"]]) for cell in arm if cell["seed"] in others]
+    in_order = sorted(arm, key=lambda cell: int(cell["seed"]))  # cells come in the order in which they were finished
+    pairs = [(cell, others[cell["seed"]]) for cell in in_order if cell["seed"] in others]
     if not pairs:
         return None
     for a, b in pairs:
