@@ -176,7 +176,7 @@ def test_the_baselines_that_make_sense_stand_beside_the_model(run):
         "next_action": {*MODELS, *counting, "last_action", "markov", "boosted_trees", "sasrec"},
         "next_event": {*MODELS, *counting, "last_action", "markov", "boosted_trees", "sasrec"},
         "outcome": {*MODELS, *counting, "markov", "boosted_trees"},
-        "action_on_item": {*MODELS, *counting, "item_most_frequent", "boosted_trees"},
+        "action_on_item": {*MODELS, *counting, "item_most_frequent", "last_action", "markov", "boosted_trees"},
         "next_item": {*MODELS, "sasrec", "item_to_item", "popularity", "random"},
     }
     for task, names in expected.items():

@@ -186,25 +186,44 @@ def last_actions(log: Log, asked: Asked, groups: Groups, back: int = 1) -> Integ
     return np.where(known, log.actions[groups.order[np.maximum(place, 0)]], -1)
 
 
-def last_action(log: Log, training: Training) -> Baseline:
-    """The last action of the session again. Its ones and zeros are no probabilities; first events get `constant`."""
+def action_before(log: Log, asked: Asked, section: TaskSection) -> Integers:
+    """The action that the one asked about follows, (N,), of the events before that the task goes by; -1 at the first.
+
+    The events of the session. Of action_on_item those with an item, as its prompts list them: an action that never has
+    an item is no answer to it. They are the user's, across sessions, unless the task asks within sessions; where a log
+    has no sessions a user is one.
+    """
+    sequences, on_item = log.sequences, section.task == "action_on_item"
+    groups = sequences.by_session if section.within_session or not on_item else sequences.by_user
+    counted = sequences.has_item if on_item else np.ones(len(log.actions), dtype=bool)
+    offsets, flat = groups.last(asked.flat, counted, 1)
+    found = np.full(len(asked.flat), -1)
+    found[np.diff(offsets) > 0] = log.actions[flat]
+    return found
+
+
+def last_action(log: Log, training: Training, section: TaskSection) -> Baseline:
+    """The last action again, `action_before`. Its ones and zeros are no probabilities; first events get `constant`."""
     share = frequencies(training)
 
     def predict(asked: Asked) -> Floats:
-        last = last_actions(log, asked, log.sequences.by_session)
+        last = action_before(log, asked, section)
         return np.where((last >= 0)[:, None], np.eye(training.classes)[last], share)
 
     return predict
 
 
-def markov(log: Log, training: Training) -> Baseline:
-    """A first-order Markov chain within sessions: P(c | a) = (n_ac + share_c) / (n_a + 1), a the action before."""
-    last = last_actions(log, training.asked, log.sequences.by_session)
+def markov(log: Log, training: Training, section: TaskSection) -> Baseline:
+    """A first-order Markov chain: P(c | a) = (n_ac + share_c) / (n_a + 1), a as of `action_before`.
+
+    Steps into what training asks about are counted, n_ac; the first events, which follow nothing, have a row too.
+    """
+    last = action_before(log, training.asked, section)
     share = frequencies(training)
     counts = np.zeros((len(log.labels) + 1, training.classes))  # the last row, -1, is of first events
     np.add.at(counts, (last, training.label), 1)
     table = (counts + share) / (counts.sum(axis=1, keepdims=True) + 1)
-    return lambda asked: np.asarray(table[last_actions(log, asked, log.sequences.by_session)])
+    return lambda asked: np.asarray(table[action_before(log, asked, section)])
 
 
 def markov_outcome(log: Log, positive: Sequence[str], yes: int) -> Baseline:

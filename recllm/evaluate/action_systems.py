@@ -3,6 +3,26 @@
 A dataset, the fitted encoder and the tasks enter; `System`s leave, with a temperature fitted on validation examples
 where they have probabilities. For next_event each says an action, and the fields are those that training has most often
 with it. Imports without torch but for the encoder.
+
+Which baseline answers which task (`KINDS`), and why some do not:
+
+    baseline            next_action, next_event     outcome                     action_on_item
+    constant            yes                         yes                         yes
+    user_most_frequent  yes                         yes                         yes
+    item_most_frequent  no item is asked about      no item is asked about      yes
+    last_action         of the session              no action is the answer     of the user's events with an item
+    markov              within the session          run until buy or end        over the user's events with an item
+    boosted_trees       yes                         yes                         yes, with what training did on the item
+    encoder             its action scores           knows no end of a session   does not see the item
+
+outcome asks yes or no, once, from the beginning of a session: there is no action before it that could be said again.
+Nor does the encoder answer it, which scores the next action and not whether one comes before the session ends.
+action_on_item gives the item of the event that is asked about, which the encoder's action scores do not see: they are
+P(action | history), fitted on the next event whatever its item, or none. Items and actions have heads of their own, so
+there is neither P(action | history, item) nor the P(item | history, action) from which Bayes' rule would make it. In
+the table such scores would pass for what SASRec makes of the question, so they are left out; `last_action` and
+`markov`, which do not see the item either, go by what the task asks and stand for no more than that. With
+`within_session` they go by the session's events with an item.
 """
 
 import time
@@ -39,17 +59,17 @@ DESCRIPTIONS = {
     "constant": "the most frequent answer of training, for everybody",
     "user_most_frequent": "each user's most frequent answer of training",
     "item_most_frequent": "each item's most frequent answer of training",
-    "last_action": "the last action of the session again",
-    "markov": "a first-order Markov chain over the actions of a session",
+    "last_action": "the last action of the session again; of action_on_item, the last one on any item",
+    "markov": "a first-order Markov chain over the actions of a session; of action_on_item, over those on items",
     "boosted_trees": "gradient-boosted trees on what the session has held so far",
     ENCODER: "the sequence encoder of this run",
 }
-KINDS = {  # which tasks a baseline answers
+KINDS = {  # which tasks a baseline answers; the table above says why not others
     "constant": (NEXT_ACTION, NEXT_EVENT, OUTCOME, ON_ITEM),
     "user_most_frequent": (NEXT_ACTION, NEXT_EVENT, OUTCOME, ON_ITEM),
     "item_most_frequent": (ON_ITEM,),
-    "last_action": (NEXT_ACTION, NEXT_EVENT),
-    "markov": (NEXT_ACTION, NEXT_EVENT, OUTCOME),
+    "last_action": (NEXT_ACTION, NEXT_EVENT, ON_ITEM),
+    "markov": (NEXT_ACTION, NEXT_EVENT, OUTCOME, ON_ITEM),
     "boosted_trees": (NEXT_ACTION, NEXT_EVENT, OUTCOME, ON_ITEM),
     ENCODER: (NEXT_ACTION, NEXT_EVENT),
 }
@@ -124,8 +144,8 @@ class ActionSystems:
             "constant": lambda: made_of.constant(training),
             "user_most_frequent": lambda: made_of.most_frequent_of(made_of.of_user, training),
             "item_most_frequent": lambda: made_of.most_frequent_of(made_of.of_item(log), training),
-            "last_action": lambda: made_of.last_action(log, training),
-            "markov": lambda: made_of.markov(log, training),
+            "last_action": lambda: made_of.last_action(log, training, section),
+            "markov": lambda: made_of.markov(log, training, section),
             "boosted_trees": lambda: made_of.boosted_trees(log, training, section, self.recipe.seed),
         }
         return name, makers[name]()

@@ -70,19 +70,19 @@ def conversion(arguments: argparse.Namespace) -> dict[str, Any]:
             "fields": {"item": "item", "query": "query"},
         },
     }
-    events = int(float(arguments.events))
-    line: dict[str, Any] = {"events": events}
+    events, line = int(float(arguments.events)), dict[str, Any]()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         log = write_events(Path(folder) / "log", events, max(events // EVENTS_PER_USER, 1), NUM_ITEMS, seed=0)
         for name, task in tasks.items():
-            cpu_s, examples = convert_log(log, task, Path(folder) / name)
-            line |= {name: round(events / cpu_s), name.replace("events_per_cpu_s", "examples"): examples}
-            print(f"{task['task']}: {cpu_s:.2f} s for {events} events, {examples} examples", flush=True)
+            cpu_s, converted, examples = convert_log(log, task, Path(folder) / name)
+            line["events"] = converted
+            line |= {name: round(converted / cpu_s), name.replace("events_per_cpu_s", "examples"): examples}
+            print(f"{task['task']}: {cpu_s:.2f} s for {converted} events, {examples} examples", flush=True)
     return line
 
 
-def convert_log(log: Path, task: dict[str, Any], output: Path) -> tuple[float, int]:
-    """Seconds of user and system time of this process, and how many examples it wrote."""
+def convert_log(log: Path, task: dict[str, Any], output: Path) -> tuple[float, int, int]:
+    """Seconds of user and system time of this process, and how many events it kept and examples it wrote."""
     from recllm.convert.pipeline import convert
     from recllm.recipe import Recipe
 
@@ -107,7 +107,8 @@ def convert_log(log: Path, task: dict[str, Any], output: Path) -> tuple[float, i
     with contextlib.redirect_stdout(sys.stderr):  # the last line is ours
         started = time.process_time()
         manifest = convert(recipe, output, workers=1)
-        return time.process_time() - started, sum(manifest["counts"]["examples"].values())
+        cpu_s, counts = time.process_time() - started, manifest["counts"]
+        return cpu_s, counts["interactions"], sum(counts["examples"].values())
 
 
 # ---- closed-set scoring ----

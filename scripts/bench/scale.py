@@ -2,7 +2,7 @@
 """How the cost of `recllm convert` grows with the log, and what the cluster's engine costs beside the local one.
 
     python scripts/bench/scale.py                                   # 1e6 and 1e7 interactions, both engines at 1e7
-    python scripts/bench/scale.py --sizes 1e6 1e7 1e8 --folder DISK # some 60 GB of free disk at 1e8
+    python scripts/bench/scale.py --sizes 1e6 1e7 1e8 --folder DISK # some 8 GB of free disk at 1e8
     python scripts/bench/scale.py --sizes 1e5 1e6 --ray-size 1e6
 
 Each size is made by a generator that holds half a million rows at a time, and converted in a fresh process. Task:

@@ -2,7 +2,12 @@ import json
 import math
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from recllm.data.synthetic import write_events
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,16 +24,41 @@ def test_bench_prints_one_line_a_size_and_one_of_all(tmp_path):
     assert list(tmp_path.iterdir()) == []  # tidied up
 
 
-def test_bench_of_actions_converts_a_log_of_events(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "bench" / "actions.py"), "--parts", "conversion"]
-    options = ["--events", "2e3", "--folder", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+def askable(log: Path) -> int:
+    """How many events of a log are asked about: all but each session's first, and but what a cut-off trims of it.
+
+    Cut-offs are as the protocol action_by_time has them: the newest tenth is test, the tenth before valid.
+    """
+    rows = pq.read_table(log, columns=["user_id", "session_id", "timestamp"]).to_pylist()
+    times = sorted(row["timestamp"] for row in rows)
+    tenth = len(rows) // 10
+    cutoffs = (times[-2 * tenth], times[-tenth])
+    sessions = defaultdict(list)
+    for row in rows:
+        sessions[row["user_id"], row["session_id"]].append(row["timestamp"])
+    kept = [[t for t in own if not any(min(own) < cut <= t for cut in cutoffs)] for own in sessions.values()]
+    return sum(len(own) - 1 for own in kept)
+
+
+def test_bench_of_actions_counts_events_and_forwards(tmp_path, long_model_folder):
+    """Two thousand events: as many as the log has, and an example of each that can be asked about, for both tasks.
+
+    A batch of questions with 19 answers is one forward of the model, at both lengths of the prompt.
+    """
+    (tmp_path / "scratch").mkdir()
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "actions.py"), "--quick", "--rounds", "1"]
+    options = ["--events", "2e3", "--folder", str(tmp_path / "scratch")]
+    model = ["--model", str(long_model_folder), "--dtype", "float32", "--batch-size", "2"]
+    done = subprocess.run([*command, *options, *model], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
-    assert (line["bench"], line["events"]) == ("actions", 2000)
-    assert line["examples"] == line["examples_as_json"]
-    assert 1000 < line["examples"] < 2000  # all but the first of each session
+    log = write_events(tmp_path / "log", 2000, 2000 // 100, 20_000, seed=0) / "interactions.parquet"
+    assert (line["bench"], line["events"]) == ("actions", pq.read_metadata(log).num_rows)
+    assert line["examples"] == line["examples_as_json"] == askable(log)
     assert min(line["events_per_cpu_s"], line["events_per_cpu_s_as_json"]) > 0
-    assert list(tmp_path.iterdir()) == []
+    assert (line["actions"], line["forward_passes_per_step"]) == (19, 1)
+    assert [case["forward_passes_per_step"] for case in line["scoring"].values()] == [1, 1]
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_bench_of_scale_prints_the_figures_of_all_sizes(tmp_path):

@@ -1,13 +1,18 @@
 """Logs of events through the whole of convert: files, manifest, summary, preview, and recipes that do not fit."""
 
+import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from recllm import schema
 from recllm.convert import pipeline
@@ -354,3 +359,68 @@ def test_a_graph_starts_from_the_newest_items_whatever_happens_between(make_even
         assert set(re.findall(r"maker-\d+\.", row["prompt"][0]["content"])) == expected
         checked += len(expected)
     assert checked > 100
+
+
+MILLION, SHOWN, READ = 1_000_000, 4, 200  # events of one session, prompt.max_items, history.max_items
+CONVERT_AND_TELL = """
+import re, sys
+from pathlib import Path
+from recllm.convert.pipeline import convert
+from recllm.recipe import load_recipe
+
+convert(load_recipe(sys.argv[1]), Path(sys.argv[2]), workers=1)
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+print(f"peak_mib {int(peak[1]) / 1024}")
+"""  # of this process alone: ru_maxrss of a child begins with what its parent held when it was started
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_one_session_of_a_million_events_is_converted_in_windows(tmp_path):
+    """Every prompt shows the last events of the session, and memory does not grow with what they could have shown."""
+    labels = list(ACTIONS)
+    codes = np.random.default_rng(0).integers(len(labels), size=MILLION)
+    columns = {
+        "user_id": pa.array(["u"]).take(pa.array(np.zeros(MILLION, np.int64))),
+        "session_id": pa.array(["s"]).take(pa.array(np.zeros(MILLION, np.int64))),
+        "timestamp": pa.array(np.arange(MILLION)),
+        "action": pa.array(labels).take(pa.array(codes)),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "events.parquet")
+    (tmp_path / "mine.yaml").write_text("id: mine@1\ntask: next_action\nphrasings: [{user: '{{ events }}'}]\n")
+    document = {
+        "name": "long",
+        "data": {"interactions": {"path": str(tmp_path / "events.parquet")}},
+        "actions": {"words": ACTIONS, "without_item": "*"},
+        "protocol": {"name": "p", "split": {"method": "temporal", "targets": "all"}},
+        "history": {"max_items": READ},
+        "prompt": {"max_items": SHOWN, "event": "{{ action }}"},
+        "tasks": [{"task": "next_action", "template": str(tmp_path / "mine.yaml")}],
+        "model": {"name_or_path": "none"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    command = [sys.executable, "-c", CONVERT_AND_TELL, str(tmp_path / "recipe.yaml"), str(tmp_path / "dataset")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1].removeprefix("peak_mib ")) < 1536
+    counts = json.loads((tmp_path / "dataset" / "manifest.json").read_text())["counts"]
+    of_split = {"train": MILLION * 8 // 10 - 1, "valid": MILLION // 10, "test": MILLION // 10}  # the first is not asked
+    assert counts["examples"] == {f"{split}/next_action": count for split, count in of_split.items()}
+    dataset, begin, words = Dataset.open(tmp_path / "dataset"), 1, list(ACTIONS.values())
+    for split, count in of_split.items():
+        asked, last = 0, None
+        for batch in dataset.example_batches(split, ["history_end", "gate_end", "prompt", "completion"]):
+            ends = batch["history_end"].to_numpy()
+            assert (ends == np.arange(begin + asked, begin + asked + len(ends))).all()
+            assert batch["gate_end"].equals(batch["history_end"])
+            prompts = pc.struct_field(batch["prompt"].flatten(), "content")
+            lines = pc.add(pc.count_substring(prompts, "\n"), 1).to_numpy(zero_copy_only=False)
+            assert (lines == np.minimum(ends, SHOWN)).all()
+            asked, last = asked + len(ends), batch.slice(len(ends) - 1).to_pylist()[0]
+        begin += asked
+        assert (asked, last["history_end"]) == (count, begin - 1)
+        said = [words[code] for code in codes[begin - 1 - SHOWN : begin]]
+        assert last["prompt"][0]["content"].split("\n") == said[:-1]
+        assert last["completion"][0]["content"] == said[-1]
+    last = MILLION - 1  # of which the gate reads the last READ before it: without items, codes of events are actions
+    assert dataset.read(0, last, READ).tolist() == codes[last - READ : last].tolist()

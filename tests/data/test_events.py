@@ -369,12 +369,38 @@ def test_columns_of_json_are_gone_into(write, prepared_from):
     for name in ("log.csv", "log.jsonl", "log.parquet"):
         prepared = prepared_from(rows, actions, columns={"page": "meta.page.no"}, name=name)
         assert prepared.sequences.frame()["attribute:page"].to_list() == [["3", "", "", ""]], name
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("log.csv", "line 4"), ("log.jsonl", "line 3"), ("log.parquet", "row 3"), ("hf", "row 3")]
+)
+def test_json_that_is_none_is_told_with_its_line(prepared_from, tmp_path, name, place):
+    """A text column that should hold JSON, in each format: lines and rows count from 1, a header is a line."""
+    rows = [{**row, "meta": '{"page": {"no": 3}}'} for row in events(ONE)]
+    actions = ActionsSection(words=WORDS, without_item="*", attributes=["page"])
     rows[2]["meta"] = '{"page": '
-    with pytest.raises(
-        UserError,
-        match=r"""log.csv, line 4: column "meta" is no valid JSON \('\{"page": '\), of which meta.page.no is""",
-    ):
-        prepared_from(rows, actions, columns={"page": "meta.page.no"}, name="log.csv")
+    message = rf"""{name}, {place}: column "meta" is no valid JSON \('\{{"page": '\), of which meta.page.no is asked"""
+    with pytest.raises(UserError, match=rf"{message}: mend the line$"):
+        prepared_from(rows, actions, columns={"page": "meta.page.no"}, name=name)
+    rows[3]["meta"] = "{'page': 1}"  # as Python writes it
+    with pytest.raises(UserError, match=rf"{message}: mend the line \(2 such rows\)$"):
+        prepared_from(rows, actions, columns={"page": "meta.page.no"}, name=name)
+
+
+def test_json_that_is_none_within_a_session_is_told_with_its_line_and_event(tmp_path):
+    steps = [
+        {"ts": time, "type": "search", "meta": text} for time, text in enumerate(['{"page": 3}', "", None, '{"page": '])
+    ]
+    lines = [{"session": number, "events": steps[: number + 2]} for number in range(3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = {**OTTO, "page": "events.meta.page", "item_id": None}
+    source = InteractionsSource(path=str(tmp_path / "log.jsonl"), format="jsonl_sessions", columns=columns)
+    actions = ActionsSection(words=WORDS, without_item="*", attributes=["page"])
+    message = (
+        r'log.jsonl, line 3, event 4: column "events.meta" is no valid JSON .*, of which events.meta.page is asked'
+    )
+    with pytest.raises(UserError, match=message):
+        prepare(DataSection(interactions=source, items=None), FilterSection(), LAST, 0, tmp_path, actions)
 
 
 @pytest.mark.parametrize(

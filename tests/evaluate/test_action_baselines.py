@@ -85,18 +85,90 @@ def test_no_share_outweighs_a_count():
 
 
 def test_the_last_action_again():
-    found = ab.last_action(LOG, NEXT)(ask(LOG, 2, 4, 6, 3))
+    found = ab.last_action(LOG, NEXT, section("next_action"))(ask(LOG, 2, 4, 6, 3))
     assert found[:3].tolist() == [[1, 0, 0], [1, 0, 0], [1, 0, 0]]
     assert found[3] == pytest.approx(np.array([4, 2, 2]) / 8)  # the first of its session
 
 
 def test_a_markov_chain_within_sessions():
     share = np.array([4, 2, 2]) / 8
-    found = ab.markov(LOG, NEXT)(ask(LOG, 6, 3))
+    found = ab.markov(LOG, NEXT, section("next_action"))(ask(LOG, 6, 3))
     assert found[0] == pytest.approx((np.array([3, 1, 1]) + share) / (5 + 1))  # after view: all five of training
     assert found[1] == pytest.approx(share)  # nothing before, in the session
-    after_cart = ab.markov(LOG, NEXT)(Asked(np.array([4]), np.array([0])))
+    after_cart = ab.markov(LOG, NEXT, section("next_action"))(Asked(np.array([4]), np.array([0])))
     assert after_cart[0] == pytest.approx(found[0])  # the cart of the session before does not count
+
+
+# One user, whose first session ends in a search (of no item), and whose second one is asked about. SEARCH has no item
+SEARCHED = ["view", "cart", "buy", "search"]
+SEARCH = 3
+
+
+def on_items(splits: tuple[int, int] = (TRAIN, TRAIN)) -> Log:
+    """view 4, cart 4, search | search, view 5, cart 5, and a user whose first event with an item is a view."""
+    first, second = splits
+    log = make_log(
+        [
+            [
+                (0, VIEW, first, 4),
+                (0, CART, first, 4),
+                (0, VIEW, first),  # a search, see below
+                (1, VIEW, second),
+                (1, VIEW, second, 5),
+                (1, CART, second, 5),
+            ],
+            [(0, VIEW, TRAIN), (0, VIEW, TRAIN, 6), (0, BUY, TRAIN, 6)],
+        ]
+    )
+    actions = log.actions.copy()
+    actions[[2, 3, 6]] = SEARCH
+    return Log(log.sequences, actions, SEARCHED)
+
+
+def test_what_comes_before_an_action_on_an_item_is_on_an_item_of_any_session():
+    log = on_items()
+    asked = ask(log, 0, 1, 4, 5, 7, 8)
+    assert ab.action_before(log, asked, section("action_on_item")).tolist() == [-1, VIEW, CART, VIEW, -1, VIEW]
+    within = section("action_on_item", within_session=True)
+    assert ab.action_before(log, asked, within).tolist() == [-1, VIEW, -1, VIEW, -1, VIEW]
+    assert ab.action_before(log, ask(log, 2, 4), section("next_action")).tolist() == [CART, SEARCH]
+
+
+def test_the_last_action_on_an_item_again():
+    log, task = on_items(), section("action_on_item")
+    training = ab.training_of(log, task, SEARCHED)
+    assert training.asked.flat.tolist() == [1, 4, 5, 8]  # with an item, and one before
+    found = ab.last_action(log, training, task)(ask(log, 4, 7))
+    assert found[0].tolist() == [0, 1, 0, 0]  # the cart, though a search came after it
+    assert found[1] == pytest.approx(np.array([1 + 1, 2 + 1, 1 + 1, 0 + 1]) / (4 + 4))  # nothing with an item before
+
+
+def test_a_markov_chain_over_actions_on_items():
+    """view → cart twice and view → buy once, cart → view over the searches and the end of a session."""
+    log, task = on_items(), section("action_on_item")
+    training = ab.training_of(log, task, SEARCHED)
+    share = np.array([1 + 1, 2 + 1, 1 + 1, 0 + 1]) / (4 + 4)
+    found = ab.markov(log, training, task)(ask(log, 5, 4, 7))
+    assert found[0] == pytest.approx((np.array([0, 2, 1, 0]) + share) / (3 + 1))
+    assert found[1] == pytest.approx((np.array([1, 0, 0, 0]) + share) / (1 + 1))
+    assert found[2] == pytest.approx(share)
+    within = section("action_on_item", within_session=True)
+    training = ab.training_of(log, within, SEARCHED)
+    assert training.asked.flat.tolist() == [1, 5, 8]
+    share = np.array([0 + 1, 2 + 1, 1 + 1, 0 + 1]) / (3 + 4)
+    assert ab.markov(log, training, within)(ask(log, 4))[0] == pytest.approx(share)  # the first of its session
+
+
+def test_actions_on_items_are_counted_in_training_alone():
+    log, task = on_items((TRAIN, TEST)), section("action_on_item")
+    training = ab.training_of(log, task, SEARCHED)
+    assert training.asked.flat.tolist() == [1, 8]
+    share = np.array([0 + 1, 1 + 1, 1 + 1, 0 + 1]) / (2 + 4)
+    asked = ask(log, 4, 5)  # of test: after the cart of training, and after the view of test
+    found = ab.markov(log, training, task)(asked)
+    assert found[0] == pytest.approx(share)  # no step of training begins at a cart
+    assert found[1] == pytest.approx((np.array([0, 1, 1, 0]) + share) / (2 + 1))
+    assert ab.last_action(log, training, task)(asked).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
 def test_the_chain_to_a_positive_action():
