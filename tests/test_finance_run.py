@@ -186,7 +186,7 @@ def test_no_prompt_shows_a_day_of_its_date_or_later(bank_recipe, tmp_path):
     assert sum(entry["timed_triples"] for entry in entries) > 100
 
 
-@pytest.mark.parametrize("method", ["khop", "two_stage", "pagerank", "random"])
+@pytest.mark.parametrize("method", ["khop", "two_stage", "parallel", "pagerank", "random"])
 def test_what_happens_from_a_date_on_changes_no_prompt_of_it(bank_recipe, tmp_path, method):
     """The future of another bank behind the date: other prices, transactions and summaries, and of fewer assets."""
     date = "2020-08-15"

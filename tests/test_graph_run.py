@@ -1,6 +1,7 @@
 """The whole line with a knowledge graph on a tiny model: what it says, in prompts, questions and explanations."""
 
 import csv
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ import yaml
 
 from recllm import assets, stages
 from recllm.cli import main
+from recllm.convert import knowledge
 from recllm.convert.pipeline import convert
 from recllm.errors import UserError
 from recllm.evaluate.evaluation import evaluate
@@ -28,7 +30,9 @@ TASKS = [
     {"task": "item_to_attribute", "template": "item_to_attribute/items", "max_train_targets": 1},
     {"task": "attribute_to_item", "template": "attribute_to_item/items", "max_train_targets": 1},
     {"task": "explain", "template": "explain/films", "max_train_targets": 1},
+    {"task": "like", "template": "like/films_graph", "max_train_targets": 1},
 ]
+METHODS = ("random", "khop", "pagerank", "two_stage", "parallel")
 
 
 def write_graph(folder: Path) -> dict:
@@ -55,15 +59,28 @@ def write_graph(folder: Path) -> dict:
 @pytest.fixture
 def graph_recipe(tiny_recipe: Path, long_model_folder: Path) -> Path:
     document = yaml.safe_load(tiny_recipe.read_text())
-    document |= {"graph": write_graph(tiny_recipe.parent), "tasks": TASKS}
+    document |= {"graph": write_graph(tiny_recipe.parent), "tasks": TASKS, "filter": {"like_at": 3}}
     document["protocol"] = {
         "name": "small",
         "split": {"method": "temporal", "valid_fraction": 0.2, "test_fraction": 0.2},
         "candidates": {"count": 6},
     }
     document["model"]["name_or_path"] = str(long_model_folder)
+    rows = log_of(tiny_recipe)
+    write_log(tiny_recipe, [(user, item, 2 + place % 2 * 2, time) for place, (user, item, time) in enumerate(rows)])
     tiny_recipe.write_text(yaml.safe_dump(document))
     return tiny_recipe
+
+
+def log_of(recipe: Path) -> list[tuple[str, ...]]:
+    """The interactions, without the header."""
+    return [tuple(line.split(",")) for line in (recipe.parent / "interactions.csv").read_text().splitlines()[1:]]
+
+
+def write_log(recipe: Path, rows: list[tuple]) -> None:
+    """(user, item, rating, time)."""
+    lines = ["user_id,item_id,rating,timestamp", *(",".join(map(str, row)) for row in rows)]
+    (recipe.parent / "interactions.csv").write_text("\n".join(lines) + "\n")
 
 
 def converted(recipe: Path, output: Path, *overrides: str, workers: int = 1) -> tuple[dict, list[dict]]:
@@ -109,6 +126,10 @@ def test_run_goes_from_triples_to_the_report(graph_recipe, capsys):
         assert {s["name"] for s in by_task[task] if s["kind"] == "baseline"} == baselines  # answers are no items
         compared = {(test["a"], test["b"]) for test in metrics["comparisons"] if test["task"] == task}
         assert compared >= {("ilora", name) for name in baselines}
+    assert {"ilora", "ilora_uniform", "base_model"} <= {s["name"] for s in by_task["like"]}
+    assert {"adapter", "control", "base_model", "baseline"} == {s["kind"] for s in by_task["like"]}
+    shown = json.loads((run / "dataset" / "manifest.json").read_text())["graph"]["shown"]
+    assert all(shown[f"{split}/like"]["with_graph"] > 0 for split in ("train", "valid", "test"))
     for system in by_task["item_to_attribute"]:
         assert 0 <= system["metrics"]["hit_rate@1"]["value"] <= 1
     for system in by_task["explain"]:
@@ -174,8 +195,9 @@ def test_baselines_answer_questions_and_explain_by_what_training_says(graph_reci
         assert name in table
 
 
-def test_no_prompt_knows_what_is_newer_than_its_cut_off(graph_recipe, tmp_path):
-    manifest, rows = converted(graph_recipe, tmp_path / "dataset")
+@pytest.mark.parametrize("method", METHODS)
+def test_no_prompt_knows_what_is_newer_than_its_cut_off(graph_recipe, tmp_path, method):
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset", f"graph.retrieval.method={method}")
     told = 0
     for row in rows:
         for crowns in map(int, re.findall(r"(\d+) crowns", asked(row) + answer(row))):
@@ -205,11 +227,57 @@ def test_a_subgraph_hangs_on_the_history_and_keeps_to_its_budget(graph_recipe, t
     assert tokens == sum(entry["tokens"] for entry in entries)
 
 
-def test_a_budget_too_small_for_a_triple_leaves_prompts_without_a_graph(graph_recipe, tmp_path):
-    manifest, rows = converted(graph_recipe, tmp_path / "dataset", "graph.budget=5")
-    entries = [entry for entry in manifest["graph"]["shown"].values() if "with_graph" in entry]
-    assert sum(entry["with_graph"] for entry in entries) == 0 < sum(entry["without_graph"] for entry in entries)
-    assert not any("made by" in asked(row) for row in of_task(rows, "next_item"))
+@pytest.mark.parametrize("module_name", ["retrieve", "paths"])
+def test_what_is_newer_than_its_cut_off_ends_the_conversion(graph_recipe, tmp_path, monkeypatch, module_name):
+    """The guard behind retrieval: were it to ignore cut-offs, nothing would be written."""
+    told, found = [], getattr(knowledge, module_name)
+
+    def ignores_cutoffs(graph, seeds, *rest):
+        told.append(len(seeds.cutoffs))
+        return found(graph, dataclasses.replace(seeds, cutoffs=np.full_like(seeds.cutoffs, 10**9)), *rest)
+
+    triples = graph_recipe.parent / "triples.csv"  # makers are known from some day on, and paths lead over them
+    triples.write_text(re.sub(r"(maker \d),$", rf"\1,{PRICED_AT}", triples.read_text(), flags=re.MULTILINE))
+    tasks = f"tasks=[{json.dumps(TASKS[0])}, {json.dumps(TASKS[1])}]"
+    converted(graph_recipe, tmp_path / "true", tasks)
+    monkeypatch.setattr(knowledge, module_name, ignores_cutoffs)
+    with pytest.raises(RuntimeError, match=r"/\w+: [1-9]\d* triples .* not older than their cut-off: a defect"):
+        converted(graph_recipe, tmp_path / "dataset", tasks)
+    assert told
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_budget_too_small_for_a_triple_is_said_and_counted(graph_recipe, tmp_path, capsys):
+    """Beside it what has no link at all: it goes without a subgraph whatever the budget."""
+    write_log(graph_recipe, [*log_of(graph_recipe), ("lonely", "i38", 4, 1001), ("lonely", "i39", 4, 1002)])
+    task = f"tasks=[{json.dumps({'task': 'next_item', 'template': 'next_item/films_graph'})}]"
+    enough, rows = converted(graph_recipe, tmp_path / "enough", task)
+    said = capsys.readouterr().out
+    assert "graph.budget" not in said
+    sequences = {row["user_index"]: row for row in _rows(tmp_path / "enough" / "sequences.parquet")}
+    items = [row["item_id"] for row in _rows(tmp_path / "enough" / "items.parquet")]
+    without = Counter()
+    for row in rows:
+        had = {items[item] for item in sequences[row["user_index"]]["items"][: row["history_end"]]}
+        without[row["split"]] += had <= UNLINKED
+    assert [row["example_id"] for row in rows if "/lonely/" in row["example_id"]] == ["next_item/lonely/1"]
+    assert without["train"] >= 1
+    for split in ("train", "valid", "test"):
+        entry = enough["graph"]["shown"][f"{split}/next_item"]
+        assert (entry["without_graph"], entry["budget_too_small"]) == (without[split], 0)
+
+    small, rows = converted(graph_recipe, tmp_path / "small", task, "graph.budget=5")
+    listed = []
+    for split in ("test", "train", "valid"):
+        entry, examples = small["graph"]["shown"][f"{split}/next_item"], small["counts"]["examples"]
+        assert (entry["with_graph"], entry["without_graph"]) == (0, examples[f"{split}/next_item"])
+        assert entry["budget_too_small"] == entry["without_graph"] - without[split] > 0
+        listed.append((f"{split}/next_item", entry["budget_too_small"]))
+    assert not any("made by" in asked(row) for row in rows)
+    said = capsys.readouterr().out
+    total, places = sum(count for _, count in listed), ", ".join(f"{place} {count}" for place, count in listed)
+    assert f"warning: {total} examples go without a subgraph, because graph.budget, 5 tokens," in said
+    assert f"({places}): raise graph.budget" in said
 
 
 def test_questions_are_about_what_the_graph_says_and_about_nothing_else(graph_recipe, tmp_path):
@@ -261,6 +329,50 @@ def test_explanations_are_paths_from_the_history_to_the_item(graph_recipe, tmp_p
             assert first in listed.splitlines()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_film_that_is_asked_about_is_told_of(graph_recipe, tmp_path, tiny_tokenizer, method):
+    """Whether it is liked is asked around it: from the history alone, two steps lead to no price of another film."""
+    task = f"tasks=[{json.dumps(TASKS[5] | {'max_train_targets': None})}]"
+    budget = 120  # of some 30 bytes a triple: some of many
+    overrides = [f"graph.retrieval.method={method}", "graph.format=lines", f"graph.budget={budget}"]
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset", task, *overrides)
+    items = [row["title"] for row in _rows(tmp_path / "dataset" / "items.parquet")]
+    priced, hidden, tokens, made = 0, 0, 0, Counter()
+    for row in rows:
+        lines = [line for line in asked(row).splitlines() if re.fullmatch(r"\(.+, .+, .+\)", line)]
+        tokens += (used := len(tiny_tokenizer("\n".join(lines))["input_ids"]))
+        assert used <= budget
+        film, item = items[row["target"]], number(items[row["target"]])
+        made[f"({film}, made by, maker {item % MAKERS})" in lines] += f"i{item}" not in UNLINKED
+        is_known = PRICED_AT + item < row["timestamp"]
+        is_shown = f"({film}, costs, {item} crowns)" in lines
+        assert is_known or not is_shown
+        priced, hidden = priced + is_shown, hidden + (not is_known)
+        assert answer(row) == {"like": "Yes", "dislike": "No"}[row["label"]]
+    assert hidden > 0
+    assert tokens == sum(entry["tokens"] for entry in manifest["graph"]["shown"].values())
+    if method == "random":  # of all triples around history and film alike
+        assert made[True] > 0
+    else:
+        assert priced > 0
+        assert made[True] > 10 * made[False]
+
+
+def test_what_is_asked_about_a_film_hangs_on_no_answer(graph_recipe, tmp_path):
+    """Every rating turned around: the answers are others, and of the prompts only what was rated before."""
+    task = f"tasks=[{json.dumps(TASKS[5])}]"
+    _, rows = converted(graph_recipe, tmp_path / "dataset", task)
+    write_log(graph_recipe, [(user, item, 6 - int(rating), time) for user, item, rating, time in log_of(graph_recipe)])
+    _, turned = converted(graph_recipe, tmp_path / "turned", task)
+    for row, other in zip(rows, turned, strict=True):
+        assert {answer(row), answer(other)} == {"Yes", "No"}
+        assert asked(row) == re.sub(": (Yes|No)$", _turned, asked(other), flags=re.MULTILINE)
+
+
+def _turned(found: re.Match) -> str:
+    return {"Yes": ": No", "No": ": Yes"}[found[1]]
+
+
 def test_candidates_stand_with_the_paths_that_lead_to_them(graph_recipe, tmp_path):
     _, rows = converted(graph_recipe, tmp_path / "dataset")
     items = pq.read_table(tmp_path / "dataset" / "items.parquet").to_pylist()
@@ -282,7 +394,7 @@ def test_the_dataset_is_the_same_from_any_number_of_workers(graph_recipe, tmp_pa
     assert one == two
 
 
-@pytest.mark.parametrize("method", ["random", "khop", "pagerank", "two_stage", "parallel"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_its_own_prompts(graph_recipe, tmp_path, method):
     manifest, rows = converted(graph_recipe, tmp_path / "dataset", f"graph.retrieval.method={method}")
     assert manifest["recipe"]["graph"]["retrieval"]["method"] == method
@@ -345,6 +457,39 @@ def test_a_graph_that_says_nothing_of_a_task_is_an_error(graph_recipe, tmp_path)
         converted(graph_recipe, tmp_path / "dataset", "tasks.2.relations=[has colour]")
 
 
+@pytest.mark.slow  # the real model's tokenizer
+def test_the_shipped_recipe_shows_films_and_asks_of_them(movielens, smollm2, tmp_path):
+    """Unchanged but for its folder: subgraphs of next_item and explain, questions and descriptions from the graph."""
+    recipe = load_recipe("movielens/next_item_kg_ilora", [f"output_dir={tmp_path}"])
+    manifest = convert(recipe, tmp_path / "dataset", 1, stages.graph_tokenizer(recipe))
+    shown, examples = manifest["graph"]["shown"], manifest["counts"]["examples"]
+    tasks = ("next_item", "item_to_attribute", "attribute_to_item", "explain")
+    assert {name.partition("/")[2] for name in examples} == set(tasks)
+    for split in ("train", "valid", "test"):
+        rows = [row for part in sorted((tmp_path / "dataset" / split).iterdir()) for row in _rows(part)]
+        for task in ("next_item", "explain"):
+            entry, of_it = shown[f"{split}/{task}"], of_task(rows, task)
+            facts = re.compile(r": (?:stars|directed by|written by|has genre|released in|spoken in|made in) ")
+            said = [found for row in of_it if (found := set(facts.findall(asked(row))))]
+            assert entry["with_graph"] + entry["without_graph"] == len(of_it) == examples[f"{split}/{task}"]
+            assert entry["with_graph"] > 0.8 * len(of_it)
+            assert entry["budget_too_small"] == 0
+            assert entry["triples"] > 15 * entry["with_graph"]
+            assert 150 < entry["tokens"] / entry["with_graph"] <= 200
+            assert len(said) == entry["with_graph"]
+            assert not {": spoken in ", ": made in "} & set.union(*said)  # the recipe denies them
+        for row in of_task(rows, "item_to_attribute"):
+            assert row["label"] == answer(row)
+            assert row["label"] in row["choices"]
+            assert row["relation"] in asked(row)
+        assert all(": " in asked(row) for row in of_task(rows, "attribute_to_item"))
+        for row in of_task(rows, "explain"):
+            names, relations, _ = explain.read(answer(row))
+            assert names[0] in asked(row)
+            assert names[-1] in asked(row)
+            assert not {"spoken in", "made in"} & set(relations)
+
+
 def test_serving_refuses_an_adapter_whose_prompts_show_a_graph(graph_recipe, tmp_path):
     from recllm.data.dataset import Dataset
     from recllm.serve.catalogue import NextItemPrompts
@@ -365,10 +510,8 @@ def test_items_without_a_link_are_counted(graph_recipe, tmp_path):
 
 def test_items_of_the_cut_off_second_lead_nowhere(graph_recipe, tmp_path):
     """Where several things were done in one second the graph starts from what is older, and the manifest counts it."""
-    log = graph_recipe.parent / "interactions.csv"
-    head, *rows = log.read_text().splitlines()
-    coarse = [",".join([user, item, str(int(time) // 20 * 20)]) for user, item, time in (r.split(",") for r in rows)]
-    log.write_text("\n".join([head, *coarse]) + "\n")
+    log = log_of(graph_recipe)
+    write_log(graph_recipe, [(user, item, rating, int(time) // 20 * 20) for user, item, rating, time in log])
     task = TASKS[4] | {"max_train_targets": None}
     manifest, rows = converted(graph_recipe, tmp_path / "dataset", f"tasks=[{json.dumps(task)}]")
     sequences = {row["user_index"]: row for row in _rows(tmp_path / "dataset" / "sequences.parquet")}

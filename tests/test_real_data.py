@@ -1,12 +1,16 @@
 """The shipped recipes on real logs, from the files to the report, with a tiny model in place of the real one."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from recllm.cli import main
+from recllm.convert.pipeline import convert
+from recllm.recipe import load_recipe
 
 pytestmark = pytest.mark.shared
 
@@ -75,6 +79,68 @@ def test_movielens_1m_with_the_graph_that_comes_with_it(
     assert "starred by actor" in asked
     assert "related to wikipage" not in asked  # the recipe denies it
     assert "Monty Python's Life of Brian (1979)" in asked  # an entity is called what its item is called
+
+
+@pytest.mark.parametrize("method", ["two_stage", "khop"])
+def test_a_graph_of_ratings_shows_none_that_is_not_older(
+    shared_data: Path, tmp_path: Path, tiny_model_folder: Path, method: str
+) -> None:
+    """Real times: the graph says who rated which film when, and an example's own rating is the answer that it asks."""
+    rated_at = _write_ratings_and_their_graph(shared_data / "ml-100k" / "ml-100k.inter", tmp_path, users=150)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+name: ratings
+data: {{interactions: {{path: {tmp_path}/log.csv}}, items: null}}
+graph:
+  triples: {{path: {tmp_path}/triples.csv}}
+  links: {{path: {tmp_path}/links.csv}}
+  retrieval: {{method: {method}, fan_out: 5, max_items: 10}}
+  budget: 300
+  format: lines
+filter: {{like_at: 4}}
+protocol: temporal_20
+tasks:
+  - {{task: next_item, template: next_item/films_graph, max_train_targets: 5}}
+  - {{task: like, template: like/films_graph, max_train_targets: 5}}
+model: {{name_or_path: {tiny_model_folder}}}
+""")
+    manifest = convert(load_recipe(recipe, []), tmp_path / "dataset", workers=1)
+    users = pq.read_table(tmp_path / "dataset" / "sequences.parquet")["user_id"].to_pylist()
+    items = pq.read_table(tmp_path / "dataset" / "items.parquet")["item_id"].to_pylist()
+    shown = manifest["graph"]["shown"]
+    assert set(shown) == {f"{split}/{task}" for split in ("train", "valid", "test") for task in ("next_item", "like")}
+    for split in ("train", "valid", "test"):
+        triples, around_the_asked = Counter[str](), 0
+        for row in pq.read_table(tmp_path / "dataset" / split).to_pylist():
+            user, item = users[row["user_index"]], items[row["target"]]
+            told = re.findall(r"\(user (\d+), rated \d, (\d+)\)", row["prompt"][-1]["content"])
+            assert all(rated_at[pair] < row["timestamp"] for pair in told)
+            assert (user, item) not in told
+            assert row["timestamp"] == rated_at[user, item]
+            triples[row["task"]] += len(told)
+            around_the_asked += row["task"] == "like" and any(film == item for _, film in told)
+        for task in ("next_item", "like"):
+            entry = shown[f"{split}/{task}"]
+            assert entry["timed_triples"] == entry["triples"] == triples[task] > 0
+            assert entry["not_older_than_cutoff"] == 0
+        assert around_the_asked > 0.5 * shown[f"{split}/like"]["with_graph"]
+
+
+def _write_ratings_and_their_graph(log: Path, folder: Path, users: int) -> dict[tuple[str, str], int]:
+    """log.csv, triples.csv and links.csv of the first users of MovieLens-100K; when each pair of (user, item) was."""
+    rows = [line.split("\t") for line in log.read_text().splitlines()[1:]]
+    rows = [row for row in rows if int(row[0]) <= users]
+    triples = [f"user {user},rated {rating},film {item},{time}" for user, item, rating, time in rows]
+    links = [f"{item},film {item}" for item in {row[1] for row in rows}]
+    for name, head, lines in (
+        ("log", "user_id,item_id,rating,timestamp", map(",".join, rows)),
+        ("triples", "head,relation,tail,timestamp", triples),
+        ("links", "item_id,entity_id", links),
+    ):
+        (folder / f"{name}.csv").write_text("\n".join([head, *lines]) + "\n")
+    found = {(user, item): int(time) for user, item, _, time in rows}
+    assert len(found) == len(rows)  # nobody rates a film twice
+    return found
 
 
 def test_the_rows_of_llara_and_ilora(shared_data: Path, tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -43,6 +43,7 @@ from recllm.data.randomness import mix
 
 OUTPUT = schema.EXAMPLES.append(pa.field("split", pa.string(), nullable=False))
 GRAPH_SALT = 4  # beside those of targets.py
+AROUND_THE_ASKED = ("like", "explain")  # tasks whose subgraph lies around the item that the prompt names, too
 PIECE = 8192  # examples whose text is in memory at once: about 10 MiB
 PIECE_TEXT = 1 << 27  # bytes that attributes of events, which may be whole pages, may add to a piece on average
 
@@ -303,13 +304,15 @@ class _Piece:
     def moments(self) -> Moments:
         """What the graph starts from: the newest items that are older than the cut-off.
 
-        An explanation starts from what its prompt lists, and its subgraph lies around what is explained too.
+        An explanation starts from what its prompt lists. Where a prompt names the item that it asks about, the subgraph
+        lies around that too.
         """
         end, asked = self.older, None
         most = 0 if self.converter.knowledge is None else self.converter.knowledge.section.retrieval.max_items
         first = self.begin
         if self.task.task == "explain":
             first = first + self.listed
+        if self.task.task in AROUND_THE_ASKED:
             asked = self.sequences.items[self.end]
         if self.sequences.has_item.all():
             offsets, flat = ranges(np.minimum(np.maximum(first, end - most), end), end)

@@ -649,7 +649,7 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     lines = [f"{output}: {counts['interactions']} interactions, {counts['users']} users, {counts['items']} items"]
     lines += [f"  {name}: {number} examples" for name, number in counts["examples"].items()]
     lines += _graph_lines(manifest.get("graph"))
-    warnings += [text for text in [(manifest.get("graph") or {}).get("warning")] if text]
+    warnings += _graph_warnings(manifest)
     lines += _finance_lines(manifest.get("finance"))
     lines += classes.lines(manifest.get("actions"))
     warnings += classes.warnings(manifest.get("actions"))
@@ -677,6 +677,20 @@ def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
             parts.append(f"{shown['left_out']} left out: the graph has nothing to ask of their items")
         lines += [f"  graph, {place}: {'; '.join(parts)}"] if parts else []
     return lines
+
+
+def _graph_warnings(manifest: dict[str, Any]) -> list[str]:
+    """Times that look wrong, and subgraphs that the budget leaves nothing of."""
+    graph = manifest.get("graph") or {}
+    warnings = [graph["warning"]] if graph.get("warning") else []
+    small = {place: shown.get("budget_too_small", 0) for place, shown in graph.get("shown", {}).items()}
+    if small := {place: count for place, count in small.items() if count}:
+        warnings.append(
+            f"{sum(small.values())} examples go without a subgraph, because graph.budget, "
+            f"{manifest['recipe']['graph']['budget']} tokens, holds not one of the triples that were found for them "
+            f"({', '.join(f'{place} {count}' for place, count in small.items())}): raise graph.budget"
+        )
+    return warnings
 
 
 def _finance_lines(finance: dict[str, Any] | None) -> list[str]:

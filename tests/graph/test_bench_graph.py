@@ -2,8 +2,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from recllm.recipe import RetrievalSection
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +29,12 @@ def test_bench_gets_the_same_answers_from_both_engines(tmp_path):
         assert "not in the cache" in first["conversion_note"]
         assert together["conversion_examples_per_cpu_s"] == {}
     else:
-        assert set(together["conversion_examples_per_cpu_s"]) == {"two_stage", "khop", "parallel", "random"}
+        assert set(together["conversion_examples_per_cpu_s"]) == set(
+            get_args(RetrievalSection.model_fields["method"].annotation)
+        )
+        converted = {method: found["examples"] for method, found in together["conversion"].items()}
+        assert 0 < converted.pop("pagerank") < min(converted.values())  # of fewer users
+        assert len(set(converted.values())) == 1
         for method, found in together["conversion"].items():
             assert found["examples_per_cpu_s"] == together["conversion_examples_per_cpu_s"][method] > 0
             assert 0.9 < found["with_graph"] / found["examples"] <= 1
