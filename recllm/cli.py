@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     export = _recipe_verb(verbs, "export", _export, "adapter/ → ordinary LoRAs: of one user, or a few for all users")
     whom = export.add_mutually_exclusive_group(required=True)
     whom.add_argument("--user", metavar="USER_ID", help="fold this user's gate into one LoRA")
+    whom.add_argument("--history", metavar="ID,ID,…", help="fold the gate of these items, oldest first, of anybody")
     whom.add_argument("--prototypes", type=int, metavar="M", help="cluster all users' gates into M LoRAs")
     export.add_argument("--output", required=True, metavar="FOLDER", help="where they go")
     export.add_argument(
@@ -187,7 +188,8 @@ def _export(parsed: argparse.Namespace) -> None:
 
     if parsed.prototypes is not None and parsed.prototypes < 1:
         raise UserError(f"--prototypes {parsed.prototypes}: at least 1 is needed")
-    stages.export(_load(parsed), Path(parsed.output), parsed.user, parsed.prototypes, max(parsed.examples, 0))
+    history = None if parsed.history is None else [item for item in parsed.history.split(",") if item]
+    stages.export(_load(parsed), Path(parsed.output), parsed.user, parsed.prototypes, max(parsed.examples, 0), history)
 
 
 def _serve(parsed: argparse.Namespace) -> None:

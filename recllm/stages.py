@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,19 @@ def evaluate(recipe: Recipe) -> None:
 
 
 def export(
-    recipe: Recipe, output: Path, user_id: str | None = None, prototypes: int | None = None, max_examples: int = 100
+    recipe: Recipe,
+    output: Path,
+    user_id: str | None = None,
+    prototypes: int | None = None,
+    max_examples: int = 100,
+    history: Sequence[str] | None = None,
 ) -> None:
     """adapter/ → an ordinary LoRA of one user, or `prototypes` of them that stand for all users of dataset/.
 
-    A user's gate reads all of their history in dataset/; with history.gate=before_list and a dense task without its
-    last `prompt.max_items` items, which stand in the list that the next prompt begins. What prototypes cost is measured
-    on up to `max_examples` held-out examples of each task (0: not at all).
+    A user's gate reads all of their history in dataset/, or `history`, item ids of anybody, without those that are
+    unknown; with history.gate=before_list and a dense task without its last `prompt.max_items` items, which stand in
+    the list that the next prompt begins. What prototypes cost is measured on up to `max_examples` held-out examples of
+    each task (0: not at all).
     """
     import numpy as np
 
@@ -151,11 +157,19 @@ def export(
     dataset, adapter = Dataset.open(require(recipe, "convert")), require(recipe, "train")
     folding.check_output(output)
     users = range(dataset.sequences.num_users) if user_id is None else [folding.find_user(dataset, user_id)]
+    items, unknown = folding.find_items(dataset, history) if history is not None else ([], [])
     check_vocabulary(adapter, dataset.vocabulary_sha256)
     base_model, tokenizer = load_base_model(recipe.model)
     model = load_adapter(base_model, adapter)
     before_list = recipe.history.gate == "before_list" and any(task.dense_window for task in recipe.tasks)
     listed = recipe.prompt.max_items if before_list else 0
+    if history is not None:
+        read = items[: max(len(items) - listed, 0)]
+        gate = folding.gate_of_items(model, read, recipe.history.max_items)
+        folding.export_user_adapter(model, gate, output)
+        left_out = f"; left out as unknown: {', '.join(unknown)}" if unknown else ""
+        print(f"{output}: the LoRA of a history of {len(items)} items, gate weights {_rounded(gate)}{left_out}")
+        return
     lengths = np.diff(dataset.sequences.offsets)[list(users)]
     weights = folding.gates_of(model, dataset, users, np.maximum(lengths - listed, 0), recipe.history.max_items)
     if user_id is not None:

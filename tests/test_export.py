@@ -26,7 +26,17 @@ def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     recipe, user, out = str(trained), str(tmp_path / "user"), tmp_path / "prototypes"
     assert main(["export", recipe, "--user", "u7", "--output", user]) == 0
     PeftModel.from_pretrained(tiny_llama(), user)
+    log = history_of("u7", tmp_path)
+    by_ids = ["export", recipe, "--output", str(tmp_path / "ids"), "--history"]
+    assert main([*by_ids, ",".join(log)]) == 0
+    weights = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("user", "ids")]
+    assert weights[0] == weights[1]
     capsys.readouterr()
+    assert main([*by_ids, f"{log[0]},absent"]) == 0
+    said = capsys.readouterr().out
+    assert "a history of 1 items" in said
+    assert "left out as unknown: absent" in said
+    assert (tmp_path / "ids" / "adapter_model.safetensors").read_bytes() != weights[0]
 
     assert main(["export", recipe, "--prototypes", "3", "--output", str(out), "--examples", "8"]) == 0
     said = capsys.readouterr().out
@@ -67,6 +77,16 @@ def test_the_gate_reads_what_it_read_of_held_out_examples(tiny_recipe, tmp_path,
     assert main(["export", str(tiny_recipe), "--user", "u7", "--output", str(tmp_path / "user")]) == 0
     ((users, ends, lengths),) = seen
     assert ends.tolist() == [lengths[users[0]] - listed]
+    by_ids = ["--history", ",".join(history_of("u7", tmp_path)), "--output", str(tmp_path / "ids")]
+    assert main(["export", str(tiny_recipe), *by_ids]) == 0
+    one, same = ((tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("user", "ids"))
+    assert one == same
+
+
+def history_of(user: str, folder: Path) -> list[str]:
+    """Item ids of a user of the log, oldest first."""
+    lines = (folder / "interactions.csv").read_text().splitlines()
+    return [line.split(",")[1] for line in lines if line.startswith(f"{user},")]
 
 
 def test_export_before_training(tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +94,7 @@ def test_export_before_training(tiny_recipe: Path, tmp_path: Path, capsys: pytes
     assert "run `recllm convert`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [[], ["--user", "u1", "--prototypes", "2"]])
-def test_one_of_the_two_is_asked_for(tiny_recipe: Path, options: list[str]) -> None:
+@pytest.mark.parametrize("options", [[], ["--user", "u1", "--prototypes", "2"], ["--user", "u1", "--history", "i1"]])
+def test_one_of_them_is_asked_for(tiny_recipe: Path, options: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", str(tiny_recipe), "--output", "x", *options])

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from recllm.errors import UserError
 from recllm.files import read_json, replacing_folder, write_json, write_text
 from recllm.model.base_model import keep_head_folded
-from recllm.model.ilora import ILoraConfig, ILoraModel
+from recllm.model.ilora import ILORA, ILoraConfig, ILoraModel
 from recllm.model.sequence_encoder import SequenceEncoder, describe, load_encoder, read_tensors, write_encoder
-from recllm.model.soft_token import SoftTokenConfig, SoftTokenModel
+from recllm.model.soft_token import SOFT_TOKEN, SoftTokenConfig, SoftTokenModel
 from recllm.recipe import AdapterSection
 
 FORMAT_VERSION = 1
@@ -409,7 +409,7 @@ def _read_config(folder: Path) -> LoraConfig:
         raise UserError(f"{folder} does not exist: a folder written by `recllm train` is expected")
     document = read_json(folder / LORA_CONFIG, "the config of a LoRA adapter")
     if document.get("peft_type") != "LORA":
-        raise UserError(f'{folder / LORA_CONFIG}: peft_type is "{document.get("peft_type")}", LORA is expected')
+        raise _no_lora(folder / LORA_CONFIG, document.get("peft_type"))
     skipped = ("peft_type", "auto_mapping")
     known = {k: v for k, v in document.items() if k in LoraConfig.__dataclass_fields__ and k not in skipped}
     # A folder that has lost one of its files must not pass for a plain LoRA
@@ -419,6 +419,20 @@ def _read_config(folder: Path) -> LoraConfig:
         return LoraConfig(**known)
     ilora = _read_ilora(folder, known)
     return ILoraConfig(**known, **{name: ilora[name] for name in _GATE_SHAPE | _GATE_KIND if name in ilora})
+
+
+def _no_lora(place: Path, peft_type: Any) -> UserError:
+    if peft_type not in (ILORA, SOFT_TOKEN):
+        return UserError(
+            f'{place}: peft_type is "{peft_type}", an adapter of another kind than LORA: load this one with PEFT'
+        )
+    return UserError(
+        f'{place}: peft_type is "{peft_type}", so save_pretrained wrote this folder, which leaves out the kind, '
+        "the sizes and the vocabulary of the sequence encoder, without which no history can be read. Write it with "
+        "recllm.model.adapter.save_adapter(model, folder) where the model still is; else import recllm.model.adapter, "
+        "load the folder with PeftModel.from_pretrained, hand the model the sequence encoder that it was trained on, "
+        "model.base_model.set_encoder(encoder, adapter_name), and write it with save_adapter"
+    )
 
 
 def read_ilora(folder: Path) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from recllm.data.dataset import Dataset
 from recllm.errors import UserError
 from recllm.files import replacing_folder, write_json
 from recllm.model.adapter import LORA_CONFIG, has_gate, lora_weights, write_lora
+from recllm.model.histories import History, encode_histories
 from recllm.model.ilora import DECODER_LAYER
-from recllm.model.sequence_encoder import encode_histories
+from recllm.schema import ITEM_ID
 
 PROTOTYPES, ASSIGNMENT = "prototypes.json", "assignment.parquet"
 STARTS = 4  # of k-means: the best of so many
@@ -46,16 +47,43 @@ Nats = Callable[[torch.Tensor], npt.ArrayLike]  # gate weights (N, …) → nats
 
 
 @torch.no_grad()
-def export_user_adapter(model: PeftModel, weights: torch.Tensor, folder: Path, adapter_name: str = "default") -> None:
-    """One user as an ordinary LoRA: their gate weights, (K,) or (layers, K), folded into B.
+def export_user_adapter(
+    model: PeftModel,
+    user: torch.Tensor | Sequence[str],
+    folder: Path,
+    adapter_name: str = "default",
+    *,
+    items: Path | None = None,
+) -> list[str]:
+    """One user as an ordinary LoRA: their gate folded into B.
+
+    Args:
+        model: with an instance-wise adapter.
+        user: gate weights, (K,) or (layers, K); or a history that the gate reads, item ids, oldest first, of anybody.
+            An empty one has the uniform gate. Unknown ids are left out, as `recllm serve` leaves them out.
+        folder: where the LoRA goes; an earlier export is replaced.
+        adapter_name: which adapter of the model.
+        items: of a history: the folder with the adapter's items.parquet and manifest.json, adapter/ or dataset/.
+
+    Returns:
+        The ids of the history that are unknown.
 
     Raises:
-        UserError: `weights` are not one user's, or not finite; the folder holds something else than an export.
+        UserError: weights that are not one user's, or not finite; a history without `items`, with those of another
+            vocabulary, of an adapter that reads events, or of something else than ids; the folder holds something else
+            than an export.
     """
     check_output(Path(folder))
-    folded = folded_lora(model, weights, adapter_name)
+    unknown: list[str] = []
+    if not isinstance(user, torch.Tensor):
+        tuner = _gated(model)
+        dataset = _items_of(tuner, items, adapter_name)
+        read, unknown = find_items(dataset, user)
+        user = gate_of_items(model, read, int(dataset.manifest["history_max_items"]), adapter_name)
+    folded = folded_lora(model, user, adapter_name)
     with replacing_folder(Path(folder)) as staging:
         write_lora(folded, model, staging, adapter_name)
+    return unknown
 
 
 @torch.no_grad()
@@ -285,6 +313,69 @@ def _write_assignment(
     pq.write_table(pa.table(columns), path)
 
 
+# ---- gates of a history ----
+
+
+def find_items(dataset: Dataset, history: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Item indices of the ids of a history, without those that the vocabulary does not know, and these ids.
+
+    Raises:
+        UserError: something else than a list of ids; a dataset of events.
+    """
+    if dataset.is_events:
+        raise UserError(
+            f"{dataset.folder} is of events, whose histories are no lists of item ids: export a user of the dataset "
+            "(recllm export --user), or pass gate weights"
+        )
+    if isinstance(history, str):
+        raise UserError(f'the history is the text "{history[:60]}", a list of item ids is expected')
+    for place, item in enumerate(history):
+        if not isinstance(item, str):
+            raise UserError(f"history[{place}] is {item!r}, an item id of {dataset.folder} is expected, as text")
+    known = {item: index for index, item in enumerate(dataset.items[ITEM_ID].to_pylist())}
+    return [known[item] for item in history if item in known], [item for item in history if item not in known]
+
+
+@torch.no_grad()
+def gate_of_items(
+    model: PeftModel, read: Sequence[int], max_items: int, adapter_name: str | None = None
+) -> torch.Tensor:
+    """Gate weights (K,) or (layers, K) of a history of item indices, of which the newest `max_items` are read.
+
+    Raises:
+        UserError: the adapter is no instance-wise one, or has no sequence encoder.
+    """
+    newest = np.array(read[max(len(read) - max_items, 0) :], dtype=np.int64)
+    return _weights_of(_gated(model), [newest], adapter_name)[0]
+
+
+def _items_of(tuner: Any, items: Path | None, adapter_name: str) -> Dataset:
+    """The vocabulary that the adapter's encoder was fitted on."""
+    if items is None:
+        raise UserError("a history of item ids needs items=, the adapter's folder, which says what items they are")
+    dataset, own = Dataset.open(Path(items)), _encoder_of(tuner, adapter_name).vocabulary_sha256
+    if own != dataset.vocabulary_sha256:
+        raise UserError(
+            f"the adapter was trained on the vocabulary {str(own)[:12]}…, {items} has "
+            f"{dataset.vocabulary_sha256[:12]}…: pass the adapter's own folder, or the dataset that it was trained on"
+        )
+    return dataset
+
+
+def _encoder_of(tuner: Any, adapter_name: str) -> Any:
+    if adapter_name not in tuner.sequence_encoder:
+        raise UserError("the adapter has no sequence encoder, so its gates of histories are not known: train it again")
+    return tuner.sequence_encoder[adapter_name]
+
+
+def _weights_of(tuner: Any, histories: Sequence[History], adapter_name: str | None, **options: Any) -> torch.Tensor:
+    """Gate weights (N, …) of histories as an encoder reads them, on the CPU, by the active adapter or by another."""
+    name = tuner.active_adapters[0] if adapter_name is None else adapter_name
+    states = encode_histories(_encoder_of(tuner, name), histories, **options)
+    parts = [tuner.gate_weights(representation=part, adapter_name=name).float().cpu() for part in states.split(4096)]
+    return torch.cat(parts)
+
+
 # ---- gates of a dataset ----
 
 
@@ -313,13 +404,8 @@ def gates_of(
     Raises:
         UserError: the adapter is no instance-wise one, or has no sequence encoder.
     """
-    tuner: Any = _gated(model)
-    name = tuner.active_adapters[0]
-    if name not in tuner.sequence_encoder:
-        raise UserError("the adapter has no sequence encoder, so its gates of histories are not known: train it again")
+    tuner = _gated(model)
     offsets = dataset.sequences.offsets
     stops = [int(offsets[user + 1] - offsets[user]) for user in users] if ends is None else list(ends)
     histories = [dataset.read(int(user), int(end), max_items) for user, end in zip(users, stops)]
-    states = encode_histories(tuner.sequence_encoder[name], histories, progress="encode histories")
-    parts = [tuner.gate_weights(representation=part).float().cpu() for part in states.split(4096)]
-    return torch.cat(parts)
+    return _weights_of(tuner, histories, None, progress="encode histories")

@@ -17,6 +17,19 @@ from recllm.model.sequence_encoder import SequenceEncoder
 FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  # a forward with one of these has many users in one row
 
 
+def begin_anew(positions: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(B,) bool: whether a token of the row stands at a lower position than one before it, padding left out.
+
+    positions: (B, T). mask: (B, at least T), 0 where there is padding; None: nowhere.
+
+    >>> begin_anew(torch.tensor([[0, 1, 2, 0, 1], [1, 1, 0, 1, 2]]), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]))
+    tensor([ True, False])
+    """
+    real = torch.ones_like(positions) if mask is None else mask[:, -positions.shape[1] :].to(positions)
+    highest = torch.where(real.bool(), positions, -1).cummax(dim=-1).values  # so far
+    return (real.bool() & (positions < highest)).any(dim=-1)
+
+
 class GuidedLoraModel(LoraModel):
     """Readers and encoders as submodules, so that DDP, ZeRO and FSDP see their parameters.
 
@@ -130,10 +143,30 @@ class GuidedLoraModel(LoraModel):
         with torch.autocast(encoder.device.type, enabled=False):
             return encoder(history_items.to(encoder.device)).float()
 
+    def _may_look(self, tensor: torch.Tensor) -> bool:
+        # Looking makes a GPU wait, and a graph break when compiled
+        return not torch.compiler.is_compiling() and (tensor.is_cpu or not self.training)
+
     def _check_finite(self, rows: torch.Tensor, what: str) -> None:
-        # Looking makes a GPU wait, and a graph break when compiled. NaN then stays in its own row, and in the loss.
-        if not torch.compiler.is_compiling() and (rows.is_cpu or not self.training):
+        if self._may_look(rows):  # NaN otherwise stays in its own row, and in the loss
             check_finite(rows, what)
+
+    def _check_unpacked(self, positions: Any, mask: Any) -> None:
+        """Refuse rows whose `positions` (B, T) begin anew: transformers reads a further sequence there.
+
+        A mask of four dimensions is no padding and says itself what a token sees: a trie's answers share positions.
+        """
+        if not torch.is_tensor(positions) or positions.dim() != 2 or not self._may_look(positions):
+            return
+        if mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2):
+            return
+        packed = begin_anew(positions, mask)
+        if packed.any():
+            row = int(packed.nonzero()[0])
+            raise RuntimeError(
+                f"position_ids of row {row} of {len(packed)} begin anew within the row, which says that it is packed "
+                "with several users: pass one user a row, padded"
+            )
 
     def _take(self, kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The one of `arguments` that was given, and what is for the base model."""
@@ -144,6 +177,8 @@ class GuidedLoraModel(LoraModel):
             raise RuntimeError(
                 f"{flattened[0]} says that rows are packed with several users: pass one user a row, padded"
             )
+        if given:
+            self._check_unpacked(kwargs.get("position_ids"), kwargs.get("attention_mask"))
         return given, {name: value for name, value in kwargs.items() if name not in self.arguments}
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:

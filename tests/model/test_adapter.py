@@ -140,6 +140,40 @@ def test_a_folder_of_stock_peft_loads(adapter: Any, tiny_llama: Any, tmp_path: P
     assert torch.equal(_logits(load_adapter(tiny_llama(), tmp_path / "stock"), tokens), _logits(model, tokens))
 
 
+@pytest.mark.parametrize("method", ["ilora", "soft_token"])
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_what_save_pretrained_writes_comes_back_by_from_pretrained(
+    adapter: Any, encoder: Any, tiny_llama: Any, tmp_path: Path, tokens: torch.Tensor, histories: torch.Tensor,
+    method: str, name: str,
+) -> None:  # fmt: skip
+    """LoRA and gate do, under any name; of the encoder there are weights alone, and nothing that they belong to."""
+    model = adapter(method=method, name=name)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name  # PEFT's rule
+    representation = model.base_model.represent(histories)
+    expected = _logits(model, tokens, representation=representation)
+    assert not torch.allclose(expected, _logits(tiny_llama(), tokens), atol=1e-2)
+    assert not torch.allclose(expected, _logits(model, tokens, representation=representation.flip(0)), atol=1e-2)
+    for loaded_as in ("default", "another"):
+        loaded = PeftModel.from_pretrained(tiny_llama(), folder, adapter_name=loaded_as)
+        assert torch.equal(_logits(loaded, tokens, representation=representation), expected)
+
+    with pytest.raises(
+        UserError, match=r"so save_pretrained wrote this folder, .*model\.adapter\.save_adapter\(model, folder\)"
+    ):
+        load_adapter(tiny_llama(), folder)
+    loaded.base_model.set_encoder(encoder(), loaded_as)  # what the error says, step by step
+    save_adapter(loaded, tmp_path / "whole", adapter_name=loaded_as)
+    again = load_adapter(tiny_llama(), tmp_path / "whole")
+    assert torch.equal(_logits(again, tokens, history_items=histories), _logits(model, tokens, history_items=histories))
+
+
+def test_adapters_of_other_kinds_are_peft_s(saved: Path, tiny_llama: Any) -> None:
+    _edit(saved / "adapter_config.json", peft_type="IA3")
+    with pytest.raises(UserError, match=r'peft_type is "IA3", .* load this one with PEFT'):
+        load_adapter(tiny_llama(), saved)
+
+
 def test_what_is_in_the_folder(saved: Path, adapter: Any, tmp_path: Path) -> None:
     assert json.loads((saved / "ilora.json").read_text()) == {
         "format_version": 1, "num_experts": 4, "r": 8, "lora_alpha": 16, "scaling": 16 / 8, "representation_size": 16,

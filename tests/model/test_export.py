@@ -3,10 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from recllm import files
 from recllm.errors import UserError
@@ -20,6 +22,7 @@ from recllm.model.export import (
     export_user_adapter,
 )
 from recllm.recipe import GateSection
+from recllm.schema import event_vocabulary_sha256, vocabulary_sha256
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32, logits of order 10
 GATES = {
@@ -63,6 +66,94 @@ def test_one_users_weights_are_one_row(adapter: Any, tmp_path: Path) -> None:
         export_user_adapter(adapter(), torch.rand(2, 4), tmp_path / "user")
     with pytest.raises(UserError, match="not finite"):
         export_user_adapter(adapter(), torch.tensor([0.5, float("nan"), 0.5, 0.0]), tmp_path / "user")
+    assert not (tmp_path / "user").exists()
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Path:
+    """A folder with the vocabulary of the 20 items i0 … i19, as adapter/ and dataset/ have it."""
+    ids = [f"i{number}" for number in range(20)]
+    columns = {"item_index": pa.array(range(20), pa.int32())} | dict.fromkeys(("item_id", "title", "text"), ids)
+    (tmp_path / "catalogue").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "catalogue" / "items.parquet")
+    manifest = {"items_sha256": vocabulary_sha256(ids), "history_max_items": 4}
+    (tmp_path / "catalogue" / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path / "catalogue"
+
+
+@pytest.fixture
+def of_catalogue(adapter: Any, catalogue: Path) -> Any:
+    """of_catalogue(…) is adapter(…), of that vocabulary."""
+
+    def build(name: str = "default", **section: Any) -> Any:
+        model = adapter(name=name, **section)
+        manifest = json.loads((catalogue / "manifest.json").read_text())
+        model.base_model.sequence_encoder[name].vocabulary_sha256 = manifest["items_sha256"]
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_history_of_item_ids_is_exported_as_the_gate_that_it_has(
+    of_catalogue: Any, catalogue: Path, tmp_path: Path, gate: GateSection, name: str
+) -> None:
+    model = of_catalogue(name=name, gate=gate)
+    weights = {  # of what is read, padded with nothing: the newest history_max_items = 4
+        history: model.base_model.gate_weights(torch.tensor([[*read]], dtype=torch.long), adapter_name=name)[0].detach()
+        for history, read in {"i3 i1": (3, 1), "i1 i3": (1, 3), "i9 i8 i7 i6 i5 i19": (7, 6, 5, 19), "": ()}.items()
+    }
+    uniform = torch.full_like(weights[""], 1 / 2 if gate.type == "sigmoid" else 1 / 4)
+    assert torch.equal(weights[""], uniform)  # of an empty history: the cold start
+    written = []
+    for history, expected in weights.items():
+        assert export_user_adapter(model, history.split(), tmp_path / "user", name, items=catalogue) == []
+        export_user_adapter(model, expected, tmp_path / "by-gate", name)
+        found, wanted = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("user", "by-gate"))
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, msg=lambda text, key=key: f"{key}: {text}")
+        written.append(torch.cat([value.flatten() for key, value in found.items() if "lora_B" in key]))
+    assert all(not torch.allclose(written[0], other, atol=1e-2) for other in written[1:])
+
+
+def test_items_that_are_unknown_are_left_out_and_said(of_catalogue: Any, catalogue: Path, tmp_path: Path) -> None:
+    """As serving leaves them out: before the newest items that the gate reads are counted."""
+    model, weights = of_catalogue(), tmp_path / "user" / "adapter_model.safetensors"
+    export_user_adapter(model, ["i1", "i2", "i3", "i4"], tmp_path / "user", items=catalogue)
+    known = weights.read_bytes()
+    history = ["new", "i1", "i2", "new", "i3", "20", "i4"]
+    assert export_user_adapter(model, history, tmp_path / "user", items=catalogue) == ["new", "new", "20"]
+    assert weights.read_bytes() == known
+    export_user_adapter(model, [], tmp_path / "user", items=catalogue)
+    cold = weights.read_bytes()
+    assert export_user_adapter(model, ["new"], tmp_path / "user", items=catalogue) == ["new"]
+    assert weights.read_bytes() == cold != known
+
+
+def test_histories_that_cannot_be_read_are_refused(
+    of_catalogue: Any, adapter: Any, catalogue: Path, tmp_path: Path
+) -> None:
+    def refused(words: str, history: Any = ("i1",), model: Any = None, items: Path | None = catalogue) -> None:
+        with pytest.raises(UserError, match=words):
+            export_user_adapter(model or of_catalogue(), history, tmp_path / "user", items=items)
+
+    refused("needs items=, the adapter's folder", items=None)
+    refused('the history is the text "i1", a list', history="i1")
+    refused(r"history\[1\] is 3, an item id .* is expected, as text", history=["i1", 3])
+    refused(r"trained on the vocabulary None…, .* pass the adapter's own folder", model=adapter())
+    refused("no gate to fold", model=adapter(method="lora"))
+    without = of_catalogue()
+    del without.base_model.sequence_encoder["default"]
+    refused("no sequence encoder", model=without)
+    manifest = json.loads((catalogue / "manifest.json").read_text()) | {"events": True, "actions": {"labels": ["view"]}}
+    (catalogue / "manifest.json").write_text(json.dumps(manifest))
+    events = of_catalogue()
+    events.base_model.sequence_encoder["default"].vocabulary_sha256 = event_vocabulary_sha256(
+        [f"i{number}" for number in range(20)], ["view"]
+    )
+    refused("is of events, whose histories are no lists of item ids", model=events)
     assert not (tmp_path / "user").exists()
 
 

@@ -609,6 +609,60 @@ def test_packed_rows_are_refused(adapter: Any, tokens: torch.Tensor, histories: 
         adapter()(input_ids=tokens[:1], history_items=histories[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
 
 
+def test_rows_packed_by_positions_alone_are_refused(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    """Without a cache transformers keeps the sequences of a row apart; all of them would get the row's one gate."""
+    model, ones = adapter(), torch.ones(2, 7, dtype=torch.long)
+    given = {"input_ids": tokens[:2], "history_items": histories[:2], "use_cache": False}
+    packed = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]])  # a second user in the second row
+    for more in ({}, {"attention_mask": ones}, {"attention_mask": ones.bool()}):
+        for training in (False, True):
+            with pytest.raises(RuntimeError, match=r"position_ids of row 1 of 2 begin anew .* one user a row"):
+                model.train(training)(position_ids=packed, **given, **more)
+    with pytest.raises(RuntimeError, match="packed"):
+        model.eval().generate(position_ids=packed, attention_mask=ones, max_new_tokens=1, **given)
+    with pytest.raises(RuntimeError, match="row 0 of 1"):  # one line of positions for all rows
+        model(position_ids=packed[1:], **given)
+
+
+def test_positions_that_do_not_fall_are_not_taken_for_packing(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    model = adapter()
+    given = {"input_ids": tokens, "history_items": histories}
+    expected = _logits(model, tokens, history_items=histories)
+    for padding in (0, 1, 9):  # what stands where the mask is 0 says nothing
+        positions = (MASK.cumsum(-1) - 1).masked_fill(MASK == 0, padding)
+        with torch.no_grad():
+            found = model(attention_mask=MASK, position_ids=positions, use_cache=False, **given).logits
+        torch.testing.assert_close(found[MASK.bool()], expected[MASK.bool()], **CLOSE)
+    with torch.no_grad():  # with a cache the new tokens' positions begin above 0, and the mask is wider than they are
+        positions = (MASK.cumsum(-1) - 1).clamp(min=0)
+        first = {"attention_mask": MASK[:, :4], "position_ids": positions[:, :4]}
+        cache = model(input_ids=tokens[:, :4], history_items=histories, use_cache=True, **first).past_key_values
+        rest = {"attention_mask": MASK, "position_ids": positions[:, 4:], "past_key_values": cache}
+        step = model(input_ids=tokens[:, 4:], history_items=histories, **rest).logits
+    torch.testing.assert_close(step, expected[:, 4:], **CLOSE)
+    options = {"attention_mask": MASK, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**given, **options), model.generate(position_ids=positions, **given, **options))
+
+
+def test_a_trie_of_one_user_is_not_taken_for_packing(
+    adapter: Any, tokens: torch.Tensor, histories: torch.Tensor
+) -> None:
+    """Two answers after one prompt share positions; a mask of four dimensions keeps them apart."""
+    model, given = adapter(), {"history_items": histories[:1]}
+    row, positions = tokens[:1], torch.tensor([[0, 1, 2, 3, 4, 3, 4]])
+    sees = torch.ones(7, 7).tril().bool()
+    sees[5:, 3:5] = False  # the second answer does not see the first
+    mask = torch.zeros(1, 1, 7, 7).masked_fill(~sees, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        both = model(input_ids=row, attention_mask=mask, position_ids=positions, **given).logits[:, 5:]
+        alone = model(input_ids=row[:, [0, 1, 2, 5, 6]], **given).logits[:, 3:]
+    torch.testing.assert_close(both, alone, **CLOSE)
+
+
 def test_arguments_of_a_wrong_shape(
     adapter: Any, tokens: torch.Tensor, histories: torch.Tensor, gate: dict[str, Any]
 ) -> None:

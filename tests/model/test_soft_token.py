@@ -488,6 +488,8 @@ def test_packed_rows_are_refused(soft: Any, tokens: torch.Tensor, histories: tor
         soft()(input_ids=tokens.reshape(1, -1), history_items=histories)
     with pytest.raises(RuntimeError, match="packed"):
         soft()(input_ids=tokens[:1], history_items=histories[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    with pytest.raises(RuntimeError, match="position_ids of row 0 of 1 begin anew"):
+        soft()(input_ids=tokens[:1], history_items=histories[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
 
 
 def test_what_the_config_refuses(tiny_llama: Any, encoder: Any) -> None:

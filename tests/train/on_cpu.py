@@ -296,6 +296,7 @@ def watch(after_step: Callable[[int], None]) -> dict[str, Any]:
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         trainer = make(*args, **kwargs)
+        report["forwards"] = count_forwards(trainer.model)
         watch = Watch()
         watch.trainer = trainer
         trainer.add_callback(watch)
@@ -310,6 +311,29 @@ def watch(after_step: Callable[[int], None]) -> dict[str, Any]:
 
     finetune.make_trainer = watched
     return report
+
+
+def count_forwards(model: Any) -> dict[str, int]:
+    """Counts, from now on, forwards with gradients of the embedding, one a micro-batch, and of the first decoder layer.
+
+    With gradient checkpointing a layer runs once more in each backward pass, and the embedding does not. Counted before
+    they run: a recomputation ends as soon as it has what backward needs, before the layer returns.
+    """
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layer = next(module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    found = {"embedding": 0, "layer": 0}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: Any, _: Any) -> None:
+            found[name] += module.training and torch.is_grad_enabled()
+
+        return hook
+
+    model.get_input_embeddings().register_forward_pre_hook(count("embedding"))
+    layer.register_forward_pre_hook(count("layer"))
+    return found
 
 
 def identity(row: Any) -> list[int]:

@@ -33,6 +33,7 @@ from recllm.train.representations import representation_table, statistics_exampl
 from recllm.train.trainer import AdapterTrainer
 
 from .conftest import recipe_of
+from .on_cpu import count_forwards
 
 ROOT = Path(__file__).resolve().parents[2]
 TENSORS = ("adapter_model.safetensors", "gate.safetensors")
@@ -181,10 +182,21 @@ def test_a_bf16_base_model_learns_and_its_adapter_comes_back(dataset, encoder_fo
     )
 
 
-def test_gradient_checkpointing_gives_the_same_weights(dataset, encoder_folder, make_recipe, tmp_path):
+def test_gradient_checkpointing_gives_the_same_weights(dataset, encoder_folder, make_recipe, tmp_path, monkeypatch):
+    counts, make = [], finetune.make_trainer
+
+    def counted(*args, **kwargs):
+        trainer = make(*args, **kwargs)
+        counts.append(count_forwards(trainer.model))
+        return trainer
+
+    monkeypatch.setattr(finetune, "make_trainer", counted)
     train(make_recipe(), dataset.folder, encoder_folder, tmp_path / "plain" / "adapter")
     recipe = make_recipe(train={"gradient_checkpointing": True})
     train(recipe, dataset.folder, encoder_folder, tmp_path / "checkpointed" / "adapter")
+    plain, checkpointed = counts
+    assert plain == {"embedding": 6, "layer": 6}  # max_steps
+    assert checkpointed == {"embedding": 6, "layer": 2 * 6}  # each layer once more in each backward pass
     assert_same_weights(tmp_path / "plain" / "adapter", tmp_path / "checkpointed" / "adapter")
 
 
