@@ -20,7 +20,7 @@ TOGETHER = ("tests/infer/vllm", "tests/serve")  # folders whose tests share engi
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks after this
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where tests are spread over processes: those of a file run in one, and those of a folder that shares engines."""
-    if config.getoption("dist", "no") != "loadgroup":
+    if not config.getoption("loadgroup", False):  # of its processes; their option dist is "no"
         return
     for item in items:
         path = item.path.relative_to(config.rootpath).as_posix()

@@ -251,7 +251,7 @@ def test_batches_of_a_task_that_ran_twice_are_taken_once(make_recipe):
     def taken(tables: list[pa.Table]) -> list[str]:
         data = make_recipe().data.interactions
         merge = ray_reading._Merge(
-            ["log.csv"], ray_reading.Reading(data, frozenset(), None, None, False, "/", identity())
+            ["log.csv"], ray_reading.Reading(data, frozenset(), None, None, False, "/", identity(), 7)
         )
         pieces = ({name: table.column(name)[0] for name in table.column_names} for table in tables)
         return [user for batch in merge.all([], pieces) for user in batch["user_id"]]
@@ -395,7 +395,7 @@ def stored_work(many_users, make_converter, tmp_path, monkeypatch) -> list[Any]:
 
 def test_where_a_path_hangs_on_the_drivers_folder(make_recipe, tmp_path, monkeypatch):
     how = ray_reading.Reading(
-        make_recipe().data.interactions, frozenset(), None, None, False, str(tmp_path / "nowhere"), identity()
+        make_recipe().data.interactions, frozenset(), None, None, False, str(tmp_path / "nowhere"), identity(), 7
     )
     monkeypatch.chdir(tmp_path)
     for path in (f"file://{tmp_path}/log.csv", str(tmp_path / "log.csv")):

@@ -5,6 +5,7 @@ for each engine; its figures come back in files, and the tests ask of them.
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -116,10 +118,12 @@ def real_served(tmp_path_factory: Any, smollm2: str) -> Path:
 class Reference:
     """What Transformers says of the models in a folder, one request at a time."""
 
-    def __init__(self, folder: Path, scratch: Path) -> None:
-        self.folder, self.scratch = folder, scratch
+    def __init__(self, folder: Path, scratch: Path, kept: int) -> None:
+        """`kept`: models of each kind that stay in memory at once."""
+        self.folder, self.scratch, self.kept = folder, scratch, kept
         self._merged: dict[str, Any] = {}
         self._gated: dict[str, Any] = {}
+        self._logits: dict[str, npt.NDArray[np.float32]] = {}
 
     def base(self) -> Any:
         """The base model."""
@@ -129,9 +133,10 @@ class Reference:
         """The base model with the gate folded into B, and that LoRA merged; without a gate the LoRA as it is."""
         key = json.dumps([adapter, gate])
         if key not in self._merged:
+            self._make_room(self._merged)
             place = self.folder / str(adapter)
             if gate is not None:
-                place = self.scratch / f"merged-{len(self._merged)}"
+                place = Path(tempfile.mkdtemp(dir=self.scratch)) / "merged"
                 export_user_adapter(self.gated(str(adapter)), torch.tensor(gate), place)
             base = self.base()
             self._merged[key] = base if adapter is None else PeftModel.from_pretrained(base, place).merge_and_unload()
@@ -140,13 +145,22 @@ class Reference:
     def gated(self, adapter: str) -> Any:
         """The instance-wise model, which takes gate_weights."""
         if adapter not in self._gated:
+            self._make_room(self._gated)
             self._gated[adapter] = load_adapter(self.base(), self.folder / adapter).eval()
         return self._gated[adapter]
+
+    def _make_room(self, models: dict[str, Any]) -> None:
+        while len(models) >= self.kept:  # the oldest goes
+            del models[next(iter(models))]
+        gc.collect()  # PEFT's models hold themselves
 
     @torch.no_grad()
     def logits(self, adapter: str | None, gate: Any, ids: list[int]) -> npt.NDArray[np.float32]:
         """(tokens, V) of a text, by merged weights."""
-        return self.merged(adapter, gate)(torch.tensor([ids])).logits[0].numpy()
+        key = json.dumps([adapter, gate, ids])
+        if key not in self._logits:
+            self._logits[key] = self.merged(adapter, gate)(torch.tensor([ids])).logits[0].numpy()
+        return self._logits[key]
 
     @torch.no_grad()
     def gated_logits(self, adapter: str, gate: Any, ids: list[int]) -> npt.NDArray[np.float32]:
@@ -177,14 +191,14 @@ class Reference:
 def reference(served: Path, tmp_path_factory: Any) -> Reference:
     """Of the tiny Llama."""
     torch.set_num_threads(1)
-    return Reference(served, tmp_path_factory.mktemp("merged"))
+    return Reference(served, tmp_path_factory.mktemp("merged"), kept=100)
 
 
 @pytest.fixture(scope="session")
 def real_reference(real_served: Path, tmp_path_factory: Any) -> Reference:
     """Of SmolLM2."""
     torch.set_num_threads(1)
-    return Reference(real_served, tmp_path_factory.mktemp("real-merged"))
+    return Reference(real_served, tmp_path_factory.mktemp("real-merged"), kept=1)  # half a gigabyte each
 
 
 # ---- processes with vLLM ----
