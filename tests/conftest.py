@@ -14,18 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
-TOGETHER = ("tests/infer/vllm", "tests/serve")  # folders whose tests share engines that take a minute to start
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks after this
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests are spread over processes: those of a file run in one, and those of a folder that shares engines."""
-    if not config.getoption("loadgroup", False):  # of its processes; their option dist is "no"
-        return
-    for item in items:
-        path = item.path.relative_to(config.rootpath).as_posix()
-        group = next((folder for folder in TOGETHER if path.startswith(f"{folder}/")), path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
