@@ -158,6 +158,8 @@ class GuidedLoraModel(LoraModel):
         """
         if not torch.is_tensor(positions) or positions.dim() != 2 or not self._may_look(positions):
             return
+        if positions.shape[1] == 1:  # a step of a generation: nothing to look at
+            return
         if mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2):
             return
         packed = begin_anew(positions, mask)
