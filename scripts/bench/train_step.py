@@ -5,8 +5,8 @@
 Variants take turns, round by round, and medians are compared: a busy neighbour then slows both. On a CPU the clock is
 process time with one thread: threads that wait for each other on a busy machine burn it too, and ratios come out wrong.
 Everything trains as `recllm train` does: on a bf16 model the matrix products of the adapter run in bf16 too (autocast)
-over its fp32 weights, in all variants alike; TRL's trainer runs under its own bf16=True. Each part prints a line; the
-last line is one JSON object:
+over its fp32 weights, in all variants alike; TRL's trainer runs under its own bf16=True. Each part has a process of its
+own and prints a line; the last line is one JSON object:
 
     gated_over_plain, gated_over_plain_memory    a step (forward, backward, AdamW) of the gated adapter against plain
                 LoRA of the same rank; by model: SmolLM2, and a wider Llama with random weights. Memory on a GPU is the
@@ -14,7 +14,9 @@ last line is one JSON object:
     loop_over_gated               a whole model whose layers loop over the experts, as released code does, against ours
     einsum_layer_over_gated       one linear layer as the product runs it (ILoraVariant in a PEFT layer) against the
                 same layer whose variant makes (B, T, K, out) and sums over K, forward and backward from a given
-                gradient, both without W x. einsum_with_base_over_gated: the whole layers, with W x
+                gradient, both without W x. einsum_with_base_over_gated: the whole layers, with W x. Some 40% of
+                the other form's time on a CPU goes into new pages for (B, T, K, out): less in a process that holds
+                freed memory of that size
     ours_over_trl                 seconds a real token on prompt/completion data (a prompt of 300 tokens on average, a
                 title as the completion): recllm's trainer with the gated adapter against TRL's SFTTrainer with plain
                 LoRA, same examples, batch size, dtype, and no gradient checkpointing in either
@@ -32,10 +34,12 @@ import argparse
 import copy
 import gc
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,22 +67,28 @@ Step = Callable[[], None]
 def main() -> None:
     """Measure the parts and print."""
     arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
     line: dict[str, Any] = {
         "bench": "train_step",
-        "threads": torch.get_num_threads(),
+        "threads": arguments.threads,
         "device": torch.cuda.get_device_name(0) if arguments.device == "cuda" else "cpu",
         "dtype": arguments.dtype,
         "rounds": arguments.rounds,
     }
-    measures = {"gated": measure_gated, "einsum": measure_einsum, "trl": measure_trl, "dense": measure_dense}
     for part in arguments.parts:
-        with without_cudnn_attention():
-            found = measures[part](arguments)
+        # a process each: memory that a part has freed spares the large tensors of another their new pages
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(measure, part, arguments).result()
         print(f"{part}: {json.dumps(found)}", flush=True)
         line |= found
-        gc.collect()
     print(json.dumps(line))
+
+
+def measure(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a part adds to the last line."""
+    torch.set_num_threads(arguments.threads)
+    measures = {"gated": measure_gated, "einsum": measure_einsum, "trl": measure_trl, "dense": measure_dense}
+    with without_cudnn_attention():
+        return measures[part](arguments)
 
 
 # ---- gated against plain, and against a loop ----
