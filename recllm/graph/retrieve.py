@@ -11,15 +11,16 @@ knows no other prompt (a batch gives what its prompts give one by one, to the la
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from recllm.data.randomness import Keys, mix, mix_further, uniform
 from recllm.errors import UserError
-from recllm.graph.segments import best_places
+from recllm.graph.segments import best_places, stable_order, starts
 from recllm.graph.stages import parallel, two_stage
 from recllm.graph.store import ALWAYS, Graph
 from recllm.graph.subgraphs import Floats, Ints, Seeds, Subgraphs
@@ -30,8 +31,9 @@ from recllm.graph.walk import (
     Rules,
     Steps,
     best,
-    gathered,
+    floors,
     joined,
+    keys_of,
     merged,
     near_of,
     spread,
@@ -40,7 +42,8 @@ from recllm.graph.walk import (
 from recllm.recipe import RetrievalSection
 
 DAMPING = 0.85  # share of a random walk that goes on, the rest restarts at the seeds
-TOLERANCE = 1e-4  # L1 distance to the stationary distribution, of a prompt's mass of 1
+TOLERANCE = 1e-5  # relative error of the shares of a prompt's mass of 1, which is flows to 3 times as much
+ROUNDS = math.ceil(math.log(TOLERANCE / 2) / math.log(DAMPING / (1 + math.sqrt(1 - DAMPING**2))))  # that reach it
 SEEDS_AT_ONCE = 256  # bounds memory: edges of 2 hops; each further hop multiplies them
 HOP_FACTOR = 16
 
@@ -164,45 +167,95 @@ def pagerank(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:
     """The triples over which most flows, both ways, when random walks restart at the seeds by their weights.
 
     Personalised PageRank (Haveliwala 2002, "Topic-sensitive PageRank", eq. 4) on each prompt's own graph: the triples
-    that `khop` reaches, undirected. Power iteration from the restart distribution is off by at most 2 · DAMPING ** n in
-    L1 after n rounds; n is what TOLERANCE asks for, the same for every prompt. A hub spreads its mass over its edges,
-    so `hub_penalty` has no part here.
+    that `khop` reaches, undirected. Of a node's mass m = (1 - DAMPING) · s + DAMPING · Aᵀ D⁻¹ m, where s are the seeds'
+    weights (their sum 1), A the numbers of triples between two nodes and D the degrees (a self-loop counts once), each
+    of its triples gets DAMPING · m / D. The flow over a triple is what it gets from both its ends, from the one end of
+    a self-loop; off by less than 3 · TOLERANCE of the exact one (`Local`, `_shares`). A hub spreads its mass over its
+    edges, so `hub_penalty` has no part here.
     """
     found = walk(graph, seeds, rules)
-    steps, sources = found.steps, found.steps.sources(found.edges)
-    ends = np.concatenate([steps.entities[sources], steps.targets[found.edges]]).astype(np.int64)
-    keys = np.concatenate([found.prompts, found.prompts]) * graph.num_entities + ends
-    nodes, numbers = np.unique(keys, return_inverse=True)
-    left, right = numbers[: len(sources)], numbers[len(sources) :]
-    start = _restart(graph, seeds, nodes)
-    over = _spread(start, left, right, rounds=int(np.ceil(np.log(TOLERANCE / 2) / np.log(DAMPING))))
-    ranked = Found(steps, found.edges, found.prompts, over.astype(np.float32))
+    local = Local.of(graph, found)
+    shares = _shares(local, _restart(seeds, found.steps, local.degrees))
+    leaf_flows = (DAMPING * (1 + DAMPING) * shares[: len(found.steps.prompts)]).astype(np.float32)
+    flows = np.repeat(leaf_flows, local.triples)
+    is_loop = local.left == local.right
+    flows[local.links] = DAMPING * (shares[local.left] + np.where(is_loop, 0, shares[local.right]))
+    lowest = floors(
+        found.steps.prompts, leaf_flows, local.leaves[: len(leaf_flows)], seeds.num_prompts, rules.max_triples
+    )
+    kept = np.flatnonzero(flows >= lowest[found.prompts])
+    ranked = Found(found.steps, found.edges[kept], found.prompts[kept], flows[kept])
     return best(graph, ranked, seeds.num_prompts, rules.max_triples)
 
 
-def _restart(graph: Graph, seeds: Seeds, nodes: Ints) -> Doubles:
-    """(nodes,) the share of each node among its prompt's seeds. A seed without a triple is no node."""
-    frontier = gathered(graph, seeds.prompts, seeds.entities, seeds.weights)
-    keys = frontier.prompts * graph.num_entities + frontier.entities
-    is_node = np.isin(keys, nodes)
-    prompts, weights = frontier.prompts[is_node], frontier.weights[is_node]
-    sums = np.bincount(prompts, weights, minlength=seeds.num_prompts)
-    start = np.zeros(len(nodes))
-    start[np.searchsorted(nodes, keys[is_node])] = weights / sums[prompts]
+@dataclass(frozen=True)
+class Local:
+    """The graphs of all prompts side by side: V nodes, of which the walk's F pairs are the first, joined by L links.
+
+    Most nodes that a walk reaches last have one triple. Such a leaf is no node here and its triple no link: its mass is
+    DAMPING · m / D of its one neighbour, and so is known when that is.
+    """
+
+    degrees: Ints  # (V,) triples; a self-loop is one
+    leaves: Ints  # (V,) of these, with a leaf at their other end
+    triples: Ints  # (F,) of the triples found, those that were found from there: they stand in this order
+    links: Ints  # (L,) which of the triples found
+    left: Ints  # (L,) node from which it was found
+    right: Ints  # (L,) node at its other end
+
+    @classmethod
+    def of(cls, graph: Graph, found: Found) -> "Local":
+        """Of what a walk found."""
+        steps, pairs = found.steps, len(found.steps.prompts)
+        sources = steps.sources(found.edges)
+        ends = keys_of(graph, found.prompts, steps.targets[found.edges])
+        keys = np.concatenate([keys_of(graph, steps.prompts, steps.entities), ends])
+        order = stable_order(keys)  # puts the pair first, where the end of a triple is one
+        new = starts(keys[order])
+        is_alone = new & np.append(new[1:], True)  # a leaf, or a pair that no triple leads to
+        order, new = order[~is_alone], new[~is_alone]
+        first = order[new]
+        numbers = np.where(first < pairs, first, pairs - 1 + np.cumsum(first >= pairs))[np.cumsum(new) - 1]
+        is_end = order >= pairs
+        links, right = order[is_end] - pairs, numbers[is_end]
+        left, size = sources[links], max(pairs, int(right.max(initial=-1)) + 1)
+        triples, linked = np.bincount(sources, minlength=pairs), np.bincount(left, minlength=size)
+        leaves = np.append(triples, np.zeros(size - pairs, dtype=np.int64)) - linked
+        degrees = leaves + linked + np.bincount(right[left != right], minlength=size)
+        return cls(degrees, leaves, triples, links, left, right)
+
+
+def _restart(seeds: Seeds, steps: Steps, degrees: Ints) -> Doubles:
+    """(V,) the share of each node among its prompt's seeds; those without a triple have none."""
+    is_seed = np.flatnonzero((steps.hops == 1) & (degrees[: len(steps.hops)] > 0))
+    prompts, weights = steps.prompts[is_seed], steps.weights[is_seed]
+    start = np.zeros(len(degrees))
+    start[is_seed] = weights / np.bincount(prompts, weights, minlength=seeds.num_prompts)[prompts]
     return start
 
 
-def _spread(start: Doubles, left: Ints, right: Ints, rounds: int) -> Doubles:
-    """(edges,) what flows over each undirected edge in a round, in the end; a self-loop is one edge."""
-    is_loop = left == right
-    sources, targets = np.concatenate([left, right[~is_loop]]), np.concatenate([right, left[~is_loop]])
-    degrees = np.bincount(sources, minlength=len(start))
-    mass = start
-    for _ in range(rounds):
-        shares = DAMPING * mass / np.maximum(degrees, 1)
-        mass = (1 - DAMPING) * start + np.bincount(targets, shares[sources], minlength=len(start))
-    shares = DAMPING * mass / np.maximum(degrees, 1)
-    return shares[left] + np.where(is_loop, 0, shares[right])
+def _shares(local: Local, start: Doubles) -> Doubles:
+    """(V,) mass over degree: DAMPING of it is what each triple of a node gets.
+
+    With the leaves' masses put in, the shares z solve the symmetric system (C - DAMPING · B) z = (1 - DAMPING) · start,
+    where C = degrees - DAMPING² · leaves and B counts the links between two nodes. As no eigenvalue of DAMPING · C⁻¹ B
+    is beyond DAMPING, Jacobi's method may take the steps of Chebyshev (Golub and Varga 1961, "Chebyshev semi-iterative
+    methods", part I): after n rounds the error e is at most 2 · r ** n of the solution, r = DAMPING /
+    (1 + sqrt(1 - DAMPING²)), both as ‖e‖² = eᵀ C e. n is what TOLERANCE asks for, the same for every prompt. As the
+    solution is no longer than 1 and C not below 1 - DAMPING², a triple's flow is off by at most
+    DAMPING · sqrt((1 + DAMPING) / (1 - DAMPING)) · TOLERANCE.
+    """
+    is_loop = local.left == local.right
+    sources = np.concatenate([local.left, local.right[~is_loop]])
+    targets = np.concatenate([local.right, local.left[~is_loop]])
+    scale = 1 / np.maximum(local.degrees - DAMPING**2 * local.leaves, 1 - DAMPING**2)  # a seed without triples: any
+    fixed, scale = (1 - DAMPING) * start * scale, DAMPING * scale
+    before, shares, stretch = np.zeros(len(start)), fixed, 2.0
+    for _ in range(ROUNDS - 1):
+        stretch = 1 / (1 - DAMPING**2 * stretch / 4)
+        moved = fixed + scale * np.bincount(targets, shares[sources], minlength=len(start))
+        before, shares = shares, before + stretch * (moved - before)
+    return np.maximum(shares, 0)  # what is next to nothing may come out below
 
 
 def _check(graph: Graph, seeds: Seeds, key: Keys) -> None:

@@ -249,6 +249,21 @@ def _next_frontier(graph: Graph, steps: list[Steps]) -> Frontier:
     return Frontier(reached.prompts[new], reached.entities[new], reached.weights[new])
 
 
+def floors(prompts: Ints, flows: Floats, counts: Ints, num_prompts: int, count: int) -> Floats:
+    """(N,) the highest flow that `count` edges of a prompt have or exceed; 0 where it has fewer.
+
+    Each of F pairs has as many edges as `counts` (F,) says, over which as much flows as `flows` (F,) says.
+    """
+    order = by_prompt_and_score(prompts, flows)
+    in_order, edges = prompts[order], np.cumsum(counts[order])
+    before = np.append(0, edges)[np.searchsorted(in_order, in_order)]
+    enough = np.flatnonzero(edges - before >= count)
+    last = enough[starts(in_order[enough])]
+    lowest = np.zeros(num_prompts, dtype=np.float32)
+    lowest[in_order[last]] = flows[order[last]]
+    return lowest
+
+
 def _may_be_best(steps: Steps, count: int) -> Flags:
     """(F,) whether an edge followed from there may be among its prompt's `count` best triples, met from one end.
 
@@ -256,14 +271,8 @@ def _may_be_best(steps: Steps, count: int) -> Flags:
     met from both its ends, and once more as what ties a seed to a chosen entity (`stages.py`).
     """
     flows = steps.flows.astype(np.float32)  # as scores are compared
-    order = by_prompt_and_score(steps.prompts, flows)
-    prompts, edges = steps.prompts[order], np.cumsum(steps.followed[order])
-    before = np.append(0, edges)[np.searchsorted(prompts, prompts)]
-    enough = np.flatnonzero(edges - before >= 3 * count)
-    last = enough[starts(prompts[enough])]
-    floors = np.zeros(int(prompts[-1]) + 1 if len(prompts) else 0, dtype=np.float32)
-    floors[prompts[last]] = flows[order[last]]
-    may: Flags = flows >= floors[steps.prompts]
+    lowest = floors(steps.prompts, flows, steps.followed, int(steps.prompts.max(initial=-1)) + 1, 3 * count)
+    may: Flags = flows >= lowest[steps.prompts]
     return may
 
 

@@ -15,9 +15,8 @@ gets one query for each `--batch` users. Answers are compared user by user; a di
 Then `recllm convert` runs on the graph of the first size with each method of retrieval: every user has 20 interactions,
 and every example of next_item a subgraph around those before it (3,700 edges within 2 hops, as on MovieLens-1M), within
 200 tokens of SmolLM2's tokenizer. conversion_examples_per_cpu_s: examples over the time of all of `convert`, reading
-the log and writing included, but for building the graph, which is measured by itself. pagerank is so much slower than
-the others that it converts a tenth of the users (SLOW, 50 at the least; `conversion` has its number of examples, too).
-Where the tokenizer is not in the cache there is no such figure, and the line says so.
+the log and writing included, but for building the graph, which is measured by itself. Where the tokenizer is not in the
+cache there is no such figure, and the line says so.
 
 One JSON line a size, then one with all. Every step runs in a fresh process. Times are user and system time; ours has
 one thread, DuckDB `--threads`. Other work on the machine takes the caches away and so adds to them: a graph is built,
@@ -53,7 +52,6 @@ sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 RELATIONS, ITEMS, YEARS_S, FOLLOWED, BEST = 20, 3, 315_360_000, 20, 100
 ALL = 1 << 40  # triples a user: no cap
 LENGTH, BUDGET, METHODS = 20, 200, ("two_stage", "khop", "parallel", "random", "pagerank")  # of the conversion
-SLOW, FEWEST = {"pagerank": 10}, 50  # method: one user in so many is converted, but so many users at the least
 MODEL = "smollm2-135m-instruct"  # whose tokenizer counts the budget
 ONE_THREAD = dict.fromkeys(("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 SYLLABLES = (
@@ -273,9 +271,7 @@ def make_log(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rank = (items * rng.random(users * LENGTH) ** 2).astype(np.int64)
     log = {"user_id": np.repeat(np.arange(users), LENGTH), "item_id": rank}
     log["timestamp"] = np.sort(rng.integers(0, YEARS_S, (users, LENGTH)), axis=1).ravel()
-    for method in METHODS:
-        some = min(users, max(users // SLOW.get(method, 1), FEWEST))
-        pl.DataFrame(log).head(some * LENGTH).write_parquet(folder / f"log_{method}.parquet")
+    pl.DataFrame(log).write_parquet(folder / "log.parquet")
     words = [first + second for first in SYLLABLES[0] for second in SYLLABLES[1]]  # names share them, as people's do
     names = [f"{words[n % 100]} {words[n // 100 % 100]} {words[n // 10_000 % 100]}" for n in range(entities)]
     pl.DataFrame({"id": [str(n) for n in range(entities)], "name": names}).write_parquet(folder / "names.parquet")
@@ -308,7 +304,7 @@ def convert(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         {
             "name": "bench",
             "data": {
-                "interactions": {"path": str(folder / f"log_{arguments.method}.parquet")},
+                "interactions": {"path": str(folder / "log.parquet")},
                 "items": {"path": str(folder / "items.parquet")},
             },
             "graph": {
