@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from scipy import stats
 
 from recllm import stages
 from recllm.cli import main
@@ -490,6 +493,26 @@ def test_orders_are_judged_strictly(bank_recipe, tmp_path):
         AssetRankings(dataset, "test", [])
     with pytest.raises(UserError, match=r"holds \d+ of the \d+ evaluated examples: convert again"):
         AssetRankings(dataset, "valid", [row["example_id"] for row in held_out])
+
+
+def test_a_script_says_how_much_of_the_utilities_is_momentum(bank_recipe, tmp_path, monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[1] / "scripts" / "reproduce" / "far_trans_rankings.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--recipe", str(bank_recipe), *RANKING])
+    runpy.run_path(str(script), run_name="__main__")
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    converted(bank_recipe, tmp_path / "dataset", *RANKING)
+    rows = pq.read_table(tmp_path / "dataset" / "finance" / "test_rankings.parquet").to_pylist()
+    taus, fearless = [], 0
+    for row in rows:
+        mean, variance, drawdown = (stats.zscore(row[name]) for name in ("mean", "variance", "drawdown"))
+        utility = mean - row["taste_variance"] * variance - row["taste_drawdown"] * drawdown
+        taus.append(stats.kendalltau(row["mean"], utility).statistic)
+        fearless += row["taste_variance"] == row["taste_drawdown"] == 0
+    assert line["examples"] == len(rows)
+    assert line["without_fear"] == pytest.approx(fearless / len(rows), abs=1e-4)
+    assert line["advisers"]["momentum"]["tau/utility"]["value"] == pytest.approx(np.mean(taus))
+    assert min(taus) < 1
+    assert line["advisers"]["fitted_utility"]["tau/utility"]["value"] == 1
 
 
 def test_both_tasks_of_a_bank_ask_in_one_recipe(bank_recipe, tmp_path, monkeypatch):

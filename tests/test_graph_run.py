@@ -358,6 +358,35 @@ def test_the_film_that_is_asked_about_is_told_of(graph_recipe, tmp_path, tiny_to
         assert made[True] > 10 * made[False]
 
 
+@pytest.mark.parametrize("method", ["khop", "two_stage"])
+def test_what_is_done_with_a_film_is_asked_around_it(graph_recipe, tmp_path, method):
+    """As with like: from the history alone the budget would go to what stands around other films."""
+    template = tmp_path / "graph.yaml"
+    template.write_text(
+        "id: action@1\ntask: action_on_item\n"
+        "phrasings: [{user: '{{ graph }}|{{ answered_history }}|{{ target }}|{{ choices }}'}]\n"
+    )
+    overrides = [
+        f"graph.retrieval.method={method}",
+        "graph.format=lines",
+        "filter={rating_bands: {low: 1, high: 3}}",
+        "actions={words: {low: dull, high: fine}, session_gap_s: 3600}",
+    ]
+    task = {"task": "action_on_item", "template": str(template)}
+    manifest, rows = converted(graph_recipe, tmp_path / "dataset", f"tasks=[{json.dumps(task)}]", *overrides)
+    items = [row["title"] for row in _rows(tmp_path / "dataset" / "items.parquet")]
+    told, hidden = Counter(), 0
+    for row in rows:
+        film, item, lines = items[row["target"]], number(items[row["target"]]), asked(row).split("|")[0].splitlines()
+        told[f"({film}, made by, maker {item % MAKERS})" in lines] += f"i{item}" not in UNLINKED
+        hidden += (is_newer := PRICED_AT + item >= row["timestamp"])
+        assert not (is_newer and f"({film}, costs, {item} crowns)" in lines)
+        assert answer(row) in ("dull", "fine")
+    assert hidden > 0
+    assert told[True] > 10 * told[False]
+    assert sum(entry["not_older_than_cutoff"] for entry in manifest["graph"]["shown"].values()) == 0
+
+
 def test_what_is_asked_about_a_film_hangs_on_no_answer(graph_recipe, tmp_path):
     """Every rating turned around: the answers are others, and of the prompts only what was rated before."""
     task = f"tasks=[{json.dumps(TASKS[5])}]"
@@ -488,6 +517,49 @@ def test_the_shipped_recipe_shows_films_and_asks_of_them(movielens, smollm2, tmp
             assert names[0] in asked(row)
             assert names[-1] in asked(row)
             assert not {"spoken in", "made in"} & set(relations)
+
+
+@pytest.mark.slow  # the real model's tokenizer
+def test_the_shipped_recipe_ranks_candidates_with_the_paths_to_them(movielens, smollm2, tmp_path):
+    manifest, rows = of_shipped("movielens/rank_kg_ilora", tmp_path)
+    titles = [row["title"] for row in _rows(tmp_path / "dataset" / "items.parquet")]
+    paths = 0
+    for row in rows:
+        assert answer(row) == titles[row["target"]]
+        (listed,) = {part for part in asked(row).split("\n\n") if re.search(r"these 20|20 films to choose", part)}
+        for item, line in zip(row["candidates"], listed.splitlines()[-20:], strict=True):
+            if line != titles[item]:
+                names, relations, _ = explain.read(line.removeprefix(f"{titles[item]}: "))
+                assert names[-1] == titles[item] != names[0]
+                assert not {"spoken in", "made in"} & set(relations)  # the recipe denies them
+                paths += 1
+    assert paths > 4 * len(rows)
+    for entry in manifest["graph"]["shown"].values():
+        assert entry["with_graph"] > 0.8 * (entry["with_graph"] + entry["without_graph"])
+        assert 150 < entry["tokens"] / entry["with_graph"] <= 200  # half the budget, the rest is for paths
+
+
+@pytest.mark.slow  # as above
+def test_the_shipped_recipe_asks_whether_a_film_is_liked_around_it(movielens, smollm2, tmp_path):
+    manifest, rows = of_shipped("movielens/like_kg_ilora", tmp_path)
+    titles = [row["title"] for row in _rows(tmp_path / "dataset" / "items.parquet")]
+    told = 0
+    for row in rows:
+        heads = (f"{titles[row['target']]}: ", f'"{titles[row["target"]]}": ')  # quoted where a name holds signs
+        told += any(line.startswith(heads) for line in asked(row).splitlines())  # nobody rates a film twice
+    linked = manifest["graph"]["counts"]["linked_items"] / len(titles)
+    assert told > 0.8 * linked * len(rows)
+    assert {answer(row) for row in rows} == {"Yes", "No"}
+    for entry in manifest["graph"]["shown"].values():
+        assert entry["with_graph"] > 0.95 * (entry["with_graph"] + entry["without_graph"])
+        assert 150 < entry["tokens"] / entry["with_graph"] <= 200
+
+
+def of_shipped(name: str, folder: Path) -> tuple[dict, list[dict]]:
+    """The manifest and every example of a shipped recipe, with one training target a user."""
+    recipe = load_recipe(name, [f"output_dir={folder}", "tasks.0.max_train_targets=1"])
+    manifest = convert(recipe, folder / "dataset", 1, stages.graph_tokenizer(recipe))
+    return manifest, [row for part in sorted((folder / "dataset").glob("*/part-*.parquet")) for row in _rows(part)]
 
 
 def test_serving_refuses_an_adapter_whose_prompts_show_a_graph(graph_recipe, tmp_path):

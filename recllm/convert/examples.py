@@ -43,7 +43,8 @@ from recllm.data.randomness import mix
 
 OUTPUT = schema.EXAMPLES.append(pa.field("split", pa.string(), nullable=False))
 GRAPH_SALT = 4  # beside those of targets.py
-AROUND_THE_ASKED = ("like", "explain")  # tasks whose subgraph lies around the item that the prompt names, too
+# Tasks whose subgraph lies around the item that the prompt names, too
+AROUND_THE_ASKED = ("like", "action_on_item", "explain")
 PIECE = 8192  # examples whose text is in memory at once: about 10 MiB
 PIECE_TEXT = 1 << 27  # bytes that attributes of events, which may be whole pages, may add to a piece on average
 

@@ -24,7 +24,7 @@ from recllm.recipe import GraphFormat
 
 _USER = {
     "user": "the user as prompt.user writes it; empty without",
-    "graph": "the graph around the user's items (like, explain: and the target); empty without one",
+    "graph": "the graph around the user's items (like, action_on_item, explain: and the target); empty without one",
 }
 # Of the tasks about actions. A session is shown as prompt.event writes each of its events
 _SESSION = {

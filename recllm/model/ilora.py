@@ -358,6 +358,9 @@ class ILoraModel(GuidedLoraModel):
         """The base model's, such that each layer is recomputed with the gates of its own forward.
 
         Backward runs after forward has ended, and possibly after another forward: the context keeps its rows.
+        transformers makes the embeddings need a gradient, which reentrant checkpoints alone need and which would break
+        a compiled graph: that is undone. PEFT does the same where checkpointing was on before there was an adapter,
+        and there the break stays.
 
         Raises:
             UserError: use_reentrant=True, which cuts the gate off from its gradient.
@@ -367,6 +370,7 @@ class ILoraModel(GuidedLoraModel):
             raise UserError("gradient checkpointing with use_reentrant=True loses the gate's gradient: set it to False")
         options |= {"use_reentrant": False, "context_fn": functools.partial(_checkpoint_contexts, self.gate_rows)}
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+        self.model.disable_input_require_grads()
         for module in self.model.modules():
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, functools.partial) and "context_fn" in function.keywords:

@@ -104,6 +104,7 @@ def fit_encoder(
         held = validation(dataset, encoder.reach, exclude_history, seed)
         _check(dataset, windows, held)
         _warn_of_cost(encoder, windows)
+        _say_reach(encoder, dataset, max_items)
         metrics = _fit(encoder, section, windows, held, seed)
     if (ranked := _with_items(held)) is not None:
         popularity = _popularity(dataset).to(device)
@@ -174,6 +175,17 @@ def _warn_of_cost(encoder: SequenceEncoder, windows: list[Window]) -> None:
         print(
             f"recllm: histories of {longest} items, and an encoder whose cost grows with the square of the length: "
             "set encoder.window, or encoder.type=gru4rec",
+            file=sys.stderr,
+        )
+
+
+def _say_reach(encoder: SequenceEncoder, dataset: Dataset, max_items: int) -> None:
+    """Say so where a window keeps from the gate what history.max_items promises."""
+    longest = min(max_items, int(np.diff(dataset.sequences.offsets).max()))
+    if encoder.reach < longest:
+        print(
+            f"recllm: histories have up to {longest} items, of which this encoder reads the newest {encoder.reach} "
+            "(encoder.window · encoder.num_layers + 1): for the gate to know more raise them, or take a gru4rec",
             file=sys.stderr,
         )
 

@@ -1,10 +1,14 @@
 import copy
 import pickle
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft.tuners.lora.layer import LoraLayer
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from transformers import GenerationConfig
 
 from recllm.errors import UserError
@@ -243,7 +247,7 @@ def _gradients(model: Any, tokens: torch.Tensor, histories: torch.Tensor) -> dic
     model.train()
     model.zero_grad()
     # Two forwards before one backward: each recomputation must see the gates of its own forward, not the last one's
-    first = model(input_ids=tokens, labels=tokens, history_items=histories).loss
+    first = model(input_ids=tokens, labels=tokens.clone(), history_items=histories).loss
     second = model(input_ids=tokens.flip(0), labels=tokens.flip(0), history_items=histories.roll(1, 0)).loss
     (first + 2 * second).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -440,6 +444,7 @@ def test_a_loss_on_the_gate_reaches_it(
 @pytest.fixture
 def _fresh_compiler() -> Any:
     torch._dynamo.reset()
+    counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -476,19 +481,35 @@ def _check_compiled(model: Any, tokens: torch.Tensor, histories: torch.Tensor, a
         assert tuner.gate_rows.weights["default"].requires_grad == (argument != "gate_weights")
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_training_with_checkpointing(
-    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["softmax", "per_layer"])
+def test_compiled_training_is_one_graph_forward_and_one_backward(
+    adapter: Any, tiny_llama: Any, tokens: torch.Tensor, histories: torch.Tensor, kind: str, checkpointing: bool
 ) -> None:
-    model = adapter(target_modules=["q_proj"], base_model=tiny_llama(num_hidden_layers=1))
+    model = adapter(gate=GATES[kind], target_modules=["q_proj"], base_model=tiny_llama(num_hidden_layers=2))
     model.config.use_cache = False
-    expected = _gradients(model, tokens, histories)
-    model.gradient_checkpointing_enable()
-    found = _gradients(torch.compile(model, backend="aot_eager"), tokens, histories)
+    expected, graphs = _gradients(model, tokens, histories), Counter[str]()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    backend = aot_autograd(fw_compiler=_counting(graphs, "forward"), bw_compiler=_counting(graphs, "backward"))
+    found = _gradients(torch.compile(model, fullgraph=True, backend=backend), tokens, histories)
+    assert graphs == {"forward": 1, "backward": 1}  # of both forwards of `_gradients`: rows are inputs
+    assert not counters["graph_break"]
+    assert any("gate" in name and gradient.abs().max() > 0 for name, gradient in expected.items())
     for name, gradient in expected.items():
         actual = found[name if name == "loss" else f"_orig_mod.{name}"]
         torch.testing.assert_close(actual, gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _counting(graphs: Counter[str], which: str) -> Any:
+    """A compiler that runs a graph as it is and counts it."""
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs[which] += 1
+        return make_boxed_func(graph.forward)
+
+    return compiler
 
 
 # ---- several adapters, none ----

@@ -416,13 +416,18 @@ def test_a_loss_in_pieces_is_the_loss_and_has_its_gradients(monkeypatch):
         torch.testing.assert_close(run(), whole, rtol=1e-5, atol=1e-7)
 
 
-def test_windows_of_a_windowed_encoder_are_as_long_as_it_reaches(dataset: Dataset, tmp_path, monkeypatch):
+def test_windows_of_a_windowed_encoder_are_as_long_as_it_reaches(dataset: Dataset, tmp_path, monkeypatch, capsys):
     lengths = []
     real = module.training_windows
     monkeypatch.setattr(module, "training_windows", lambda *given: lengths.append(given[1]) or real(*given))
     section = EncoderSection(**SECTION.model_dump() | {"window": 3, "max_epochs": 1})
     fit_encoder(dataset, section, 1000, 0, tmp_path / "encoder")
     assert lengths == [4]  # one layer: the item itself and three before it
+    longest = int(np.diff(dataset.sequences.offsets).max())
+    assert f"up to {longest} items, of which this encoder reads the newest 4 " in capsys.readouterr().err
+    module._say_reach(make_encoder(section, 24, 4), dataset, 4)  # as many as history.max_items asks for
+    module._say_reach(make_encoder(SECTION, 24, 1000), dataset, 1000)
+    assert capsys.readouterr().err == ""
 
 
 def test_attention_over_very_long_histories_is_pointed_out(dataset: Dataset, monkeypatch, capsys):
