@@ -397,6 +397,9 @@ class EvaluateSection(Section):
     # Who runs the language models: this process, vLLM, or as many of them as `replicas` says, under Ray
     engine: Literal["transformers", "vllm", "ray-vllm"] = "transformers"
     replicas: int = Field(1, ge=1)  # of ray-vllm: one a GPU; where the cluster has none, each a share of its cores
+    # A replica without an answer for so long is killed and replaced, and if that is so again, the run stops. It has to
+    # cover an engine's start and a chunk of at most 256 prompts with all their answers; null waits for ever
+    replica_timeout_s: float | None = Field(6 * 3600.0, gt=0)
     split: Literal["valid", "test"] = "test"
     batch_size: int = Field(8, ge=1)
     max_examples: int | None = Field(None, ge=1)  # a seeded choice of users; None scores all
@@ -567,8 +570,8 @@ class Recipe(Section):
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     loss: LossSection = LossSection()
-    # transformers.TrainingArguments by their own names; and streaming: true, with buffer_size, for training examples
-    # that no process holds (train/streaming.py)
+    # transformers.TrainingArguments by their own names; and streaming: true, with buffer_size (16384 examples, among
+    # which they are shuffled), for training examples that no process holds (train/streaming.py)
     train: dict[str, Any] = {}
     evaluate: EvaluateSection = EvaluateSection()
 

@@ -293,7 +293,8 @@ def fingerprint(recipe: Recipe, name: str, skip_unreadable: bool = False) -> str
     """sha256 over everything that the stage reads; where convert may leave out files, over that too."""
     document = recipe.model_dump(mode="json")
     joint = document["encoder"].pop("joint_learning_rate")  # of the adapter's training, not of this fit
-    document["evaluate"].pop("replicas")  # how many share the work: the numbers are the same
+    for setting in ("replicas", "replica_timeout_s"):  # how many share the work: the numbers are the same
+        document["evaluate"].pop(setting)
     from recllm.convert.pipeline import tokenizer_special_tokens
     from recllm.data.sequences import source_paths
 

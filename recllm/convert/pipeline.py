@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -121,6 +121,9 @@ class Engine(Protocol):
     ) -> Scan:
         """See rows.scan."""
 
+    def prepared(self, folder: Path, make: Callable[[Path], Prepared]) -> Prepared:
+        """What `make` gives of a folder, with sequences.parquet in `folder`; or what it gave a run that was killed."""
+
     def write(
         self, sequences: StoredSequences, cut: list[Shard], converter: Converter, folder: Path
     ) -> Iterator[tuple[int, Written]]:
@@ -141,6 +144,10 @@ class Local:
         return contextlib.nullcontext()
 
     scan = staticmethod(scan)
+
+    def prepared(self, folder: Path, make: Callable[[Path], Prepared]) -> Prepared:
+        """Made."""
+        return make(folder)
 
     def write(
         self, sequences: StoredSequences, cut: list[Shard], converter: Converter, folder: Path
@@ -179,11 +186,11 @@ def convert(
     engine = engine or Local(workers)
     with files.replacing_folder(output) as folder, engine.opened(folder), _copies():
         scanner = functools.partial(engine.scan, skip_unreadable=skip_unreadable)
-        prepared, converter, further = set_up(recipe, folder, tokenizer, scanner)
+        prepared, converter, further = set_up(recipe, folder, tokenizer, scanner, engine.prepared)
         written = _write_examples(prepared.sequences, converter, folder, engine)
         _check_nothing_is_empty(converter.tasks, written)
         items = prepared.items.with_columns(pl.Series("text", converter.texts.to_pylist(), pl.String))
-        pq.write_table(_plain(items.to_arrow()), folder / "items.parquet", compression="zstd")
+        pq.write_table(_plain(items.rechunk().to_arrow()), folder / "items.parquet", compression="zstd")
         manifest = _manifest(recipe, prepared, converter, written)
         manifest |= {"graph": _graph_entry(further.graph, written), "finance": further.finance}
         manifest |= {"skipped": prepared.skipped} if skip_unreadable else {}
@@ -202,12 +209,17 @@ def _copies() -> Iterator[None]:
 
 
 def set_up(
-    recipe: Recipe, folder: Path, tokenizer: str | None = None, scanner: Scanner = scan
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: str | None = None,
+    scanner: Scanner = scan,
+    preparing: Callable[[Path, Callable[[Path], Prepared]], Prepared] | None = None,
 ) -> tuple[Prepared, Converter, Further]:
     """All that comes before the first example: templates, data, texts, and every check that needs no example.
 
-    sequences.parquet is written to `folder`, and graph/ and finance/ where the recipe has one. With prompt.user the
-    batches of sequences have a further column `user`, for a bank's tasks the columns of convert/finance.py.
+    sequences.parquet is written to `folder`, by `preparing` (see Engine.prepared) if that is given, and graph/ and
+    finance/ where the recipe has one. With prompt.user the batches of sequences have a further column `user`, for a
+    bank's tasks the columns of convert/finance.py.
 
     Raises:
         UserError: anything wrong with recipe, templates or data; an empty split.
@@ -223,7 +235,9 @@ def set_up(
         )
     if recipe.graph is not None:
         tokenizer = tokenizer or _tokenizer(recipe.model.name_or_path)
-    prepared = prepare(recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder, recipe.actions, scanner)
+    read = (recipe.data, recipe.filter, recipe.protocol.split, recipe.seed)
+    make = functools.partial(prepare, *read, events=recipe.actions, scanner=scanner)
+    prepared = make(folder) if preparing is None else preparing(folder, make)
     check_labels(prepared.actions, tasks)
     check_sessions(prepared, tasks)
     converter, graph, finance = make_converter(recipe, prepared, tasks, events), None, None

@@ -12,12 +12,13 @@ hundred million users that predicts half an hour of one core, and 16 GiB on the 
 
 Nodes share a file system: the output's folder, and the files of the log unless they are URLs.
 
-Shards that are done lie beside the output, in .NAME.shards-KEY, until the dataset is complete. A run that was killed as
-a whole is started again with the same recipe, inputs and recllm, and so with the same KEY: it prepares the log anew and
-writes only the shards that are not there. What other keys left is removed.
+The prepared log and the shards that are done lie beside the output, in .NAME.shards-KEY, until the dataset is complete.
+A run that was killed as a whole is started again with the same recipe, inputs and recllm, and so with the same KEY: it
+takes the log as it was prepared, and writes only the shards that are not there. What other keys left is removed.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -31,7 +32,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +40,12 @@ import polars as pl
 import pyarrow as pa
 
 from recllm import cluster, files, schema
-from recllm.convert import ray_reading
+from recllm.convert import kept, ray_reading
 from recllm.convert.examples import Converter
 from recllm.convert.pipeline import Written, write_shard
 from recllm.data import readers
 from recllm.data.rows import Scan, scan
+from recllm.data.sequences import Prepared
 from recllm.data.stored import Shard, StoredSequences
 from recllm.errors import UserError
 from recllm.recipe import ActionsSection, DataSection, FilterSection
@@ -51,6 +53,7 @@ from recllm.recipe import ActionsSection, DataSection, FilterSection
 ASKED = "recllm convert --engine ray"
 TASKS_A_CORE = 4  # at least, while there are shards, and unless partitions are given: cores end at about the same time
 _WRITING = ".writing-"  # folders of tasks under way
+_PREPARED = "prepared"
 _NOTE = re.compile(r"\d+\.json")
 
 
@@ -113,6 +116,10 @@ class RayEngine:
             return scan(data, filters, actions, items, skip_unreadable)
         return ray_reading.scan(self._ray, data, filters, actions, items, skip_unreadable)
 
+    def prepared(self, folder: Path, make: Callable[[Path], Prepared]) -> Prepared:
+        """See pipeline.Engine; kept until the dataset is complete."""
+        return self.done.prepared(folder, make)
+
     def write(
         self, sequences: StoredSequences, cut: list[Shard], converter: Converter, folder: Path
     ) -> Iterator[tuple[int, Written]]:
@@ -165,7 +172,10 @@ def _dealt(numbers: Sequence[int], count: int) -> list[list[int]]:
 
 
 class Done:
-    """The folder of shards that are done: {train,valid,test}/part-NUMBER.parquet, and NUMBER.json behind all these."""
+    """The folder of what is done: the log in prepared/, and of shards {train,valid,test}/part-NUMBER.parquet.
+
+    Behind all files of a shard comes its NUMBER.json.
+    """
 
     def __init__(self, output: Path, key: str) -> None:
         self.output, self.key, self.run = output, key, uuid.uuid4().hex[:8]
@@ -174,6 +184,8 @@ class Done:
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Made or found again, and locked; removed at the end, unless the work stops while shards are done.
+
+        A prepared log is reason enough to keep it, but where a UserError stops the work, which asks for another recipe.
 
         Raises:
             UserError: another process is writing to the same output.
@@ -188,9 +200,11 @@ class Done:
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 yield
-            except BaseException:
-                if kept := len(list(self.folder.glob("*.json"))):
-                    print(f"recllm: {kept} shards are done, the next run goes on from them", file=sys.stderr)
+            except BaseException as error:
+                if shards := len(list(self.folder.glob("*.json"))):
+                    print(f"recllm: {shards} shards are done, the next run goes on from them", file=sys.stderr)
+                elif (self.folder / _PREPARED).exists() and not isinstance(error, UserError):
+                    print("recllm: the log is prepared, the next run goes on from there", file=sys.stderr)
                 else:
                     shutil.rmtree(self.folder, ignore_errors=True)
                 raise
@@ -204,6 +218,36 @@ class Done:
             with lock.file:
                 if lock.held:  # otherwise nobody knows
                     shutil.rmtree(other, ignore_errors=True)
+
+    def prepared(self, folder: Path, make: Callable[[Path], Prepared]) -> Prepared:
+        """What `make` gives, or gave a run before this one, with its sequences.parquet in `folder`.
+
+        Where files of the log were skipped it is made every time: they may be readable again.
+        """
+        place = self.folder / _PREPARED
+        if (found := kept.read(place)) is None:
+            shutil.rmtree(place, ignore_errors=True)
+            found = self._prepare(place, folder, make)
+        else:
+            _link(place / kept.SEQUENCES, folder / kept.SEQUENCES)
+        sequences = dataclasses.replace(found.sequences, path=folder / kept.SEQUENCES)
+        return dataclasses.replace(found, sequences=sequences)
+
+    def _prepare(self, place: Path, folder: Path, make: Callable[[Path], Prepared]) -> Prepared:
+        """Made, in `folder`, and kept at `place`, which appears whole."""
+        under_way = Path(tempfile.mkdtemp(prefix=f"{_WRITING}{_PREPARED}-", dir=self.folder))
+        try:
+            found = make(under_way)
+            kept.write(found, under_way)
+            _link(under_way / kept.SEQUENCES, folder / kept.SEQUENCES)
+            if not found.skipped:
+                os.rename(under_way, place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # without locks another run may have kept the same
+                raise
+        finally:
+            shutil.rmtree(under_way, ignore_errors=True)
+        return found
 
     def bind(self, sequences_sha256: str) -> None:
         """Forget the shards that were made of other sequences: a file that was skipped may be readable again."""
@@ -281,6 +325,16 @@ class Done:
 
     def _part(self, split: str, number: int) -> Path:
         return self.folder / split / _name(number)
+
+
+def _link(path: Path, link: Path) -> None:
+    """The same file under a second name, a copy where the file system has one name a file."""
+    try:
+        os.link(path, link)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
+            raise
+        shutil.copyfile(path, link)
 
 
 def _name(number: int) -> str:

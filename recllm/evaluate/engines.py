@@ -157,7 +157,10 @@ class RayVllmEngines(VllmEngines):
         from recllm.infer.ray_vllm_engine import RayVllmModel
 
         if self._model is None:
-            self._model = RayVllmModel(self.recipe.model, self.folders, longest, self.recipe.evaluate.replicas)
+            section = self.recipe.evaluate
+            self._model = RayVllmModel(
+                self.recipe.model, self.folders, longest, section.replicas, silence_s=section.replica_timeout_s
+            )
 
     @contextlib.contextmanager
     def engine(self, folder: Path | None) -> Iterator[Any]:

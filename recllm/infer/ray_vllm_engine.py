@@ -35,13 +35,20 @@ class RayVllmModel:
         longest: tokens of the longest prompt with its answer.
         replicas: vLLM engines.
         chunk: prompts of a chunk; None: by the number of prompts.
+        silence_s: seconds without an answer after which a replica is killed and replaced; None: never.
 
     Raises:
         UserError: as `Replicas`, and as `VllmModel` on a node; another base model or adapter at a node's path.
     """
 
     def __init__(
-        self, section: ModelSection, adapters: Sequence[Path], longest: int, replicas: int, chunk: int | None = None
+        self,
+        section: ModelSection,
+        adapters: Sequence[Path],
+        longest: int,
+        replicas: int,
+        chunk: int | None = None,
+        silence_s: float | None = None,
     ) -> None:
         name = section.name_or_path
         if Path(name).is_dir():  # replicas work in other folders
@@ -51,7 +58,7 @@ class RayVllmModel:
         start = partial(start_vllm, section, folders, longest, _base_model_hash(section), expected)
         config = load_base_config(section.name_or_path)
         self.tokens = Tokens(load_tokenizer(section.name_or_path), longest, config.vocab_size)
-        self.replicas = Replicas(start, replicas, chunk)
+        self.replicas = Replicas(start, replicas, chunk, silence_s)
 
     def close(self) -> None:
         """Stop the replicas."""

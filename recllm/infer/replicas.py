@@ -7,10 +7,11 @@
     answers, each chunk's exactly once   ←   with the process that gave them
 
 A replica whose process dies is started again by Ray, RESTARTS times at most, and asked again for what it owes: answers
-hang on their chunk alone. One whose node is lost waits for room on another, while the others go on, and so does one
-whose place another job has taken. One that hangs is waited for, and that is told. What a replica
-raises is raised here; that is no reason to ask again. What the engines are is not known here (ray_vllm_engine.py).
-Imports Ray when replicas are started, and no torch.
+hang on their chunk alone. Its place, a placement group of Ray, is kept for it. One whose node is lost waits for room on
+another, while the others go on. One that says nothing is told of; after `silence_s` its process is killed, and it is
+replaced as one that died; if it then says nothing again before it has answered anything, that is an error. What a
+replica raises is raised here; that is no reason to ask again. What the engines are is not known here
+(ray_vllm_engine.py). Imports Ray when replicas are started, and no torch.
 """
 
 import contextlib
@@ -100,35 +101,43 @@ class Replicas:
         start: makes a replica's engines, in its process.
         count: of replicas.
         chunk: prompts of a chunk; None: by the number of prompts.
+        silence_s: seconds without an answer after which a replica is killed and replaced: more than a chunk takes, and
+            a start before it. None waits for ever.
 
     Raises:
         UserError: as `cluster.connected`; fewer GPUs or cores than replicas; what `start` raises, with the node's name.
     """
 
-    def __init__(self, start: Start, count: int, chunk: int | None = None) -> None:
-        self.count, self.chunk = count, chunk
+    def __init__(self, start: Start, count: int, chunk: int | None = None, silence_s: float | None = None) -> None:
+        self.count, self.chunk, self.silence_s = count, chunk, silence_s
         self._actors: list[Any] = []
+        self._held: list[Any] = []  # the placement group of each, which keeps its GPU or cores for it
         self._shared: list[tuple[Any, Any]] = []  # what all chunks are given, and its place in Ray's object store
         self._heard = [0.0] * count  # when each answered last
         self._told_after = [SILENT_S] * count  # seconds without an answer of each; doubled whenever they are told
+        self._able_since = [0.0] * count  # since when each could have answered: asked, alive and with a place
+        self._killed: set[int] = set()  # those that were killed for their silence and have not answered since
         self._connection = contextlib.ExitStack()
         try:
             self._ray = self._connection.enter_context(cluster.connected(ASKED))
             self._each = room(count)
-            actor = self._actor(self._each)
-            self._actors = [actor.remote(start, cluster.identity()) for _ in range(count)]
+            self._held = [_placement_group(self._each) for _ in range(count)]
+            self._actors = [self._actor(group).remote(start, cluster.identity()) for group in self._held]
             self.places = self._started()
         except BaseException:
             self.close()
             raise
 
-    def _actor(self, resources: dict[str, int]) -> Any:
-        """The actor's class, with what each is given."""
+    def _actor(self, group: Any) -> Any:
+        """The actor's class, with what it is given: all that its placement group holds."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
         return self._ray.remote(Replica).options(
             max_restarts=RESTARTS,
             max_task_retries=-1,  # as often as it is started again
-            runtime_env={"env_vars": _environment(resources)},
-            **resources,
+            runtime_env={"env_vars": _environment(self._each)},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            **self._each,
         )
 
     def ask(
@@ -154,7 +163,7 @@ class Replicas:
             total: prompts in all.
 
         Raises:
-            UserError: a replica died more often than RESTARTS, or found no node again.
+            UserError: a replica died more often than RESTARTS, found no node again, or hung twice (`silence_s`).
             Exception: what a replica raises.
         """
         numbered, common = enumerate(chunks), self._put(shared)
@@ -167,13 +176,15 @@ class Replicas:
                 waiting[reference] = (number, replica, len(arguments["prompts"]))
 
         self._heard = [time.monotonic()] * self.count
+        self._able_since = list(self._heard)
         for replica in [*range(self.count)] * IN_FLIGHT:
             send(replica)
         with tqdm(total=total, desc=progress, disable=progress is None, unit="prompt") as bar:
             while waiting:
-                reference = self._next(list(waiting), {replica for _, replica, _ in waiting.values()})
+                reference = self._next({reference: replica for reference, (_, replica, _) in waiting.items()})
                 number, replica, size = waiting.pop(reference)
-                self._heard[replica] = time.monotonic()
+                self._heard[replica] = self._able_since[replica] = time.monotonic()
+                self._killed.discard(replica)
                 answer = self._answer(reference, replica)
                 if number in answers or len(answer) != size:
                     raise RuntimeError(f"chunk {number} of {size} prompts has {len(answer)} answers, once is expected")
@@ -193,7 +204,12 @@ class Replicas:
         """End the replicas' processes, and the connection to Ray where it was made for them."""
         for actor in self._actors:
             self._ray.kill(actor)
-        self._actors, self._shared = [], []
+        if self._held:
+            from ray.util.placement_group import remove_placement_group
+
+            for group in self._held:
+                remove_placement_group(group)
+        self._actors, self._held, self._shared = [], [], []
         self._connection.close()
 
     def _put(self, shared: dict[str, Any] | None) -> Any:
@@ -228,15 +244,16 @@ class Replicas:
                 bar.update()
         return [found[number] for number in range(self.count)]
 
-    def _next(self, waiting: list[Any], owing: set[int]) -> Any:
-        """The first of the references that is answered, of those that the replicas `owing` are to answer.
+    def _next(self, waiting: Mapping[Any, int]) -> Any:
+        """The first reference that is answered, of those that are waited for, each with its replica.
 
         Raises:
-            UserError: none is for START_S, in which a replica has no place.
+            UserError: none is for START_S, in which a replica has no place; a replica hung twice.
         """
-        since, told = time.monotonic(), ""
-        while not (done := self._ray.wait(waiting, num_returns=1, timeout=SILENT_S)[0]):
-            self._tell_of_silence(owing)
+        since, told, look = time.monotonic(), "", min(SILENT_S, self.silence_s or SILENT_S)
+        while not (done := self._ray.wait(list(waiting), num_returns=1, timeout=look)[0]):
+            self._tell_of_silence(set(waiting.values()))
+            self._replace_silent(waiting)
             lacking = self._lacking()
             if lacking is None:  # long chunks
                 since, told = time.monotonic(), ""
@@ -247,7 +264,8 @@ class Replicas:
             if told != text:
                 tqdm.write(f"{text}; {wait}", file=sys.stderr)
             told = text
-        self._tell_of_silence(owing)
+        self._tell_of_silence(set(waiting.values()))
+        self._replace_silent(waiting)
         return done[0]
 
     def _lacking(self) -> tuple[str, str, str] | None:
@@ -264,17 +282,14 @@ class Replicas:
             return None
         return (
             f"replica {unplaced} of {self.count} is to be started again and has no place",
-            "what it owes waits: others may hold what it had (`ray status`)",
+            "what it owes waits: others may hold what the nodes have (`ray status`)",
             f"for {START_S:.0f} s: wait for the others who use the cluster (`ray status`), start Ray on more nodes, or "
             "lower evaluate.replicas",
         )
 
     def _unplaced(self) -> list[int]:
         """Replicas that Ray has yet to place."""
-        from ray._private import state  # ray.util.state asks the dashboard, which need not run
-
-        states = [state.actors(actor._actor_id.hex()).get("State") for actor in self._actors]
-        return [number for number, found in enumerate(states) if found in ("PENDING_CREATION", "RESTARTING")]
+        return [number for number, group in enumerate(self._held) if not group.wait(timeout_seconds=1)]
 
     def _tell_of_silence(self, owing: set[int]) -> None:
         """Say who has not answered for long; of each after SILENT_S, and then after twice as long as the last time."""
@@ -288,6 +303,44 @@ class Replicas:
                 f"no answer for {silent:.0f} s from replica {replica} (process {place.pid} on {place.node})",
                 file=sys.stderr,
             )
+
+    def _replace_silent(self, waiting: Mapping[Any, int]) -> None:
+        """Kill those who have not answered for `silence_s`: Ray starts them again and asks what they owe again.
+
+        One that has no place is not silent, what it waits for has an end of its own; nor is one whose answer is here
+        and was not taken yet.
+
+        Raises:
+            UserError: one of them was killed before, and has not answered anything since.
+        """
+        if self.silence_s is None:
+            return
+        for replica in sorted(set(waiting.values())):
+            silent = time.monotonic() - self._able_since[replica]
+            if silent < self.silence_s:
+                continue
+            self._able_since[replica] = time.monotonic()
+            owed = [reference for reference, owing in waiting.items() if owing == replica]
+            if self._ray.wait(owed, num_returns=1, timeout=0)[0] or not self._held[replica].wait(timeout_seconds=1):
+                continue
+            place = self.places[replica]
+            advice = (
+                "if it was at work, raise evaluate.replica_timeout_s, which has to cover an engine's start and a chunk "
+                "of prompts (null waits for ever)"
+            )
+            if replica in self._killed:
+                raise UserError(
+                    f"replica {replica} of {self.count} (on {place.node}) gave no answer for {silent:.0f} s, was "
+                    f"killed and started again, and gave none for {silent:.0f} s again: look at vLLM's log there; "
+                    f"{advice}"
+                )
+            self._killed.add(replica)
+            tqdm.write(
+                f"replica {replica} (process {place.pid} on {place.node}) gave no answer for {silent:.0f} s: it is "
+                f"killed and started again, and asked again for what it owes; {advice}",
+                file=sys.stderr,
+            )
+            self._ray.kill(self._actors[replica], no_restart=False)
 
     def _answer(self, reference: Any, replica: int) -> Any:
         place, answer = self._get(reference, replica)
@@ -347,6 +400,14 @@ def room(replicas: int) -> dict[str, int]:
         raise UserError(f"evaluate.replicas={replicas} needs a core each, Ray has {sum(cores)} and no GPU: {advice}")
     _wait_until_free("CPU", replicas * share, sum(cores))
     return {"num_cpus": share}
+
+
+def _placement_group(each: Mapping[str, int]) -> Any:
+    """What a replica is given, held for it until it is given back or this process ends."""
+    from ray.util.placement_group import placement_group
+
+    names = {"num_gpus": "GPU", "num_cpus": "CPU"}
+    return placement_group([{names[option]: amount for option, amount in each.items()}])
 
 
 def placeable(each: Mapping[str, int]) -> int:

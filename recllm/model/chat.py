@@ -189,6 +189,21 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> l
     return _begin_ids(tokenizer) + line_ids(tokenizer, "".join(f"{turn['content']}\n" for turn in turns))
 
 
+def framing_bytes(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> int:
+    """How many bytes, and so at most how many tokens, a prompt of such messages has beside their contents.
+
+    What the chat template writes, the beginning and the terminator are counted; roles are those of the messages, the
+    last one "assistant" where an answer is unfinished.
+    """
+    turns = roles[:-1] if roles[-1] == "assistant" else roles
+    begin_and_end = 2
+    if not turns or not tokenizer.chat_template:
+        return begin_and_end + len(turns)
+    messages = [{"role": role, "content": "x"} for role in turns]  # templates may refuse a message without content
+    text: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return begin_and_end + len(str(text).encode()) - len(turns)
+
+
 def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[bos] where the tokenizer itself begins every text with it, otherwise []."""
     begin = tokenizer("")["input_ids"][:1]

@@ -120,7 +120,7 @@ def tokenize(
     tokens = array("i")
     columns = [array("q") for _ in range(4)]  # length, completion tokens, user_index, gate_end
     kinds, told = dict[tuple[str, str | None], int](), [array("q") for _ in range(2)]  # kind, rationale tokens
-    too_long = _TooLong(max_tokens, split)
+    too_long = TooLong(max_tokens, split)
     with tqdm(total=total, desc=f"tokenise {split}", unit="example", unit_scale=True) as progress:
         for batch in batches:
             for example_id, user_index, gate_end, prompt, completion in rows_of(batch):
@@ -189,7 +189,7 @@ def check_ids(split: str, example_id: str, prompt: int, completion: int) -> None
         )
 
 
-class _TooLong:
+class TooLong:
     """Counts examples beyond the context and keeps the longest one's name."""
 
     def __init__(self, max_tokens: int, split: str) -> None:
@@ -197,12 +197,18 @@ class _TooLong:
         self.count, self.longest, self.example_id = 0, 0, ""
 
     def see(self, length: int, example_id: str) -> None:
+        """One example, of `length` tokens."""
         if length > self.max_tokens:
             self.count += 1
             if length > self.longest:
                 self.longest, self.example_id = length, example_id
 
     def check(self, examples: int) -> None:
+        """Refuse those that are too long, of so many examples.
+
+        Raises:
+            UserError: there are any; names the longest.
+        """
         if self.count:
             raise UserError(
                 f'{self.count} of {examples} "{self.split}" examples are longer than the base model\'s context of '

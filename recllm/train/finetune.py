@@ -132,6 +132,7 @@ def train(
     examples: TokenizedExamples | StreamedExamples
     if is_streaming(recipe):
         examples = stream(recipe, dataset, tokenizer, model, arguments)
+        examples.check_lengths()
     else:
         examples = tokenize_split(dataset, "train", tokenizer, model, WEIGHED if weighs(recipe.loss) else COLUMNS)
     evaluated = tokenize_split(dataset, "valid", tokenizer, model) if arguments.eval_strategy != "no" else None
@@ -306,7 +307,8 @@ def fingerprint_of(
     if not recipe.train.get("load_best_model_at_end"):  # with it, when is saved decides what is loaded
         document["train"] = {k: v for k, v in document["train"].items() if not k.startswith(NO_WEIGHT)}
     if is_streaming(recipe):  # a resumed run passes over rows by their buffers: another default would be another order
-        document["train"] = document["train"] | {"buffer_size": streaming.buffer_size_of(recipe)}
+        order = {"buffer_size": streaming.buffer_size_of(recipe), "streaming_order": streaming.ORDER}
+        document["train"] = document["train"] | order
     read: dict[str, Any] = {key: document[key] for key in ("seed", "model", "adapter", "train", "history", "prompt")}
     read["dataset"] = files.sha256_of(dataset.folder / "manifest.json")
     read["compute_dtype"] = str(compute_dtype(recipe))

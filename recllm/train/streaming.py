@@ -6,9 +6,10 @@ row group of the dataset.
 
 The order of an epoch hangs on (seed, epoch), the number of processes and train.buffer_size alone:
 
-- the row groups of all files are shuffled and stand one after the other: N rows;
+- the row groups of all files are cut into stretches of at most STRETCH rows; these are shuffled and stand one after the
+  other: N rows. A buffer so mixes buffer_size / STRETCH places of the dataset;
 - process r of W has the rows [N·r/W, N·(r+1)/W) of them, so that processes differ by one row at most, and each reads
-  its own row groups and at both ends a part of one;
+  its own stretches and at both ends a part of one;
 - its rows are shuffled within buffers, train.buffer_size after train.buffer_size, and there put together by length;
   of these groups of like length a shuffled order is drawn that is the same in all processes.
 
@@ -17,8 +18,13 @@ exactly once in the loss of an epoch. In each step the processes wait for the on
 are of like length, but not of the same.
 
 A run that goes on begins at the buffer it had come to; what precedes it is not read again.
+
+Examples that are longer than the context are found before the first step, by a look at all texts (`check_lengths`):
+only where a text has more bytes than the context has tokens, it is tokenised for that.
 """
 
+import functools
+import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,20 +38,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from recllm import schema
 from recllm.data.dataset import Dataset, flat
 from recllm.errors import UserError
-from recllm.model.chat import RememberingEncoder
+from recllm.model.chat import RememberingEncoder, framing_bytes
 from recllm.recipe import Recipe
-from recllm.train.collator import COLUMNS, Row, check_ids, rows_of
+from recllm.train.collator import COLUMNS, Row, TooLong, check_ids, rows_of
 from recllm.train.order import order_of
 from recllm.train.representations import STATISTICS_HISTORIES
 from recllm.train.weights import weighs
 
 KEYS = ("streaming", "buffer_size")  # of the recipe's train section: no arguments of transformers'
-BUFFER_SIZE = 16_384  # tokenised rows in memory: of 300 tokens each 20 MiB
+BUFFER_SIZE = 16_384  # rows in memory, as text and then tokenised: 300 tokens each are 20 MiB of ids
+STRETCH = 1024  # rows: a row group, of at most 8,192, is read once for each; that costs little beside tokenising it
+ORDER = 2  # version of the order of an epoch: a run goes on from checkpoints of its own order alone
 STRATEGIES = ("group_by_length", "random")
 GROUPS_HELD = 4  # row groups of sequences.parquet, about 8 MiB each
 STATISTICS_SHARE = 1024  # histories of one row group, and more only where there are few row groups
@@ -154,6 +163,16 @@ def cut(pieces: Sequence[Piece], begin: int, end: int) -> list[Piece]:
     return found
 
 
+def stretches_of(group: Piece) -> list[Piece]:
+    """A row group in stretches of at most STRETCH rows.
+
+    >>> [tuple(piece) for piece in stretches_of(Piece("a", 3, 0, 1500))]
+    [('a', 3, 0, 1024), ('a', 3, 1024, 476)]
+    """
+    begins = range(0, group.rows, STRETCH)
+    return [group._replace(first=begin, rows=min(STRETCH, group.rows - begin)) for begin in begins]
+
+
 def read_pieces(pieces: list[Piece]) -> Iterator[dict[str, Any]]:
     """Their examples, COLUMNS of each; a row group is in memory at a time.
 
@@ -183,6 +202,32 @@ def _readable(path: Path, read: Callable[..., Any], *arguments: Any) -> Any:
         raise UserError(f"{path} does not exist: run `recllm convert` first") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: is no readable parquet file ({str(error).splitlines()[0]}): convert again") from None
+
+
+def most_tokens(table: pa.Table, framing: Callable[[tuple[str, ...]], int]) -> Array:
+    """A bound on the tokens of each example of a table with `prompt` and `completion`, (N,) int64, by its bytes.
+
+    A token has at least one byte of the text, and a tokenizer may begin each line with a token of its own (▁). One that
+    makes texts longer before it cuts them may exceed the bound: it is then found out when the example is read.
+
+    Args:
+        table: its examples.
+        framing: what a prompt of messages of these roles has beside their contents and lines, at most.
+    """
+    bytes_of = np.zeros(table.num_rows, np.int64)
+    for name in ("prompt", "completion"):
+        column = table[name].combine_chunks()
+        flat, ends = column.flatten(), np.append(0, np.cumsum(column.value_lengths().to_numpy()))
+        contents, roles = (flat.field(flat.type.get_field_index(field)) for field in ("content", "role"))
+        lines = pc.count_substring(contents, "\n").to_numpy() + 2  # a newline is a line's end; the last one has none
+        sizes = np.append(0, np.cumsum(pc.binary_length(contents).to_numpy() + lines))
+        bytes_of += sizes[ends[1:]] - sizes[ends[:-1]]
+        if name == "prompt":
+            joined = pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), roles), "\n")
+            kinds = joined.dictionary_encode()
+            of_kind = [framing(tuple(kind.split("\n"))) for kind in kinds.dictionary.to_pylist()]
+            bytes_of += np.array(of_kind, np.int64)[kinds.indices.to_numpy()]
+    return bytes_of
 
 
 class StoredHistories:
@@ -340,11 +385,12 @@ class StreamedExamples(torch.utils.data.IterableDataset):
             yield from (filling for _ in range(left))
 
     def _stream(self, epoch: int, begin: int, end: int) -> Any:
-        """The rows [begin, end) of an epoch's order as a datasets.IterableDataset, whose shards are row groups."""
+        """The rows [begin, end) of an epoch's order as a datasets.IterableDataset, whose shards are stretches."""
         from datasets.iterable_dataset import ExamplesIterable, IterableDataset
 
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
-        pieces = cut([self.groups[number] for number in order], begin, end)
+        stretches = [part for group in self.groups for part in stretches_of(group)]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(stretches))
+        pieces = cut([stretches[number] for number in order], begin, end)
         if not pieces:
             return ()
         # from_generator would lock a file in the user's cache, at home: all processes of a cluster, in every epoch
@@ -380,6 +426,29 @@ class StreamedExamples(torch.utils.data.IterableDataset):
             )
         ids = np.array([*prompt_ids, *completion_ids], dtype=np.int32)
         return Row(ids, len(completion_ids), user_index, gate_end)
+
+    # ---- how long ----
+
+    def check_lengths(self) -> None:
+        """Look at the texts of this process's part of all examples: none may be longer than the context.
+
+        Raises:
+            UserError: some are; names the longest and how many. A file that cannot be read.
+        """
+        framing = functools.cache(functools.partial(framing_bytes, self.encode.tokenizer))
+        pieces, too_long = cut(self.groups, *self.bounds), TooLong(self.max_tokens, "train")
+        total = sum(piece.rows for piece in pieces)
+        if self.max_tokens == sys.maxsize:  # the model names no context
+            return
+        with tqdm(total=total, desc="check lengths", unit="example", unit_scale=True) as progress:
+            for path, group, first, rows in pieces:
+                table = _readable(Path(path), _group, path, group, COLUMNS).slice(first, rows)
+                doubtful = np.flatnonzero(most_tokens(table, framing) > self.max_tokens)
+                for batch in table.take(pa.array(doubtful)).combine_chunks().to_batches():
+                    for example_id, _, _, prompt, completion in rows_of(batch):
+                        too_long.see(sum(map(len, self.encode(prompt, completion))), example_id)
+                progress.update(rows)
+        too_long.check(total)
 
     # ---- some of them ----
 

@@ -147,7 +147,7 @@ def test_a_write_that_fails_leaves_the_old_dataset(make_recipe, tmp_path, monkey
     convert(recipe, tmp_path / "dataset", workers=1)
     before = contents(tmp_path)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(pipeline, place, fail)

@@ -1,8 +1,11 @@
 """The engine of a cluster gives the local engine's files, whatever is lost on the way."""
 
+import dataclasses
 import errno
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,15 +26,16 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recllm import files, schema
+from recllm import files, schema, stages
 from recllm.cli import main
 from recllm.cluster import identity
-from recllm.convert import pipeline, ray_reading
+from recllm.convert import kept, pipeline, ray_reading
 from recllm.convert.pipeline import Written, convert
 from recllm.data import rows as reading
+from recllm.data.sequences import Prepared
 from recllm.data.stored import StoredSequences
 from recllm.errors import UserError
-from recllm.recipe import Recipe
+from recllm.recipe import Recipe, UsersSource
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 
@@ -206,7 +211,9 @@ pipeline.convert(recipe, output, engine=RayEngine(output, "test", 8))
 """
 
 
-def test_a_run_that_is_killed_as_a_whole_goes_on_from_the_shards_that_are_done(cluster, recipe, local, tmp_path):
+def test_a_run_that_is_killed_as_a_whole_goes_on_from_the_shards_that_are_done(
+    cluster, recipe, local, tmp_path, monkeypatch
+):
     output = tmp_path / "ray"
     stale = tmp_path / ".ray.shards-of-other-inputs"
     (stale / "train").mkdir(parents=True)
@@ -226,11 +233,128 @@ def test_a_run_that_is_killed_as_a_whole_goes_on_from_the_shards_that_are_done(c
     assert 5 <= len(notes) < shards
     parts = [partial / split / f"part-{number:05d}.parquet" for number in notes for split in notes[number]["sizes"]]
     before = {path.stat().st_ino: path.stat().st_mtime_ns for path in parts}
+    prepared = []  # the log is taken as it was
+    monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: prepared.append("log"))
     on_ray(recipe, output, 3)
+    assert prepared == []
     assert contents(output) == local
     after = {path.stat().st_ino: path.stat().st_mtime_ns for path in output.rglob("part-*.parquet")}
     assert before.items() <= after.items()  # the very same files, not written again
     assert left_beside(output) == []
+
+
+class Prepares:
+    """Stands for pipeline.prepare, and counts how often it is asked; the run is interrupted after it, while told so."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.calls, self.interrupts, self._prepare, self._write = 0, True, pipeline.prepare, RayEngine.write
+        monkeypatch.setattr(pipeline, "prepare", self)
+        monkeypatch.setattr(RayEngine, "write", lambda *arguments: self.write(*arguments))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Prepared:
+        self.calls += 1
+        return self._prepare(*arguments, **options)
+
+    def write(self, *arguments: Any) -> Iterator[tuple[int, Written]]:
+        if self.interrupts:
+            raise KeyboardInterrupt
+        return self._write(*arguments)
+
+
+def test_a_log_is_prepared_once_until_an_input_or_the_recipe_changes(cluster, make_recipe, tmp_path, monkeypatch):
+    document = make_recipe().model_dump(mode="json") | {"output_dir": str(tmp_path / "run")}
+    recipe, prepares = Recipe.model_validate(document), Prepares(monkeypatch)
+    output = stages.output_of(recipe, "convert")
+
+    def convert_on_ray(recipe: Recipe) -> int:
+        with pytest.raises(KeyboardInterrupt) if prepares.interrupts else nullcontext():
+            stages.convert(recipe, engine="ray")
+        return prepares.calls
+
+    assert [convert_on_ray(recipe) for _ in range(3)] == [1, 1, 1]
+    (partial,) = output.parent.glob(f".{output.name}.shards-*")
+    assert (partial / "prepared" / "sequences.parquet").exists()
+    assert list(partial.glob(".writing-*")) == []
+    with (tmp_path / "log.csv").open("a") as file:
+        file.write("user0,i1,99999999,5\n")
+    assert [convert_on_ray(recipe) for _ in range(2)] == [2, 2]
+    assert not partial.exists()  # of other inputs
+    other = recipe.model_copy(update={"seed": 7})
+    assert [convert_on_ray(other) for _ in range(2)] == [3, 3]
+    assert not output.exists()
+    prepares.interrupts = False
+    assert convert_on_ray(other) == 3
+    assert left_beside(output) == []
+    convert(other, tmp_path / "local", workers=1)
+    assert prepares.calls == 4
+    assert contents(output) == contents(tmp_path / "local")
+
+
+def test_a_prepared_log_that_was_cut_short_or_lacks_files_of_the_log_is_made_anew(make_recipe, tmp_path):
+    prepared, made = prepared_of(make_recipe(), tmp_path), []
+
+    def make(folder: Path, **changes: Any) -> Prepared:
+        made.append(folder)
+        shutil.copy(prepared.sequences.path, folder)
+        return dataclasses.replace(prepared, **changes)
+
+    def again(make: Any) -> int:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        found = done.prepared(folder, make)
+        assert found.sequences.path == folder / "sequences.parquet"
+        assert found.sequences.path.read_bytes() == prepared.sequences.path.read_bytes()
+        return len(made)
+
+    done = RayEngine(tmp_path / "out", "test").done
+    with done.opened():
+        skips = functools.partial(make, skipped={"log.csv": "cut short"})
+        assert [again(skips), again(skips), again(make), again(make)] == [1, 2, 3, 3]
+        for name in ("prepared.json", "items.arrow", "train_counts.npy", "lengths.npy", "sequences.parquet"):
+            path = done.folder / "prepared" / name
+            before, content = len(made), path.read_bytes()
+            path.unlink()  # another inode: the sequences' other name keeps its content
+            if path.suffix != ".json":
+                path.write_bytes(content[:-1])
+            assert [again(make), again(make)] == [before + 1] * 2
+        assert not any(folder.exists() for folder in made)
+
+
+def prepared_of(recipe: Recipe, tmp_path: Path) -> Prepared:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    return pipeline.prepare(
+        recipe.data, recipe.filter, recipe.protocol.split, recipe.seed, folder, recipe.actions, reading.scan
+    )
+
+
+def test_all_that_a_log_was_prepared_to_survives_the_disk(make_recipe, tmp_path):
+    (tmp_path / "users.csv").write_text("user_id,age\n" + "".join(f"user{n},{20 + n}\n" for n in range(39)))
+    recipe = make_recipe()
+    data = recipe.data.model_copy(update={"users": UsersSource(path=str(tmp_path / "users.csv"))})
+    for one in (recipe, recipe.model_copy(update={"data": data})):
+        prepared = prepared_of(one, tmp_path)
+        kept.write(prepared, prepared.sequences.path.parent)
+        found = kept.read(prepared.sequences.path.parent)
+        assert found.sequences.path == prepared.sequences.path
+        np.testing.assert_array_equal(found.sequences.lengths, prepared.sequences.lengths)
+        np.testing.assert_array_equal(found.train_counts, prepared.train_counts)
+        assert found.items.equals(prepared.items)
+        assert found.items.schema == prepared.items.schema
+        assert (found.users is None) == (prepared.users is None)
+        assert found.users is None or found.users.equals(prepared.users)
+        for name in ("actions", "split", "audit", "inputs", "skipped", "counts"):
+            assert getattr(found, name) == getattr(prepared, name)
+        assert list(found.audit) == list(prepared.audit)
+
+
+def test_where_a_file_has_one_name_the_sequences_are_copied(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("sequences")
+
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    ray_engine._link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "sequences"
 
 
 def wait_until_quiet(folder: Path) -> None:

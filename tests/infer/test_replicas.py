@@ -1,8 +1,9 @@
-"""Replicas under Ray with engines that add numbers: who is asked what, how much at once, and what a death costs.
+"""Replicas under Ray with engines that add numbers: who is asked what, how much at once, what deaths and hangs cost.
 
 Ray and the processes are real, the engines are not; tests/evaluate/test_vllm_evaluation.py has them with vLLM.
 """
 
+import ctypes
 import importlib.util
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,13 @@ class Adding:
     def die(self, prompts: list[int]) -> list[int]:
         """Every time."""
         os.kill(os.getpid(), signal.SIGKILL)
+        return prompts
+
+    def hang(self, prompts: list[int]) -> list[int]:
+        """The first process that is asked sleeps in C code and holds the interpreter's lock; others answer."""
+        (self.folder / f"hung {os.getpid()}").touch()
+        if len(list(self.folder.glob("hung *"))) == 1 or prompts == [0]:
+            ctypes.PyDLL(None).sleep(1000)
         return prompts
 
     def environment(self, prompts: list[int]) -> list[tuple[Path | None, str, str]]:
@@ -210,17 +219,15 @@ def test_a_node_that_does_not_come_is_an_error(ray, monkeypatch, two):
         two.ask(None, "doze", chunks(1))
 
 
-def test_a_replica_whose_place_was_taken_is_waited_for_and_then_an_error(ray, monkeypatch, two, tmp_path, capsys):
-    monkeypatch.setattr(replicas, "SILENT_S", 0.2)
+def test_the_place_of_a_replica_that_died_is_kept_for_it(ray, two, tmp_path):
     killed = two.places[0].pid
     (tmp_path / f"stop {killed}").touch()
 
     @ray.remote(num_cpus=1)
-    def hold() -> None:
-        while not (tmp_path / "free").exists():
-            time.sleep(0.05)
+    def take() -> None:
+        (tmp_path / "taken").touch()
 
-    held = hold.remote()  # as a job that has waited: it takes the core before Ray starts the replica again
+    taking = take.remote()  # as a job that has waited: it would take the core before Ray starts the replica again
 
     def taken() -> Iterator[dict[str, Any]]:
         for number, chunk in enumerate(chunks(8)):
@@ -228,16 +235,68 @@ def test_a_replica_whose_place_was_taken_is_waited_for_and_then_an_error(ray, mo
                 os.kill(killed, signal.SIGKILL)
             yield chunk
 
-    monkeypatch.setattr(replicas, "START_S", 1.0)
-    said = r"^replica 0 of 2 is to be started again and has no place, for 1 s: wait for the others"
-    with pytest.raises(UserError, match=said):
-        two.ask(None, "add", taken())
-    assert capsys.readouterr().err.count("has no place; what it owes waits: others may hold what it had") == 1
-    monkeypatch.setattr(replicas, "START_S", 60.0)
-    (tmp_path / "free").touch()
-    assert two.ask(None, "add", chunks(4)) == [[0], [1], [2], [3]]
+    assert two.ask(None, "add", taken()) == [[number] for number in range(8)]
     assert two.places[0].pid != killed
-    ray.get(held)
+    assert not (tmp_path / "taken").exists()
+    two.close()
+    ray.get(taking, timeout=30)  # what is closed keeps nothing
+
+
+SILENCE_S = 5.0  # more than a replica needs to be started again on a busy machine
+
+
+@pytest.fixture
+def impatient(ray, tmp_path) -> Iterator[Replicas]:
+    """Two replicas that are replaced after SILENCE_S."""
+    made = Replicas(partial(start, tmp_path), 2, chunk=1, silence_s=SILENCE_S)
+    yield made
+    made.close()
+
+
+def test_a_replica_that_hangs_is_replaced_and_nothing_is_lost_or_twice(impatient, tmp_path, capsys):
+    hung, other = impatient.places
+    (tmp_path / f"stop {hung.pid}").touch()
+    begun = time.monotonic()
+    assert impatient.ask(None, "add", chunks(12), {"to": 1}) == [[1 + number] for number in range(12)]
+    assert time.monotonic() - begun >= SILENCE_S
+    ended = calls(tmp_path, "ended")
+    assert sorted(prompts for _, prompts in ended) == sorted(map(str, range(12)))
+    assert impatient.places[1] == other
+    assert {process for process, _ in ended} == {impatient.places[0].pid, other.pid}
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung.pid, 0)
+    said = capsys.readouterr().err
+    assert said.count("it is killed and started again, and asked again for what it owes") == 1
+    assert f"replica 0 (process {hung.pid} on {hung.node}) gave no answer for 5 s" in said
+
+
+def test_a_replica_that_hangs_in_c_code_is_replaced_and_one_that_hangs_again_is_an_error(impatient, tmp_path):
+    assert impatient.ask(None, "hang", chunks(4)[1:]) == [[1], [2], [3]]
+    assert len(list(tmp_path.glob("hung *"))) == 3
+    said = r"^replica \d of 2 .* gave no answer for 5 s, was killed and started again, and gave none for 5 s again: "
+    with pytest.raises(UserError, match=said + r".*raise evaluate\.replica_timeout_s"):
+        impatient.ask(None, "hang", chunks(1))
+
+
+def test_who_is_at_work_waits_for_a_place_or_was_not_heard_is_not_killed(ray, tmp_path, monkeypatch):
+    made, killed = Replicas(partial(start, tmp_path), 1, chunk=1, silence_s=0.2), []
+    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: killed.append(no_restart))
+    monkeypatch.setattr(made, "silence_s", 1.0)
+    assert made.ask(None, "doze", chunks(4)) == [[0], [1], [2], [3]]  # 2.4 s, 0.6 s each
+    slow = (time.sleep(1.5) or chunk for chunk in chunks(4))  # answers wait to be taken
+    monkeypatch.setattr(made, "silence_s", 0.5)
+    assert made.ask(None, "add", slow) == [[0], [1], [2], [3]]
+    monkeypatch.setattr(made, "silence_s", 0.2)
+    group = made._held[0]
+    monkeypatch.setattr(made, "_held", [SimpleNamespace(wait=lambda timeout_seconds: False)])
+    assert made.ask(None, "doze", chunks(1)) == [[0]]
+    assert killed == []
+    monkeypatch.setattr(made, "_held", [group])
+    with pytest.raises(UserError, match="was killed and started again, and gave none"):
+        made.ask(None, "doze", chunks(1))
+    assert killed == [False]  # Ray is to start it again
+    monkeypatch.undo()
+    made.close()
 
 
 def test_a_replica_that_says_nothing_is_told_of_at_growing_intervals(monkeypatch, two, tmp_path):

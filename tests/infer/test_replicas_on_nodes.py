@@ -86,3 +86,30 @@ def test_a_replica_waits_for_another_node_when_its_own_is_lost(cluster, monkeypa
     assert said[0].startswith("Ray has lost nodes: it has room for 1 of 2 replicas; what the others owe waits")
     assert " died (process " in said[1]
     assert len(said) == 2
+
+
+def test_a_replica_that_finds_no_place_is_an_error_after_a_while(cluster, monkeypatch, tmp_path, capsys):
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    made = Replicas(partial(start, tmp_path), 2, chunk=1)
+    (tmp_path / nodes[0].node_id).touch()
+    monkeypatch.setattr(replicas, "SILENT_S", 0.2)
+    monkeypatch.setattr(replicas, "START_S", 4.0)
+    monkeypatch.setattr(replicas, "placeable", lambda _: 2)  # as if others held what another node has
+
+    def taken() -> Iterator[dict[str, Any]]:
+        for number in range(8):
+            if number == 6:
+                cluster.remove_node(nodes[0], allow_graceful=False)
+                until = time.monotonic() + 60
+                while not made._unplaced():
+                    assert time.monotonic() < until
+                made.silence_s = 0.5
+            yield {"prompts": [number]}
+
+    said = r"^replica \d of 2 is to be started again and has no place, for 4 s: wait for the others"
+    with pytest.raises(UserError, match=said):
+        made.ask(None, "where", taken())
+    made.close()
+    told = capsys.readouterr().err
+    assert told.count("has no place; what it owes waits: others may hold what the nodes have") == 1
+    assert "killed" not in told

@@ -3,10 +3,13 @@
 The converted log enters, its training examples written anew as several files with small row groups of different sizes.
 """
 
+import copy
 import dataclasses
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import yaml
 
 from recllm.data.dataset import Dataset
 from recllm.errors import UserError
+from recllm.model.chat import encode, framing_bytes
 from recllm.recipe import EncoderSection
 from recllm.train import finetune, streaming
 from recllm.train.collator import COLUMNS, Collator, Row, TokenizedExamples, tokenize
@@ -85,10 +89,12 @@ def test_pieces_are_cut_anywhere():
             assert all(piece.rows for piece in found)
 
 
+@pytest.mark.parametrize("stretch", [1024, 6])
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_each_example_is_once_in_the_loss_of_an_epoch_and_all_processes_have_equally_many_rows(
-    small: Dataset, tokenized: TokenizedExamples, tiny_tokenizer, processes: int
+    small: Dataset, tokenized: TokenizedExamples, tiny_tokenizer, processes: int, stretch: int, monkeypatch
 ):
+    monkeypatch.setattr(streaming, "STRETCH", stretch)
     shares = [list(streamed(small, tiny_tokenizer, rank, processes)) for rank in range(processes)]
     examples = [streamed(small, tiny_tokenizer, rank, processes) for rank in range(processes)]
     assert {len(rows) for rows in shares} == {len(examples[0])}
@@ -176,6 +182,21 @@ def test_rows_are_shuffled_within_a_buffer(small: Dataset, tokenized: TokenizedE
         assert buffer != unshuffled[begin : begin + 32]
 
 
+def test_a_buffer_mixes_stretches_of_many_row_groups(small: Dataset, tokenized, tiny_tokenizer, monkeypatch):
+    """Of 148 rows in 6 row groups a buffer of 32 has 8 stretches of 4 rows, wherever they lie."""
+    places = {key(tokenized[n]): n for n in range(EXAMPLES)}
+    ends = np.cumsum([rows for groups in FILES for rows in groups])
+
+    def groups_met(stretch: int) -> int:
+        monkeypatch.setattr(streaming, "STRETCH", stretch)
+        found = [places[key(row)] for row in streamed(small, tiny_tokenizer)]
+        assert sorted(found) == list(range(EXAMPLES))
+        buffers = [found[begin : begin + 32] for begin in range(0, EXAMPLES, 32)]
+        return sum(len(set(np.searchsorted(ends, buffer, side="right"))) for buffer in buffers)
+
+    assert groups_met(4) > groups_met(1024) + 4  # of five buffers
+
+
 def test_rows_of_like_length_stand_together_the_longest_first(small: Dataset, tiny_tokenizer):
     def padding(by_length: bool) -> int:
         rows = [len(row.input_ids) for row in streamed(small, tiny_tokenizer, buffer_size=148, by_length=by_length)]
@@ -212,9 +233,13 @@ def test_batches_of_like_length_meet_so_that_no_process_waits_long(small, tiny_t
     assert unaligned.max(axis=0).sum() > 1.6 * unaligned.mean(axis=0).sum()
 
 
+@pytest.mark.parametrize("stretch", [1024, 6])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("batches", [0, 1, 8, 11, 18, 19])
-def test_a_resumed_epoch_goes_on_at_the_same_place(small: Dataset, tiny_tokenizer, rank: int, batches: int):
+def test_a_resumed_epoch_goes_on_at_the_same_place(
+    small: Dataset, tiny_tokenizer, rank: int, batches: int, stretch: int, monkeypatch
+):
+    monkeypatch.setattr(streaming, "STRETCH", stretch)
     examples = streamed(small, tiny_tokenizer, rank, 2)
     whole = keys(examples)
     examples.skip = batches * BATCH
@@ -335,6 +360,75 @@ def test_examples_that_do_not_fit_are_named(small: Dataset, tiny_tokenizer, tmp_
         histories.read([48], [0])
     with pytest.raises(UserError, match=r"gate_end 999 is outside the \d+ interactions of user 7"):
         histories.read([7], [999])
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_examples_that_are_too_long_are_found_before_the_first_is_trained_on(
+    small: Dataset, tokenized: TokenizedExamples, tiny_tokenizer, processes: int
+):
+    longest = int(tokenized.lengths.max())
+    many = int(np.sort(tokenized.lengths)[-10])
+    limits = {longest: 0, longest - 1: int((tokenized.lengths == longest).sum()), many: 0}
+    limits[many] = int((tokenized.lengths > many).sum())
+    for limit, wrong in limits.items():
+        told = []
+        for rank in range(processes):
+            share = Share(rank, processes, BATCH, 1)
+            try:
+                StreamedExamples(small, tiny_tokenizer, limit, share, seed=0).check_lengths()
+            except UserError as error:
+                told.append(str(error))
+        count = [int(re.match(r'(\d+) of \d+ "train" examples are longer', text)[1]) for text in told]
+        assert sum(count) == wrong
+        assert bool(wrong) == any(f"has {longest})" in text for text in told)
+
+
+def test_only_texts_with_more_bytes_than_the_context_has_tokens_are_tokenised(small, tokenized, tiny_tokenizer):
+    encoded: list[int] = []
+
+    def check(limit: int) -> int:
+        examples, before = streamed(small, tiny_tokenizer), len(encoded)
+        examples.max_tokens = limit
+        encode = examples.encode
+
+        class Counting:
+            tokenizer = tiny_tokenizer
+
+            def __call__(self, *texts: Any) -> Any:
+                encoded.append(1)
+                return encode(*texts)
+
+        examples.encode = Counting()
+        examples.check_lengths()
+        return len(encoded) - before
+
+    bound = bounds(small, tiny_tokenizer)
+    assert check(sys.maxsize) == check(int(bound.max())) == 0
+    limit = int(np.sort(bound)[-4])
+    assert check(limit) == int((bound > limit).sum())
+
+
+def bounds(dataset: Dataset, tokenizer: Any) -> np.ndarray:
+    return streaming.most_tokens(dataset.examples("train", COLUMNS), partial(framing_bytes, tokenizer))
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_bound_is_one_for_prompts_of_any_roles(tiny_tokenizer, template: bool):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    assert bool(tokenizer.chat_template) == template
+    user, begun = {"role": "user", "content": "Für Elise?\n\n"}, {"role": "assistant", "content": "A\nB 🎬\n"}
+    system = {"role": "system", "content": ""}
+    prompts = [[user], [system, user], [user, begun], [system, user, begun, user]]
+    answer = [{"role": "assistant", "content": "Nine ½ Weeks\n"}]
+    table = pa.table({"prompt": prompts, "completion": [answer] * len(prompts)})
+    most = streaming.most_tokens(table.slice(1), partial(framing_bytes, tokenizer))
+    for bound, prompt in zip(most, prompts[1:], strict=True):
+        assert 0 <= bound - sum(map(len, encode(tokenizer, prompt, answer))) <= 400
+
+
+def test_the_bound_holds_for_the_dataset(small: Dataset, tokenized: TokenizedExamples, tiny_tokenizer):
+    assert (bounds(small, tiny_tokenizer) >= tokenized.lengths).all()
 
 
 # ---- training ----
