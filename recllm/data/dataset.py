@@ -206,6 +206,18 @@ class Dataset:
                 self._check_examples(part, batch)
                 yield batch
 
+    def attribute_batches(self, name: str, rows: int = 256) -> Iterator[pa.StringArray]:
+        """What the log says of each event under an attribute, position by position; `rows` users a batch.
+
+        That column alone is read, and never as a whole: an attribute may be the text of a page.
+
+        Raises:
+            UserError: missing or corrupt file; an attribute that convert did not keep.
+        """
+        column = f"{schema.ATTRIBUTE}{name}"
+        for batch in _batches(self.folder / "sequences.parquet", [column], rows):
+            yield batch.column(column).flatten()
+
     def _parts(self, split: str) -> list[Path]:
         if split not in schema.SPLITS:
             raise UserError(f'no split is called "{split}": {", ".join(schema.SPLITS)}')

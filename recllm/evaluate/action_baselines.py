@@ -7,15 +7,14 @@ language model's share, not theirs); what is seen of a question lies before its 
 C classes: actions, or yes and no of outcome. n questions of training, N of those asked.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from recllm import schema
 from recllm.convert.targets import Groups, Sequences, find_outcomes, find_targets
@@ -54,7 +53,7 @@ class Log(NamedTuple):
             items=np.asarray(found.items),
             timestamps=np.asarray(found.timestamps),
             splits=np.asarray(found.splits),
-            actions=pa.array(labels, pa.string()).take(pa.array(numbers)),
+            actions=pa.DictionaryArray.from_arrays(pa.array(found.actions), pa.array(labels, pa.string())),
             user_index=users,
             user_key=found.user_keys,
             user_id=pa.nulls(len(users), pa.string()),
@@ -66,31 +65,44 @@ class Log(NamedTuple):
 def _observed(dataset: Dataset) -> dict[str, Integers]:
     """Of each attribute in actions.observed the value at every position (P,), as `categories` numbers them."""
     section = dataset.manifest.get("recipe", {}).get("actions") or {}
-    names = list(section.get("observed") or [])
-    if not names:
-        return {}
-    table = pq.read_table(dataset.folder / "sequences.parquet", columns=[f"{schema.ATTRIBUTE}{name}" for name in names])
     in_training = dataset.sequences.splits == schema.TRAIN
-    return {name: categories(pc.list_flatten(table[f"{schema.ATTRIBUTE}{name}"]), in_training) for name in names}
+    return {
+        name: categories(dataset.attribute_batches(name), in_training) for name in list(section.get("observed") or [])
+    }
 
 
-def categories(values: pa.ChunkedArray, in_training: npt.NDArray[np.bool_]) -> Integers:
-    """Texts (P,) as numbers: those that are most frequent in training, 0 the most frequent; blank ones are -1.
+def categories(batches: Iterable[pa.StringArray], in_training: npt.NDArray[np.bool_]) -> Integers:
+    """Texts (P,), in batches, as numbers: those that are most frequent in training, 0 the most frequent; blank are -1.
 
     MAX_CATEGORIES at most; if there are more, the last number stands for all rarer ones together, and for what
-    training does not have.
+    training does not have. Of equally frequent ones the first in the log comes first.
 
-    >>> categories(pa.chunked_array([["b", "a", "", "b", "c"]]), np.array([True, True, True, True, False])).tolist()
+    Texts may be long, so that of each no more is kept than 8 bytes, a hash. Two that share one would count as the same;
+    that any do among a hundred million different ones has a chance of 3 in 10,000.
+
+    >>> categories([pa.array(["b", "a", ""]), pa.array(["b", "c"])], np.array([True, True, True, True, False])).tolist()
     [0, 1, -1, 0, 2]
     """
-    encoded = values.dictionary_encode().unify_dictionaries().combine_chunks()
-    texts, place = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
-    counts = np.bincount(place[in_training], minlength=len(texts))
-    known = [one for one, text in enumerate(texts) if text and counts[one]]
-    kept = sorted(known, key=lambda one: (-counts[one], texts[one]))[: MAX_CATEGORIES - 1]
-    numbers = np.array([len(kept) if text else -1 for text in texts], dtype=np.int64)
-    numbers[kept] = np.arange(len(kept))
-    return np.asarray(numbers[place])
+    hashed = np.zeros(len(in_training), np.uint64)
+    blank = np.ones(len(in_training), bool)
+    begin = 0
+    for batch in batches:
+        texts = pl.Series(batch)
+        end = begin + len(texts)
+        hashed[begin:end] = texts.hash(seed=0).to_numpy()
+        blank[begin:end] = texts.fill_null("").str.len_bytes().to_numpy() == 0
+        begin = end
+    if begin != len(in_training):
+        raise ValueError(f"{begin} texts of {len(in_training)} positions: one of each is expected")
+    known = np.flatnonzero(in_training & ~blank)
+    kinds, first, counts = np.unique(hashed[known], return_index=True, return_counts=True)
+    kept = np.lexsort((first, -counts))[: MAX_CATEGORIES - 1]
+    ascending = np.argsort(kinds[kept])
+    if not len(kept):
+        return np.where(blank, -1, 0)
+    place = np.minimum(np.searchsorted(kinds[kept][ascending], hashed), len(kept) - 1)
+    is_kept = kinds[kept][ascending][place] == hashed
+    return np.asarray(np.where(blank, -1, np.where(is_kept, ascending[place], len(kept))))
 
 
 class Asked(NamedTuple):

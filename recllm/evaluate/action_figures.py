@@ -13,6 +13,7 @@ import numpy.typing as npt
 from recllm.data.dataset import Dataset
 from recllm.evaluate import action_metrics, metrics, statistics
 from recllm.evaluate.action_metrics import Found
+from recllm.evaluate.action_ranks import Draws, Ranking
 from recllm.evaluate.calibration import probabilities
 from recllm.evaluate.next_events import EXACT, ROUGE, TYPE_ACCURACY
 from recllm.evaluate.statistics import Estimate, as_json
@@ -26,7 +27,7 @@ EXACT_MATCH = "exact_match"  # the figure that leads these tasks
 
 
 class Columns(NamedTuple):
-    """Figures that one function computes at once from weights of examples, (S, N) → (S, M)."""
+    """Figures that one function computes at once from how often each session was drawn, (S, U) → (S, M)."""
 
     names: list[str]  # (M,)
     of: Callable[[Floats], Floats]
@@ -64,16 +65,16 @@ def entries(
 ) -> list[dict[str, Any]]:
     """By system what its entry has more: {metrics, classes, calibration, reliability}; training (C,) counts labels."""
     head = action_metrics.head_classes(training)
-    columns = [_columns(task, prediction, head, protocol.actions) for prediction in predictions]
     section = protocol.bootstrap
     exact = np.stack([exact_match(task, prediction) for prediction in predictions], axis=1)
     means = _bootstrapped(statistics.bootstrap_means, exact, np.arange(len(exact)), section)
-    asked = [one.of for own in columns for one in own]
-    found = iter(_bootstrapped(statistics.bootstrap_columns, asked, task.clusters, section))
-    return [
-        _entry(task, prediction, mean, {n: e for one in own for n, e in zip(one.names, next(found))}, head, protocol)
-        for prediction, mean, own in zip(predictions, means, columns, strict=True)
-    ]
+    found = []
+    for prediction, mean in zip(predictions, means, strict=True):  # one at a time, as a ranking of each is kept
+        own = _columns(task, prediction, head, protocol.actions)
+        estimates = _bootstrapped(statistics.bootstrap_counts, [one.of for one in own], task.clusters, section)
+        named = {n: e for one, known in zip(own, estimates, strict=True) for n, e in zip(one.names, known, strict=True)}
+        found.append(_entry(task, prediction, mean, named, head, protocol))
+    return found
 
 
 def _bootstrapped(method: Callable[..., Any], figures: Any, clusters: npt.NDArray, section: BootstrapSection) -> Any:
@@ -135,10 +136,12 @@ def _of_classes(task: Task, prediction: Prediction, head: npt.NDArray[np.bool_])
     answered = np.bincount(predicted[predicted >= 0], minlength=size)
     often = np.arange(size) == answered.argmax()  # the answer that is given most often
 
+    members, sizes = statistics.clusters_of(task.clusters)
+    cells = action_metrics.confusion_by_cluster(label, predicted, size, members)
     whole = action_metrics.class_figures(action_metrics.confusion(label, predicted, size))
 
-    def compute(weights: Floats) -> Floats:
-        table = action_metrics.confusion(label, predicted, size, weights)
+    def compute(counts: Floats) -> Floats:
+        table = action_metrics.confusion_of(cells, counts)
         of = action_metrics.class_figures(table)
         columns = [action_metrics.macro(of.f1, whole=whole.f1[0]), action_metrics.weighted(of.f1, of.support)]
         for part in (None, head, ~head):
@@ -146,7 +149,7 @@ def _of_classes(task: Task, prediction: Prediction, head: npt.NDArray[np.bool_])
                 action_metrics.macro(of.recall, part, whole.recall[0]),
                 action_metrics.weighted(of.recall, of.support, part),
             ]
-        share = table[:, :, :-1].sum(axis=1)[:, often][:, 0] / weights.sum(axis=1)
+        share = table[:, :, :-1].sum(axis=1)[:, often][:, 0] / (counts @ sizes)
         columns += [share, action_metrics.macro(of.recall, ~often, whole.recall[0])]
         return np.concatenate([np.stack(columns, axis=1), of.precision, of.recall, of.f1], axis=1)
 
@@ -160,61 +163,80 @@ def _of_probabilities(task: Task, probability: Floats, bins: int, suffix: str) -
     """
     label, nats = task.right_column, action_metrics.label_nats(probability, task.right_column)
     known = np.asarray(~np.isnan(probability).any(axis=1))
-    names, ranked, error = _of_two(task, probability) if len(task.labels) == 2 else _of_many(task, probability)
-    if suffix:  # a temperature changes no order: AUC stays as it is, or nearly so of many classes
-        names, ranked = names[2:], []
+    gaps = action_metrics.calibration_gaps(probability, label, bins)
+    is_two = len(task.labels) == 2
+    error = (
+        metrics.brier(probability[:, 0], label == 0) if is_two else action_metrics.multiclass_brier(probability, label)
+    )
+    sums = _sums(task, np.column_stack([error, np.ones(len(error)), np.where(known, nats, 0), known, gaps]))
+    # a temperature changes no order: AUC stays as it is, or nearly so of many classes
+    names, ranked = ([], None) if suffix else _of_two(task, probability) if is_two else _of_many(task, probability)
+    names = [*names, "brier" if is_two else "multiclass_brier", "top_label_calibration_error", "label_nats"]
 
-    def compute(weights: Floats) -> Floats:
-        columns = [one(weights) for one in ranked] + [weights @ error / weights.sum(axis=1)]
-        columns.append(action_metrics.top_label_calibration_error(probability, label, weights, bins))
-        columns.append(_mean(np.where(known, nats, 0), known, weights))
-        return np.stack(columns, axis=1)
+    def compute(counts: Floats) -> Floats:
+        found = counts @ sums
+        columns = [_ratio(found[:, 0], found[:, 1]), action_metrics.calibration_error_of(found[:, 4:])]
+        plain = np.stack([*columns, _ratio(found[:, 2], found[:, 3])], axis=1)
+        return plain if ranked is None else np.concatenate([ranked(counts), plain], axis=1)
 
-    return Columns([name + suffix for name in [*names, "top_label_calibration_error", "label_nats"]], compute)
+    return Columns([name + suffix for name in names], compute)
 
 
-Ranked = tuple[list[str], list[Callable[[Floats], Floats]], Floats]  # names, two figures of ranks, errors (N,)
+Ranked = tuple[list[str], Callable[[Floats], Floats]]  # names of two figures of ranks, and both, (S, U) → (S, 2)
 
 
 def _of_two(task: Task, probability: Floats) -> Ranked:
-    first, positive, users = probability[:, 0], task.right_column == 0, task.users
-    ranked = [
-        lambda w: metrics.auc(first, positive, w),
-        lambda w: action_metrics.grouped_auc(first, positive, users, w),
-    ]
-    return ["auc", "grouped_auc", "brier"], ranked, metrics.brier(first, positive)
+    first, positive, (members, _) = probability[:, 0], task.right_column == 0, statistics.clusters_of(task.clusters)
+    plain, grouped = Ranking.of(first, positive, members), Ranking.of(first, positive, members, task.users)
+
+    def compute(counts: Floats) -> Floats:
+        draws = Draws.of(counts, members)
+        return np.stack([plain.auc(draws), grouped.grouped(draws)], axis=1)
+
+    return ["auc", "grouped_auc"], compute
 
 
 def _of_many(task: Task, probability: Floats) -> Ranked:
-    label, users = task.right_column, task.users
-    plain = action_metrics.class_aucs(probability, label)[0]
-    grouped = action_metrics.grouped_class_aucs(probability, label, users)[0]
-    ranked = [
-        lambda w: action_metrics.macro(action_metrics.class_aucs(probability, label, w), whole=plain),
-        lambda w: action_metrics.macro(action_metrics.grouped_class_aucs(probability, label, users, w), whole=grouped),
-    ]
-    names = ["macro_auc", "macro_grouped_auc", "multiclass_brier"]
-    return names, ranked, action_metrics.multiclass_brier(probability, label)
+    members, sizes = statistics.clusters_of(task.clusters)
+    plain = action_metrics.rank_classes(probability, task.right_column, members)
+    grouped = action_metrics.rank_classes(probability, task.right_column, members, task.users)
+
+    def areas(counts: Floats) -> list[Floats]:
+        draws = Draws.of(counts, members)
+        found = [one.auc(draws) for one in plain], [one.grouped(draws) for one in grouped]
+        return [np.stack(of, axis=1) for of in found]
+
+    whole = areas(np.ones((1, len(sizes))))
+
+    def compute(counts: Floats) -> Floats:
+        found = zip(areas(counts), whole, strict=True)
+        return np.stack([action_metrics.macro(of, whole=known[0]) for of, known in found], axis=1)
+
+    return ["macro_auc", "macro_grouped_auc"], compute
 
 
 def _of_fields(task: Task, prediction: Prediction) -> list[Columns]:
     """ROUGE-L of each field, over the examples whose right answer has it."""
     assert task.events is not None
     figures = task.events.figures(prediction.generations or [])
-    return [_of_known(name, values) for name, values in figures.items() if name.startswith(ROUGE)]
+    return [_of_known(task, name, values) for name, values in figures.items() if name.startswith(ROUGE)]
 
 
-def _of_known(name: str, values: Floats) -> Columns:
+def _of_known(task: Task, name: str, values: Floats) -> Columns:
     known = ~np.isnan(values)
-    filled = np.where(known, values, 0)
-    return Columns([name], lambda weights: _mean(filled, known, weights)[:, None])
+    sums = _sums(task, np.column_stack([np.where(known, values, 0), known]))
+    return Columns([name], lambda counts: _ratio(*(counts @ sums).T)[:, None])
 
 
-def _mean(values: Floats, known: npt.NDArray[np.bool_], weights: Floats) -> Floats:
-    """(S,) the weighted mean of the values (N,) that are known."""
-    total = weights @ known
+def _sums(task: Task, values: Floats) -> Floats:
+    """(U, K) the sums of values (N, K) over each session, in ascending order."""
+    members, sizes = statistics.clusters_of(task.clusters)
+    return np.stack([np.bincount(members, column, len(sizes)) for column in values.T], axis=1)
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, weights @ values / total, np.nan)
+        return np.where(below > 0, above / below, np.nan)
 
 
 def _classes(

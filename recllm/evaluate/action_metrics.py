@@ -12,14 +12,16 @@ Conventions, the same for every figure:
 - Of equal probabilities the first class is predicted; AUC counts ties as one half.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array, csr_array
 
-from recllm.evaluate import metrics
+from recllm.evaluate.action_ranks import Draws, Ranking
 from recllm.evaluate.metrics import Booleans, Floats, Integers
 
 HEAD_SHARE = 0.5  # of the examples of training that head classes hold together
@@ -59,15 +61,23 @@ def confusion(label: Integers, predicted: Integers, classes: int, weights: Float
     >>> confusion(np.array([0, 0, 1]), np.array([0, 1, -1]), 2)[0].tolist()
     [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    label, predicted = np.asarray(label), np.asarray(predicted)
-    cell = label * (classes + 1) + np.where(predicted < 0, classes, predicted)
     if weights is None:
         weights = np.ones((1, len(label)))
-    kinds, place = np.unique(cell, return_inverse=True)
-    found = np.zeros((len(weights), classes * (classes + 1)))
-    for number, kind in enumerate(kinds):
-        found[:, kind] = weights @ (place == number)
-    return found.reshape(len(weights), classes, classes + 1)
+    return confusion_of(confusion_by_cluster(label, predicted, classes, np.arange(len(label))), weights)
+
+
+def confusion_by_cluster(label: Integers, predicted: Integers, classes: int, members: Integers) -> csr_array:
+    """(C · (C + 1), U): the cells of each cluster's confusion table; members (N,) number each example's cluster."""
+    label, predicted = np.asarray(label), np.asarray(predicted)
+    cell = label * (classes + 1) + np.where(predicted < 0, classes, predicted)
+    shape = (classes * (classes + 1), int(np.max(members, initial=-1)) + 1)
+    return coo_array((np.ones(len(label)), (cell, members)), shape=shape).tocsr()
+
+
+def confusion_of(cells: csr_array, counts: Floats) -> Floats:
+    """(S, C, C + 1): the confusion tables of resamples that drew clusters `counts` (S, U) times."""
+    classes = (math.isqrt(4 * cells.shape[0] + 1) - 1) // 2  # of cells = C² + C
+    return np.asarray((cells @ counts.T).T.reshape(len(counts), classes, classes + 1))
 
 
 def class_figures(table: Floats) -> ClassFigures:
@@ -163,8 +173,22 @@ def class_aucs(probability: Floats, label: Integers, weights: Floats | None = No
     >>> class_aucs(np.array([[0.7, 0.3], [0.4, 0.6]]), np.array([0, 1])).tolist()
     [[1.0, 1.0]]
     """
-    found = [metrics.auc(column, label == place, weights) for place, column in enumerate(np.asarray(probability).T)]
-    return np.stack(found, axis=1)
+    weights = np.ones((1, len(label))) if weights is None else weights
+    each = np.arange(len(label))
+    rankings, draws = rank_classes(probability, label, each), Draws.of(weights, each)
+    return np.stack([ranking.auc(draws) for ranking in rankings], axis=1)
+
+
+def rank_classes(
+    probability: Floats, label: Integers, members: Integers, users: NDArray | None = None
+) -> list[Ranking]:
+    """Of each class against all others the examples ranked by its probability, for many resamples of clusters.
+
+    members (N,) number each example's cluster; with `users` (N,) they are ranked within each user.
+    """
+    label = np.asarray(label)
+    columns = enumerate(np.asarray(probability).T)
+    return [Ranking.of(column, label == place, members, users) for place, column in columns]
 
 
 def grouped_auc(score: Floats, positive: Booleans, users: NDArray, weights: Floats | None = None) -> Floats:
@@ -178,23 +202,9 @@ def grouped_auc(score: Floats, positive: Booleans, users: NDArray, weights: Floa
     [0.5]
     """
     positive = np.asarray(positive, dtype=bool)
-    weights = np.ones((1, len(positive))) if weights is None else np.asarray(weights, np.float64)
-    if not len(positive):
-        return np.full(len(weights), np.nan)
-    score = np.where(np.isnan(score), -np.inf, np.asarray(score, np.float64))
-    _, members = np.unique(np.asarray(users), return_inverse=True)
-    order = np.lexsort((score, members))
-    owner, score = members[order], score[order]
-    new_user = metrics.differs(owner)
-    starts = np.flatnonzero(new_user | metrics.differs(score))  # the first of each user's equal scores
-    first = np.flatnonzero(new_user[starts])  # of each user, among those
-    ordered, positive = weights[:, order], positive[order]
-    up, down = (metrics.sums_of(ordered * mine, starts) for mine in (positive, ~positive))  # (S, equal scores)
-    below = np.cumsum(down, axis=1) - down
-    below -= np.repeat(below[:, first], np.diff([*first, len(starts)]), axis=1)  # of the same user only
-    pairs, ups, downs = (metrics.sums_of(part, first) for part in (up * (below + down / 2), up, down))  # (S, U)
-    area, size = _ratio(pairs, ups * downs), ups + downs
-    return _ratio(np.where(np.isnan(area), 0, area * size).sum(axis=1), np.where(np.isnan(area), 0, size).sum(axis=1))
+    weights = np.ones((1, len(positive))) if weights is None else weights
+    each = np.arange(len(positive))
+    return Ranking.of(score, positive, each, np.asarray(users)).grouped(Draws.of(weights, each))
 
 
 def grouped_one_vs_rest_auc(
@@ -215,8 +225,10 @@ def grouped_class_aucs(probability: Floats, label: Integers, users: NDArray, wei
     >>> grouped_class_aucs(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1]), np.array([4, 4])).tolist()
     [[1.0, 1.0]]
     """
-    columns = enumerate(np.asarray(probability).T)
-    return np.stack([grouped_auc(column, label == place, users, weights) for place, column in columns], axis=1)
+    weights = np.ones((1, len(label))) if weights is None else weights
+    each = np.arange(len(label))
+    rankings, draws = rank_classes(probability, label, each, np.asarray(users)), Draws.of(weights, each)
+    return np.stack([ranking.grouped(draws) for ranking in rankings], axis=1)
 
 
 def multiclass_brier(probability: Floats, label: Integers) -> Floats:
@@ -259,13 +271,27 @@ def top_label_calibration_error(
     >>> top_label_calibration_error(np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1])).tolist()
     [0.25]
     """
+    gaps = calibration_gaps(probability, label, bins)
+    return calibration_error_of(gaps.sum(axis=0)[None] if weights is None else weights @ gaps)
+
+
+def calibration_gaps(probability: Floats, label: Integers, bins: int) -> Floats:
+    """(N, bins + 1): right − confidence in an example's bin, 0 in all others; then 1, or 0 of an invalid output.
+
+    >>> calibration_gaps(np.array([[0.75, 0.25]]), np.array([0]), 2).tolist() == [[0, 1 - 0.75, 1]]
+    True
+    """
     confidence, right, place = _confidences(probability, label, bins)
     known = ~np.isnan(confidence)
-    if weights is None:
-        weights = np.ones((1, len(known)))
-    gap = np.where(known, right - np.where(known, confidence, 0), 0)
-    total = sum(np.abs(weights @ np.where(place == b, gap, 0)) for b in range(bins))
-    return _ratio(np.asarray(total), weights @ known)
+    found = np.zeros((len(known), bins + 1))
+    found[np.arange(len(known)), place] = np.where(known, right - np.where(known, confidence, 0), 0)
+    found[:, bins] = known
+    return found
+
+
+def calibration_error_of(sums: Floats) -> Floats:
+    """`top_label_calibration_error` (S,) from the weighted sums (S, bins + 1) of `calibration_gaps` over examples."""
+    return _ratio(np.abs(sums[:, :-1]).sum(axis=1), sums[:, -1])
 
 
 class ReliabilityBin(NamedTuple):

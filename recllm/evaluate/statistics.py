@@ -98,18 +98,50 @@ def bootstrap_columns(
     confidence: float = 0.95,
 ) -> list[list[Estimate]]:
     """The same where each of `statistics` computes several figures at once, (S, N) → (S, M): M estimates of each."""
-    members, sizes = _clusters(users)
-    values = [statistic(np.ones((1, len(members))))[0] for statistic in statistics]  # (M,) each
-    parts: list[list[Floats]] = [[] for _ in statistics]
-    for counts in _counts(len(sizes) if len(sizes) > 1 else 0, samples, rng, width=len(members)):
+    members, sizes = clusters_of(users)
+
+    def compute(counts: Floats) -> list[Floats]:
         weights = counts[:, members]
-        for part, statistic in zip(parts, statistics, strict=True):
-            part.append(statistic(weights))
-    found = []
+        return [statistic(weights) for statistic in statistics]
+
+    return _bootstrap(compute, len(sizes), len(members), rng, samples, confidence)
+
+
+def bootstrap_counts(
+    statistics: Sequence[Callable[[Floats], Floats]],
+    users: NDArray,
+    rng: np.random.Generator,
+    samples: int = 2000,
+    confidence: float = 0.95,
+) -> list[list[Estimate]]:
+    """The same, of figures that are computed from how often each user was drawn, (S, U) → (S, M).
+
+    Users are in the order of `clusters_of`. There are fewer of them than examples: what can be summed up by user
+    beforehand is many times faster so, and the same figure of the same resamples.
+    """
+    clusters = len(clusters_of(users)[1])
+    return _bootstrap(lambda counts: [one(counts) for one in statistics], clusters, clusters, rng, samples, confidence)
+
+
+def _bootstrap(
+    compute: Callable[[Floats], list[Floats]],
+    clusters: int,
+    width: int,
+    rng: np.random.Generator,
+    samples: int,
+    confidence: float,
+) -> list[list[Estimate]]:
+    """Estimates of what `compute` makes of counts (S, U), a list of (S, M); `width` as in `_counts`."""
+    values = [found[0] for found in compute(np.ones((1, clusters)))]  # (M,) each
+    parts: list[list[Floats]] = [[] for _ in values]
+    for counts in _counts(clusters if clusters > 1 else 0, samples, rng, width):
+        for part, found in zip(parts, compute(counts), strict=True):
+            part.append(found)
+    estimates = []
     for value, part in zip(values, parts, strict=True):
         resampled = np.concatenate(part) if part else np.empty((0, len(value)))
-        found.append([_moving(one, column, confidence) for one, column in zip(value, resampled.T, strict=True)])
-    return found
+        estimates.append([_moving(one, column, confidence) for one, column in zip(value, resampled.T, strict=True)])
+    return estimates
 
 
 def _as_column(statistic: Callable[[Floats], Floats], weights: Floats) -> Floats:
@@ -250,8 +282,12 @@ def holm(p_values: Sequence[float] | Floats) -> Floats:
     return adjusted
 
 
-def _clusters(users: NDArray) -> tuple[NDArray, NDArray]:
-    """Number of each example's user (N,), counted from 0, and the examples of each user (U,)."""
+def clusters_of(users: NDArray) -> tuple[NDArray, NDArray]:
+    """Number of each example's user (N,), counted from 0 in ascending order, and the examples of each user (U,).
+
+    >>> [found.tolist() for found in clusters_of(np.array([9, 4, 9]))]
+    [[1, 0, 1], [1, 2]]
+    """
     _, members, sizes = np.unique(np.asarray(users), return_inverse=True, return_counts=True)
     return members, sizes
 
@@ -267,7 +303,7 @@ def _counts(users: int, samples: int, rng: np.random.Generator, width: int) -> I
 
 def _resampled_means(values: Floats, users: NDArray, rng: np.random.Generator, samples: int) -> Floats:
     """Means of resamples, (samples, M); none (0, M) of fewer than two users, who are the same in every resample."""
-    members, sizes = _clusters(users)
+    members, sizes = clusters_of(users)
     if len(sizes) < 2:
         return np.empty((0, values.shape[1]))
     starts = np.cumsum(sizes) - sizes

@@ -1,7 +1,7 @@
 """Action prediction on real logs: shipped recipes, plain LoRA against instance-wise LoRA at equal steps and seeds.
 
     python scripts/reproduce/action_logs.py --data ecommerce=FOLDER otto=FOLDER yoochoose=FOLDER      all runs, 3 seeds
-    python scripts/reproduce/action_logs.py --runs ecommerce --seeds 0 --steps 2 --max-examples 20    how long it takes
+    python scripts/reproduce/action_logs.py --runs movielens --seeds 0 --steps 2 --max-examples 20    how long it takes
     python scripts/reproduce/action_logs.py --runs movielens --set train.learning_rate=5e-4           other settings
     python scripts/reproduce/action_logs.py --report     its part of eval/reference/actions.md from finished reports
 
@@ -187,8 +187,8 @@ def _intro(folders: list[Path]) -> str:
     machines = sorted({_machine(document["provenance"]) for document in documents})
     versions = sorted({str(document["provenance"]["versions"]["recllm"]) for document in documents})
     return (
-        f"Command: `python scripts/reproduce/action_logs.py`. Machine: {'; '.join(machines)}. Reports made by recllm "
-        f"{', '.join(versions)}. Both adapters have the recipe's rank, steps, batches and learning rate; the gate "
+        "Command: `python scripts/reproduce/action_logs.py --data ecommerce=FOLDER otto=FOLDER yoochoose=FOLDER`, and what "
+        f"each part names. Machine: {'; '.join(machines)}. Reports made by recllm {', '.join(versions)}. Both adapters have the recipe's rank, steps, batches and learning rate; the gate "
         f"trains a few numbers more. {SAID}"
     )
 

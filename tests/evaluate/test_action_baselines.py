@@ -2,9 +2,12 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recllm.convert.targets import Sequences
+from recllm.data.dataset import Dataset
+from recllm.errors import UserError
 from recllm.evaluate import action_baselines as ab
 from recllm.evaluate.action_baselines import Asked, Log, Training
 from recllm.recipe import TaskSection
@@ -260,11 +263,70 @@ def test_what_is_observed_of_the_event_that_is_asked_about_is_a_category():
 
 def test_rare_values_are_one_category_and_so_is_what_training_lacks():
     often = [f"v{place:03}" for place in range(ab.MAX_CATEGORIES - 1)]
-    texts = pa.chunked_array([often * 2, ["rare", "", "rarer", "new"]])
+    texts = [pa.array(often), pa.array(often), pa.array(["rare", "", "rarer", "new"])]
     in_training = np.array([True] * (2 * len(often) + 3) + [False])
     found = ab.categories(texts, in_training)
-    assert found[: len(often)].tolist() == list(range(254))  # as often: in the order of their texts
+    assert found[: len(often)].tolist() == list(range(254))  # as often: in the order of the log
     assert found[-4:].tolist() == [254, -1, 254, 254]
+
+
+def test_what_is_blank_and_what_training_lacks_altogether():
+    assert ab.categories([pa.array(["z", None, "", "a", "a"])], np.ones(5, bool)).tolist() == [1, -1, -1, 0, 0]
+    assert ab.categories([pa.array(["z", None])], np.zeros(2, bool)).tolist() == [0, -1]
+    with pytest.raises(ValueError, match="1 texts of 2 positions"):
+        ab.categories([pa.array(["z"])], np.ones(2, bool))
+
+
+def test_no_more_than_what_is_observed_is_read_of_a_log_and_that_in_batches(tmp_path, monkeypatch):
+    """6,000 users of two events each with a page of 2,000 characters, all different: 24 MB of text."""
+    users, page = 6000, "x" * 2000
+    lists = {
+        "items": [[-1, -1]] * users,
+        "timestamps": [[1, 2]] * users,
+        "splits": [[TRAIN, TRAIN]] * users,
+        "actions": [["view", "buy"]] * users,
+        "sessions": [[0, 0]] * users,
+        "attribute:page": [[f"{user} {page}", f"{user} {page}"] for user in range(users)],
+        "attribute:device": [["phone", "desk" if user % 3 else ""] for user in range(users)],
+    }
+    types = {"items": pa.int32(), "splits": pa.int8(), "sessions": pa.int32()}
+    columns = {name: pa.array(of, pa.list_(types[name])) if name in types else of for name, of in lists.items()}
+    numbers = {"user_index": pa.array(range(users), pa.int32()), "user_key": pa.array(range(users), pa.uint64())}
+    table = pa.table(numbers | {"user_id": [f"u{user}" for user in range(users)]} | columns)
+    pq.write_table(table, tmp_path / "sequences.parquet", row_group_size=500)
+    read = []
+    for name in ("read", "iter_batches"):
+        monkeypatch.setattr(pq.ParquetFile, name, _seen(getattr(pq.ParquetFile, name), read))
+
+    def log_of(observed: list[str]) -> Log:
+        read.clear()
+        manifest = {
+            "events": True,
+            "actions": {"labels": ["view", "buy"], "words": ["view", "buy"]},
+            "recipe": {"actions": {"observed": observed}},
+        }
+        return Log.of(Dataset(tmp_path, manifest, pa.table({"item_id": pa.array([], pa.string())})))
+
+    log = log_of(["device"])
+    assert log.observed["device"][:6].tolist() == [0, -1, 0, 1, 0, 1]
+    assert "attribute:device" in read
+    assert "attribute:page" not in read
+    assert log.sequences.actions[:2].to_pylist() == ["view", "buy"]
+    before = pa.total_allocated_bytes()
+    dataset_batches = Dataset(tmp_path, {}, pa.table({})).attribute_batches("page")
+    largest = max(pa.total_allocated_bytes() - before for _ in dataset_batches)
+    assert largest < users * 2 * len(page) / 4
+    assert (log_of(["page"]).observed["page"][: 2 * 254] == np.repeat(np.arange(254), 2)).all()
+    with pytest.raises(UserError, match='no column "attribute:colour"'):
+        log_of(["colour"])
+
+
+def _seen(method, read: list[str]):
+    def call(self, *args, **kwargs):
+        read.extend(kwargs["columns"])
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 def test_boosted_trees_see_what_is_observed():
