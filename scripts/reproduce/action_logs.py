@@ -187,8 +187,9 @@ def _intro(folders: list[Path]) -> str:
     machines = sorted({_machine(document["provenance"]) for document in documents})
     versions = sorted({str(document["provenance"]["versions"]["recllm"]) for document in documents})
     return (
-        "Command: `python scripts/reproduce/action_logs.py --data ecommerce=FOLDER otto=FOLDER yoochoose=FOLDER`, and what "
-        f"each part names. Machine: {'; '.join(machines)}. Reports made by recllm {', '.join(versions)}. Both adapters have the recipe's rank, steps, batches and learning rate; the gate "
+        "Command: `python scripts/reproduce/action_logs.py --data ecommerce=FOLDER otto=FOLDER yoochoose=FOLDER`, and "
+        f"what each part names. Machine: {'; '.join(machines)}. Reports made by recllm {', '.join(versions)}. Both "
+        "adapters have the recipe's rank, steps, batches and learning rate; the gate "
         f"trains a few numbers more. {SAID}"
     )
 
