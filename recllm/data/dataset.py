@@ -206,6 +206,20 @@ class Dataset:
                 self._check_examples(part, batch)
                 yield batch
 
+    def chosen_examples(self, split: str, rows: npt.NDArray[np.int64]) -> pa.Table:
+        """The examples at some rows of a split, rising, with all columns; of the others a row group is in memory.
+
+        Raises:
+            UserError: as `example_batches`.
+        """
+        begin, parts = 0, []
+        for batch in self.example_batches(split):
+            first, last = np.searchsorted(rows, (begin, begin + batch.num_rows))
+            if first < last:
+                parts.append(batch.take(pa.array(rows[first:last] - begin)))
+            begin += batch.num_rows
+        return pa.Table.from_batches(parts, None if parts else schema.EXAMPLES)
+
     def attribute_batches(self, name: str, rows: int = 256) -> Iterator[pa.StringArray]:
         """What the log says of each event under an attribute, position by position; `rows` users a batch.
 

@@ -158,7 +158,7 @@ def load_tasks(dataset: Dataset, split: str, max_examples: int | None, seed: int
     keys = dataset.sequences.user_keys[light["user_index"].to_numpy()]
     chosen = {name: choose(np.flatnonzero(names == name), keys, max_examples, seed) for name in dict.fromkeys(names)}
     rows = np.sort(np.concatenate(list(chosen.values())))
-    table = dataset.examples(split).take(pa.array(rows))
+    table = dataset.chosen_examples(split, rows)
     tasks = []
     for name, picked in chosen.items():
         part = table.take(pa.array(np.searchsorted(rows, picked)))

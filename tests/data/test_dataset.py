@@ -128,6 +128,17 @@ def test_batches_are_the_examples_in_pieces(folder, rows):
     assert list(dataset.example_batches("valid")) == []
 
 
+@pytest.mark.parametrize("rows", [[0], [1024], [1023, 1024, 2499], range(2500), []])
+def test_chosen_examples_are_those_of_the_split(folder, rows):
+    table = examples_table(*(example(user % 3, user % 4) for user in range(2000)))
+    pq.write_table(table, folder / "train" / "part-00000.parquet", row_group_size=300)
+    pq.write_table(table.slice(0, 500), folder / "train" / "part-00001.parquet")
+    dataset = Dataset.open(folder)
+    assert dataset.chosen_examples("train", np.array(rows, dtype=np.int64)).equals(
+        dataset.examples("train").take(pa.array(rows, pa.int64()))
+    )
+
+
 def test_batches_are_read_when_they_are_asked_for(folder):
     pq.write_table(examples_table(example(3, 1)), folder / "train" / "part-00001.parquet")
     batches = Dataset.open(folder).example_batches("train")
