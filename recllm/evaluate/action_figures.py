@@ -4,6 +4,7 @@ evaluation.py says what each part holds, action_metrics.py how each figure is de
 items to come (next_item) over users.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,12 +67,13 @@ def entries(
     """By system what its entry has more: {metrics, classes, calibration, reliability}; training (C,) counts labels."""
     head = action_metrics.head_classes(training)
     section = protocol.bootstrap
+    of_counts = functools.partial(statistics.bootstrap_counts, width=len(training) * (len(training) + 1))  # confusion
     exact = np.stack([exact_match(task, prediction) for prediction in predictions], axis=1)
     means = _bootstrapped(statistics.bootstrap_means, exact, np.arange(len(exact)), section)
     found = []
     for prediction, mean in zip(predictions, means, strict=True):  # one at a time, as a ranking of each is kept
         own = _columns(task, prediction, head, protocol.actions)
-        estimates = _bootstrapped(statistics.bootstrap_counts, [one.of for one in own], task.clusters, section)
+        estimates = _bootstrapped(of_counts, [one.of for one in own], task.clusters, section)
         named = {n: e for one, known in zip(own, estimates, strict=True) for n, e in zip(one.names, known, strict=True)}
         found.append(_entry(task, prediction, mean, named, head, protocol))
     return found

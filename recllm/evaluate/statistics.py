@@ -113,14 +113,17 @@ def bootstrap_counts(
     rng: np.random.Generator,
     samples: int = 2000,
     confidence: float = 0.95,
+    width: int = 0,
 ) -> list[list[Estimate]]:
     """The same, of figures that are computed from how often each user was drawn, (S, U) → (S, M).
 
     Users are in the order of `clusters_of`. There are fewer of them than examples: what can be summed up by user
-    beforehand is many times faster so, and the same figure of the same resamples.
+    beforehand is many times faster so, and the same figure of the same resamples. `width`: numbers that a statistic
+    makes of one resample, where that is more than U; it bounds how many resamples are in memory together.
     """
     clusters = len(clusters_of(users)[1])
-    return _bootstrap(lambda counts: [one(counts) for one in statistics], clusters, clusters, rng, samples, confidence)
+    width = max(clusters, width)
+    return _bootstrap(lambda counts: [one(counts) for one in statistics], clusters, width, rng, samples, confidence)
 
 
 def _bootstrap(

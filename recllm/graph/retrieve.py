@@ -42,7 +42,7 @@ from recllm.graph.walk import (
 from recllm.recipe import RetrievalSection
 
 DAMPING = 0.85  # share of a random walk that goes on, the rest restarts at the seeds
-TOLERANCE = 1e-5  # relative error of the shares of a prompt's mass of 1, which is flows to 3 times as much
+TOLERANCE = 1e-5  # of all shares together; a flow is off by less than 3 times as much, of a prompt's mass of 1
 ROUNDS = math.ceil(math.log(TOLERANCE / 2) / math.log(DAMPING / (1 + math.sqrt(1 - DAMPING**2))))  # that reach it
 SEEDS_AT_ONCE = 256  # bounds memory: edges of 2 hops; each further hop multiplies them
 HOP_FACTOR = 16
@@ -170,8 +170,8 @@ def pagerank(graph: Graph, seeds: Seeds, rules: Rules) -> Subgraphs:
     that `khop` reaches, undirected. Of a node's mass m = (1 - DAMPING) · s + DAMPING · Aᵀ D⁻¹ m, where s are the seeds'
     weights (their sum 1), A the numbers of triples between two nodes and D the degrees (a self-loop counts once), each
     of its triples gets DAMPING · m / D. The flow over a triple is what it gets from both its ends, from the one end of
-    a self-loop; off by less than 3 · TOLERANCE of the exact one (`Local`, `_shares`). A hub spreads its mass over its
-    edges, so `hub_penalty` has no part here.
+    a self-loop; off by less than 3 · TOLERANCE, of a prompt's mass of 1 (`Local`, `_shares`). A hub spreads its mass
+    over its edges, so `hub_penalty` has no part here.
     """
     found = walk(graph, seeds, rules)
     local = Local.of(graph, found)

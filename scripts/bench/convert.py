@@ -203,7 +203,7 @@ class Noted:
 
     def __init__(self, engine: "pipeline.Engine") -> None:
         self.engine, self.written_at = engine, 0.0
-        self.opened, self.scan = engine.opened, engine.scan
+        self.opened, self.scan, self.prepared = engine.opened, engine.scan, engine.prepared
 
     def write(self, *given: Any) -> Any:
         """The engine's; `written_at` is this process's CPU time at its beginning."""

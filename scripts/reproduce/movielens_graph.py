@@ -96,10 +96,11 @@ KEY = ("data", "method", "arm", "seed", "settings_id")
 RETRIEVAL_KEY = ("data", "arm", "settings_id")
 DATA_SEED = 0
 RATES = (1e-3, 3e-3)  # of the LoRA and of what reads the representation, in all arms; tuned for none of them
-ARMS = ("none", "random", "khop", "two_stage", "parallel")
+ARMS = ("none", "random", "khop", "two_stage", "parallel")  # that are trained where --arms names none
+METHODS = (*ARMS[1:], "pagerank")  # whose retrieval is measured
 ARM_VERSIONS: dict[str, int] = {}
 PAIRS = [
-    *((arm, "random") for arm in ("khop", "two_stage", "parallel")),
+    *((arm, "random") for arm in METHODS[1:]),
     ("two_stage", "khop"),
     ("two_stage", "parallel"),
 ]
@@ -266,7 +267,7 @@ def chosen(held: Held, most: int) -> tuple[Ints, Flags]:
 def run_retrieval(arguments: argparse.Namespace, cells: Cells) -> None:
     """The figures of each method for all held-out titles."""
     data, done, own = _data(arguments), cells.read(), settings_hash(data_settings(arguments))
-    missing = [arm for arm in arguments.arms if arm != "none" and (data, arm, own) not in done]
+    missing = [arm for arm in arguments.arms or METHODS if arm != "none" and (data, arm, own) not in done]
     for arm in missing:
         _, dataset = converted(arguments, missing[0])  # sequences and graph are those of all methods
         found = retrieval_figures(make_recipe(arguments, arm), dataset)
@@ -449,11 +450,11 @@ def run_arms(arguments: argparse.Namespace, cells: Cells) -> None:
     runs = [
         (arm, seed)
         for seed in arguments.seeds
-        for arm in arguments.arms
+        for arm in arguments.arms or ARMS
         if (_data(arguments), arguments.method, arm, seed, own) not in done
     ]
     if arguments.estimate:
-        for arm in arguments.arms[:2]:
+        for arm in (arguments.arms or ARMS)[:2]:
             estimate(prepare(arguments, arm, arguments.seeds[0]))
     elif arguments.jobs > 1:
         for arm, seed in runs:  # what they share
@@ -601,7 +602,7 @@ def _retrieval_part(cells: list[Cell]) -> list[str]:
     header = ["method", "with a subgraph", "triples", "tokens", "unseen titles named", "names the title, of 1000"]
     header += ["by chance", "most popular", "head", "tail", "cold", "an attribute", "a rare one", "prompts a CPU-s"]
     for data in dict.fromkeys(cell["data"] for cell in cells):
-        here = sorted((cell for cell in cells if cell["data"] == data), key=lambda cell: ARMS.index(cell["arm"]))
+        here = sorted((cell for cell in cells if cell["data"] == data), key=lambda cell: METHODS.index(cell["arm"]))
         settings = common_settings(here)
         counts = {name: sum(n for n, c in zip(here[0]["titles"], here[0]["classes"]) if c == name) for name in CLASSES}
         said = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -655,7 +656,7 @@ def _trained_part(cells: list[Cell]) -> list[str]:
 
 
 def _group(group: tuple[str, str], cells: list[Cell]) -> list[str]:
-    arms = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in ARMS}
+    arms = {arm: [cell for cell in cells if cell["arm"] == arm] for arm in ("none", *METHODS)}
     title = f"### {group[0]}, {group[1]}"
     if not arms["none"]:
         return [title, "", "The arm without a graph is not finished.", ""]
@@ -679,7 +680,7 @@ def _group(group: tuple[str, str], cells: list[Cell]) -> list[str]:
 def _parts(arms: dict[str, list[Cell]], drawn: dict[str, list[Cell]]) -> list[str]:
     """Differences to `none` by the target's popularity, and by whether the subgraph names it."""
     found: dict[tuple[str, str], tuple[int, Against]] = {}
-    for arm, part in itertools.product([arm for arm in ARMS[1:] if arms[arm]], PARTS):
+    for arm, part in itertools.product([arm for arm in METHODS if arms[arm]], PARTS):
         source = arms if part == "cold" else drawn
         rows = _is_of(source[arm][0], part)
         own, none = ([_rows(cell, rows) for cell in source[which]] for which in (arm, "none"))
@@ -715,7 +716,7 @@ def _arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=REPORT)
     parser.add_argument("--data", default="ml-100k", help="ml-100k, or ml-1m=FOLDER with its files")
     parser.add_argument("--method", default="lora", choices=["lora", "ilora"])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=("none", *METHODS), help="default: all, but for training pagerank")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=200, help="tokens of a subgraph")
     parser.add_argument("--steps", type=int, default=200)
