@@ -183,9 +183,9 @@ class Done:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Made or found again, and locked; removed at the end, unless the work stops while shards are done.
+        """Made or found again, and locked; removed at the end, unless the work stops while there is something to keep.
 
-        A prepared log is reason enough to keep it, but where a UserError stops the work, which asks for another recipe.
+        That are shards that are done, and the prepared log. A run of another recipe for this output removes them.
 
         Raises:
             UserError: another process is writing to the same output.
@@ -200,10 +200,10 @@ class Done:
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 yield
-            except BaseException as error:
+            except BaseException:
                 if shards := len(list(self.folder.glob("*.json"))):
                     print(f"recllm: {shards} shards are done, the next run goes on from them", file=sys.stderr)
-                elif (self.folder / _PREPARED).exists() and not isinstance(error, UserError):
+                elif (self.folder / _PREPARED).exists():
                     print("recllm: the log is prepared, the next run goes on from there", file=sys.stderr)
                 else:
                     shutil.rmtree(self.folder, ignore_errors=True)
@@ -241,10 +241,7 @@ class Done:
             kept.write(found, under_way)
             _link(under_way / kept.SEQUENCES, folder / kept.SEQUENCES)
             if not found.skipped:
-                os.rename(under_way, place)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # without locks another run may have kept the same
-                raise
+                _keep(under_way, place)
         finally:
             shutil.rmtree(under_way, ignore_errors=True)
         return found
@@ -325,6 +322,15 @@ class Done:
 
     def _part(self, split: str, number: int) -> Path:
         return self.folder / split / _name(number)
+
+
+def _keep(folder: Path, place: Path) -> None:
+    """Give a folder its name, unless another run did with the same: on file systems without locks two may work."""
+    try:
+        os.rename(folder, place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _link(path: Path, link: Path) -> None:

@@ -115,7 +115,7 @@ class Replicas:
         self._shared: list[tuple[Any, Any]] = []  # what all chunks are given, and its place in Ray's object store
         self._heard = [0.0] * count  # when each answered last
         self._told_after = [SILENT_S] * count  # seconds without an answer of each; doubled whenever they are told
-        self._able_since = [0.0] * count  # since when each could have answered: asked, alive and with a place
+        self._able_since = [0.0] * count  # since when each was asked and, as far as seen, has had a place
         self._killed: set[int] = set()  # those that were killed for their silence and have not answered since
         self._connection = contextlib.ExitStack()
         try:
@@ -202,15 +202,16 @@ class Replicas:
 
     def close(self) -> None:
         """End the replicas' processes, and the connection to Ray where it was made for them."""
-        for actor in self._actors:
-            self._ray.kill(actor)
-        if self._held:
-            from ray.util.placement_group import remove_placement_group
-
-            for group in self._held:
-                remove_placement_group(group)
+        actors, held = self._actors, self._held
         self._actors, self._held, self._shared = [], [], []
-        self._connection.close()
+        with self._connection:  # closed even where Ray is gone
+            for actor in actors:
+                self._ray.kill(actor)
+            if held:
+                from ray.util.placement_group import remove_placement_group
+
+                for group in held:
+                    remove_placement_group(group)
 
     def _put(self, shared: dict[str, Any] | None) -> Any:
         """A reference to arguments in Ray's object store; equal ones (the same objects) are put there once."""
@@ -277,9 +278,11 @@ class Replicas:
                 "what the others owe waits for a new node (`ray start`)",
                 "and no other came: start Ray on more nodes, or lower evaluate.replicas",
             )
-        unplaced = ", ".join(str(number) for number in self._unplaced())
-        if not unplaced:
+        if not (without := self._unplaced()):
             return None
+        for replica in without:
+            self._able_since[replica] = time.monotonic()
+        unplaced = ", ".join(map(str, without))
         return (
             f"replica {unplaced} of {self.count} is to be started again and has no place",
             "what it owes waits: others may hold what the nodes have (`ray status`)",

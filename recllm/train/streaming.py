@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from accelerate.utils import tqdm
+from accelerate.utils import gather_object, tqdm
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from recllm import schema
@@ -430,10 +430,10 @@ class StreamedExamples(torch.utils.data.IterableDataset):
     # ---- how long ----
 
     def check_lengths(self) -> None:
-        """Look at the texts of this process's part of all examples: none may be longer than the context.
+        """Look at the texts of all examples, each process at its part: none may be longer than the context.
 
         Raises:
-            UserError: some are; names the longest and how many. A file that cannot be read.
+            UserError: some are; names the longest and how many, in all processes. A file that cannot be read.
         """
         framing = functools.cache(functools.partial(framing_bytes, self.encode.tokenizer))
         pieces, too_long = cut(self.groups, *self.bounds), TooLong(self.max_tokens, "train")
@@ -448,7 +448,10 @@ class StreamedExamples(torch.utils.data.IterableDataset):
                     for example_id, _, _, prompt, completion in rows_of(batch):
                         too_long.see(sum(map(len, self.encode(prompt, completion))), example_id)
                 progress.update(rows)
-        too_long.check(total)
+        parts = gather_object([(too_long.longest, too_long.example_id, too_long.count)])
+        too_long.longest, too_long.example_id, _ = max(parts)
+        too_long.count = sum(count for _, _, count in parts)
+        too_long.check(self.num_examples)
 
     # ---- some of them ----
 

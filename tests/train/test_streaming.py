@@ -3,6 +3,7 @@
 The converted log enters, its training examples written anew as several files with small row groups of different sizes.
 """
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -364,23 +365,29 @@ def test_examples_that_do_not_fit_are_named(small: Dataset, tiny_tokenizer, tmp_
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_examples_that_are_too_long_are_found_before_the_first_is_trained_on(
-    small: Dataset, tokenized: TokenizedExamples, tiny_tokenizer, processes: int
+    small: Dataset, tokenized: TokenizedExamples, tiny_tokenizer, processes: int, monkeypatch
 ):
     longest = int(tokenized.lengths.max())
     many = int(np.sort(tokenized.lengths)[-10])
     limits = {longest: 0, longest - 1: int((tokenized.lengths == longest).sum()), many: 0}
     limits[many] = int((tokenized.lengths > many).sum())
     for limit, wrong in limits.items():
-        told = []
-        for rank in range(processes):
-            share = Share(rank, processes, BATCH, 1)
-            try:
-                StreamedExamples(small, tiny_tokenizer, limit, share, seed=0).check_lengths()
-            except UserError as error:
-                told.append(str(error))
-        count = [int(re.match(r'(\d+) of \d+ "train" examples are longer', text)[1]) for text in told]
-        assert sum(count) == wrong
-        assert bool(wrong) == any(f"has {longest})" in text for text in told)
+        seen: list[Any] = []
+        for round_of in ("look", "tell"):  # what each process hands in, then what each says of all of that
+            for rank in range(processes):
+                gather = seen.__iadd__ if round_of == "look" else lambda _, of_all=seen: of_all
+                monkeypatch.setattr(streaming, "gather_object", gather)
+                share = Share(rank, processes, BATCH, 1)
+                examples = StreamedExamples(small, tiny_tokenizer, limit, share, seed=0)
+                found = rf"^{wrong} of {len(tokenized)} \"train\" examples are longer .* has {longest}\)"
+                with contextlib.suppress(UserError) if round_of == "look" else said(found if wrong else None):
+                    examples.check_lengths()
+        assert len(seen) == processes
+
+
+def said(error: str | None) -> Any:
+    """A UserError is expected, or nothing."""
+    return contextlib.nullcontext() if error is None else pytest.raises(UserError, match=error)
 
 
 def test_only_texts_with_more_bytes_than_the_context_has_tokens_are_tokenised(small, tokenized, tiny_tokenizer):
