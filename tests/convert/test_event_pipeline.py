@@ -253,7 +253,7 @@ def test_sessions_are_asked_for_and_not_there(make_recipe, tmp_path):
 class TestMisfitsStopBeforeAnyDataIsRead:
     @pytest.fixture(autouse=True)
     def _no_data(self, monkeypatch):
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise AssertionError("data was read first")
 
         monkeypatch.setattr(pipeline, "prepare", fail)
