@@ -273,7 +273,7 @@ def measure_einsum(arguments: argparse.Namespace) -> dict[str, Any]:
     agree(*(run_layer(tuner, layer, x, given, None).float() for layer in (gated, einsum)))
     layers = {"ours": gated, "einsum": einsum}
     tasks = {f"{name}{part}": task(layer, bool(part)) for part in ("", "_base") for name, layer in layers.items()}
-    seconds = in_turns(tasks, arguments, at_least=5)
+    seconds = in_turns(tasks, arguments, at_least=30)  # half a second a round: fewer may all fall into one disturbance
     return {
         "einsum_layer_over_gated": _ratio(seconds["einsum"], seconds["ours"]),
         "einsum_with_base_over_gated": _ratio(seconds["einsum_base"], seconds["ours_base"]),
