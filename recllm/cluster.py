@@ -15,7 +15,7 @@ import os
 import platform
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -208,11 +208,31 @@ def _answer() -> Any:
 
 
 def task_options() -> dict[str, Any]:
-    """How Ray Data runs a task of ours: on one core, and again a bounded number of times where its process is lost."""
+    """How Ray runs a task of ours: on one core, and again a bounded number of times where its process is lost."""
     options: dict[str, Any] = {"num_cpus": 1, "max_retries": MOST_LOST}
     if not _started_here.get():  # an environment of their own costs tasks the processes that Ray has ready
         options["runtime_env"] = {"env_vars": TASK_ENVIRONMENT}
     return options
+
+
+def as_they_end(ray: Any, tasks: Sequence[Any]) -> Iterator[Any]:
+    """What tasks give, in the order in which they end.
+
+    When one raises, or nobody asks for the next, those under way are interrupted and waited for, and killed where that
+    does not help: none writes any more.
+    """
+    waiting = list(tasks)
+    try:
+        while waiting:
+            ended, waiting = ray.wait(waiting)
+            yield from ray.get(ended)
+    finally:
+        with contextlib.suppress(Exception):  # of a cluster that is gone, say; what ended the loop is told of
+            for force in (False, True):
+                for task in waiting:
+                    ray.cancel(task, force=force)
+                if waiting:
+                    _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE_S)
 
 
 def check_here(driver: Identity) -> None:

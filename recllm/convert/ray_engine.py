@@ -1,9 +1,10 @@
-"""The engine of a cluster: a log's files are read, and shards become examples, as tasks of Ray Data.
+"""The engine of a cluster: a log's files are read by Ray Data, and tasks of Ray make shards into examples.
 
 A log and shards of sequences enter; the same files leave as those of the local engine, byte for byte, whatever the
 number of partitions, nodes and lost tasks: tasks call the functions that the local engine calls, on the same shards.
 
-What runs where: tasks parse, check and translate the files of a log in several (ray_reading.py), and make the examples.
+What runs where: tasks parse, check and translate the files of a log in several (ray_reading.py), and make the examples;
+these take no rows and give none (shards lie on the file system), so Ray Data would add its actors and nothing else.
 The driver numbers users, cuts the log into buckets, sorts, splits and audits (data/sequences.py), on its own.
 That part is serial: measured at 1e7 interactions, 1.0 CPU-second a million (1.5 where it reads a log in one file too)
 and 156 bytes a user, of 12 CPU-seconds a million in all with 20 candidates in each prompt, and of 2.3 with windows of
@@ -21,7 +22,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import functools
 import itertools
 import json
 import math
@@ -100,7 +100,6 @@ class RayEngine:
                     f"{ASKED}: no node of the cluster has a CPU for tasks: add a node, or start them without "
                     "`ray start --num-cpus=0`"
                 )
-            _quiet()
             yield
 
     def scan(
@@ -141,14 +140,13 @@ class RayEngine:
         self.done.move_to(folder, len(cut))
 
     def _written(self, work: Work, missing: Sequence[int]) -> Iterator[tuple[int, Written]]:
-        from ray.data import from_items
-
-        parts = self._partitions(work.cut, missing)
-        task = functools.partial(_write_part, work=[self._ray.put(work)], done=self.done)  # [] keeps it a reference
-        rows = from_items([{"shards": part} for part in parts], override_num_blocks=len(parts))
+        task = self._ray.remote(_write_part).options(scheduling_strategy="SPREAD", **cluster.task_options())
+        shared = [self._ray.put(work)]  # [] keeps it a reference
+        tasks = [task.remote(part, shared, self.done) for part in self._partitions(work.cut, missing)]
         with cluster.own_errors():
-            for row in rows.flat_map(task, **cluster.task_options()).iter_rows():
-                yield row["number"], Written.of_document(json.loads(row["held"]))
+            for held in cluster.as_they_end(self._ray, tasks):
+                for number, document in held.items():
+                    yield number, Written.of_document(document)
 
     def _partitions(self, cut: Sequence[Shard], missing: Sequence[int]) -> list[list[int]]:
         """Shards by task. Those of a row group, which a task reads as a whole, go to one, or to few for few groups."""
@@ -375,10 +373,10 @@ def _locked(folder: Path) -> _Lock | None:
 _opened: dict[str, Work] = {}  # of this process, under its reference: a graph's names are worked out once
 
 
-def _write_part(row: dict[str, Any], work: list[Any], done: Done) -> Iterator[dict[str, Any]]:
+def _write_part(numbers: Sequence[int], work: list[Any], done: Done) -> dict[int, dict[str, Any]]:
     """Write shards, and say of each what it held; those that an earlier try of this task wrote are left."""
     pa.set_cpu_count(1)  # one process a core: no threads on top
-    asked, numbers = _work(work[0]), [int(number) for number in row["shards"]]
+    asked = _work(work[0])
     cluster.check_here(asked.driver)
     held = {number: done.read(number) for number in numbers}
     missing = [number for number in numbers if held[number] is None]
@@ -388,9 +386,7 @@ def _write_part(row: dict[str, Any], work: list[Any], done: Done) -> Iterator[di
             batch = next(batches)
         with _named(f"shard {number} cannot be written to {done.folder}", OSError):
             held[number] = done.write(number, batch, asked.converter)
-    for number, found in held.items():
-        assert found is not None  # it was there, or is now
-        yield {"number": number, "held": json.dumps(found.document())}
+    return {number: found.document() for number, found in held.items() if found is not None}
 
 
 def _work(reference: Any) -> Work:
@@ -415,16 +411,3 @@ def _named(what: str, *errors: type[Exception]) -> Iterator[None]:
             f"node {platform.node()}: {what} ({error}): check the file system that the nodes share, and run again: "
             "shards that are done stay"
         ) from error
-
-
-def _quiet() -> None:
-    """Ray Data's own bars and log lines off: recllm shows its own."""
-    import logging
-
-    from ray.data import DataContext
-
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # a task's UserError comes out as it is
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import os
 import platform
 from collections import defaultdict
@@ -93,6 +94,7 @@ def scan(
 def _pieces(ray: Any, paths: list[str], asked: Reading) -> Iterator[dict[str, Any]]:
     from ray.data import from_items
 
+    _quiet()
     task = functools.partial(_read, asked=[ray.put(asked)])
     listed = from_items(
         [{"file": place, "path": path} for place, path in enumerate(paths)], override_num_blocks=len(paths)
@@ -104,6 +106,17 @@ def _pieces(ray: Any, paths: list[str], asked: Reading) -> Iterator[dict[str, An
             for batch in block.to_batches():
                 for place in range(batch.num_rows):
                     yield {name: batch.column(name)[place] for name in batch.schema.names}
+
+
+def _quiet() -> None:
+    """Ray Data's own bars and log lines off: recllm shows its own."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # a task's UserError comes out as it is
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 class _Merge:

@@ -28,7 +28,7 @@ import yaml
 
 from recllm import files, schema, stages
 from recllm.cli import main
-from recllm.cluster import identity
+from recllm.cluster import as_they_end, identity
 from recllm.convert import kept, pipeline, ray_reading
 from recllm.convert.pipeline import Written, convert
 from recllm.data import rows as reading
@@ -477,6 +477,40 @@ def test_a_task_over_which_every_process_is_killed_ends(
     assert len(left_beside(tmp_path / "ray")) == len(list(tmp_path.glob(".ray.shards-*/prepared"))) == kept_log
 
 
+def at_work(mark: Path, *, stubborn: bool) -> None:
+    """A task that ends when it is interrupted, or not even then."""
+    mark.touch()
+    while True:
+        try:
+            time.sleep(0.1)  # Ray's interruption does not end a sleep
+        except KeyboardInterrupt:
+            if not stubborn:
+                mark.with_suffix(".cleaned").touch()
+                raise
+
+
+def failing(others: Path) -> None:
+    """A task that fails when another is at work."""
+    while not others.exists():
+        time.sleep(0.05)
+    raise UserError("a task failed")
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_when_one_task_fails_the_others_do_not_go_on(cluster, tmp_path, monkeypatch, stubborn):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr("recllm.cluster.PATIENCE_S", 2.0 if stubborn else 60.0)
+    mark = tmp_path / "mark"
+    busy = [ray.remote(at_work).remote(mark, stubborn=stubborn) for _ in range(5)]  # cores are two: some wait
+    began = time.monotonic()
+    with pytest.raises(UserError, match="a task failed"):
+        list(as_they_end(ray, [*busy, ray.remote(failing).options(num_cpus=0).remote(mark)]))
+    assert time.monotonic() - began < 50
+    ended, left = ray.wait(busy, num_returns=len(busy), timeout=0)
+    assert (len(ended), left) == (5, [])
+    assert mark.with_suffix(".cleaned").exists() is not stubborn
+
+
 def test_a_cluster_without_a_cpu_is_refused(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
     with (
@@ -497,16 +531,15 @@ class Failing(Done):
 
 def test_only_what_the_file_system_did_is_said_of_it(stored_work, tmp_path):
     done = Failing(tmp_path / "out", "test")
-    row = {"shards": [0]}
     done.error = OSError(errno.EIO, "Input/output error")
     with pytest.raises(UserError, match=f"node .*: shard 0 cannot be written to {done.folder} .*Input/output error"):
-        list(ray_engine._write_part(row, stored_work, done))
+        ray_engine._write_part([0], stored_work, done)
     done.error = pa.ArrowInvalid("a defect of a converter")
     with pytest.raises(pa.ArrowInvalid, match="a defect"):
-        list(ray_engine._write_part(row, stored_work, done))
+        ray_engine._write_part([0], stored_work, done)
     ray_engine._opened["work"].sequences.path.write_bytes(b"PAR1 broken")
     with pytest.raises(UserError, match=r"sequences cannot be read from .*sequences.parquet"):
-        list(ray_engine._write_part(row, stored_work, done))
+        ray_engine._write_part([0], stored_work, done)
 
 
 @pytest.fixture
