@@ -244,3 +244,12 @@ def test_the_limit_of_training_does_not_cut_short_the_wait_for_the_encoder(
     override = [] if ddp_timeout is None else [f"train.ddp_timeout={ddp_timeout}"]
     stages.fine_tune(load_recipe(str(tiny_recipe), override))
     assert waits == [datetime.timedelta(hours=hours)]
+
+
+def test_whoever_reads_the_output_may_stop_reading() -> None:
+    command = [sys.executable, "-c", "import sys; from recllm.cli import main; sys.exit(main(['list']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.close()  # before it has written
+        said = process.communicate()[1]
+    assert (process.returncode, said) == (1, "")
