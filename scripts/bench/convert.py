@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 
-INTERACTIONS_PER_USER, NUM_ITEMS = 100, 20_000
+INTERACTIONS_PER_USER, NUM_ITEMS, LOG = 100, 20_000, "interactions.parquet"
 TEMPLATES = {"next_item": "next_item/items", "next_item_among": "next_item_among/items"}
 
 
@@ -66,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine", choices=["local", "ray"], default="local")
     parser.add_argument("--task", choices=sorted(TEMPLATES), default="next_item_among")
     parser.add_argument("--dense-window", type=int, default=0)
+    parser.add_argument("--files", type=int, default=1, help="of the log; Ray's tasks read several")
     parser.add_argument("--folder", default=None, help="where the temporary log and dataset go")
     parser.add_argument("--measure", default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -78,6 +79,8 @@ def run_size(arguments: argparse.Namespace, size: int, folder: Path) -> dict[str
         f"write_interactions(Path(sys.argv[1]), {size}, {max(size // INTERACTIONS_PER_USER, 1)}, {NUM_ITEMS}, 0)"
     )
     subprocess.run([sys.executable, "-c", make, str(folder / "log")], check=True, cwd=ROOT)
+    if arguments.files > 1:
+        cut(folder / "log" / LOG, arguments.files)
     options = ["--task", arguments.task, "--dense-window", str(arguments.dense_window), "--engine", arguments.engine]
     if arguments.workers:
         options += ["--workers", str(arguments.workers)]
@@ -89,6 +92,18 @@ def run_size(arguments: argparse.Namespace, size: int, folder: Path) -> dict[str
     if process.returncode:
         raise SystemExit(f"converting {size} interactions failed, see above")
     return {"interactions": size, **json.loads(output.splitlines()[-1]), **peak}
+
+
+def cut(log: Path, count: int) -> None:
+    """A log in one file becomes one in several, of as many rows."""
+    import polars as pl
+
+    frame = pl.scan_parquet(log)
+    rows = frame.select(pl.len()).collect().item()
+    each = -(-rows // count)
+    for number in range(count):
+        frame.slice(number * each, each).sink_parquet(log.with_name(f"{log.stem}-{number:03d}.parquet"))
+    log.unlink()
 
 
 def watch(process: subprocess.Popen[str], folder: Path) -> dict[str, float]:
@@ -154,7 +169,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
         {
             "name": "bench",
             "data": {
-                "interactions": {"path": str(folder / "log" / "interactions.parquet")},
+                "interactions": {"path": [str(path) for path in sorted((folder / "log").glob(f"{Path(LOG).stem}*"))]},
                 "items": {"path": str(folder / "log" / "items.parquet")},
             },
             "protocol": "temporal_20",

@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=None, help="processes of the local engine")
     parser.add_argument("--task", choices=sorted(bench.TEMPLATES), default="next_item")
     parser.add_argument("--dense-window", type=int, default=10)
+    parser.add_argument("--files", type=int, default=1, help="of each log; Ray's tasks read several")
     return parser.parse_args()
 
 
