@@ -171,7 +171,7 @@ def _core(source: Source, filters: FilterSection) -> tuple[npt.NDArray[np.int64]
     while True:
         user_rows, item_rows = np.zeros(num_users, dtype=np.int64), np.zeros(num_items, dtype=np.int64)
         for rows in source.rows.chunks():
-            rows = rows[users[rows["user"]] & items[rows["item"]]]
+            rows = rows.compress(users[rows["user"]] & items[rows["item"]])
             user_rows += np.bincount(rows["user"], minlength=num_users)
             item_rows += np.bincount(rows["item"][rows["item"] != NO_ITEM], minlength=num_items)
         few_users = (user_rows > 0) & (user_rows < filters.user_core)
@@ -251,7 +251,7 @@ class _LogOnDisk:
         for rows in self.source.rows.chunks():
             users, items = user_index[rows["user"]], item_index[rows["item"]]
             kept = (users >= 0) & ((items >= 0) | (rows["item"] == NO_ITEM))
-            rows = rows[kept]
+            rows = rows.compress(kept)
             rows["user"], rows["item"] = users[kept], items[kept]
             self.buckets.scatter(rows, np.searchsorted(first_users, rows["user"], side="right") - 1)
         self.source.rows.clear()
@@ -273,7 +273,7 @@ class _LogOnDisk:
 
     def _sorted(self, rows: Rows, first: int, users: int) -> _Part:
         names = rows.dtype.names or ()
-        rows = rows[self._order(rows, names)]
+        rows = rows.take(self._order(rows, names))
         owners, offsets = rows["user"] - first, np.concatenate([[0], np.cumsum(self.lengths[first : first + users])])
         session_keys = np.ascontiguousarray(rows["session"]) if "session" in names else None
         sessions = None if session_keys is None else _session_numbers(owners, session_keys, offsets)

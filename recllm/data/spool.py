@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 CHUNK = 1 << 19  # rows read at a time: some 20 MB
 
-Rows = npt.NDArray[Any]  # structured, or of one plain type
+Rows = npt.NDArray[Any]  # structured (rows.take(…) costs a tenth of rows[…] then), or of one plain type
 
 
 class Spool:
@@ -35,7 +35,7 @@ class Spool:
     def scatter(self, rows: Rows, buckets: npt.NDArray[np.int64]) -> None:
         """Append each row to its bucket, (rows,), in the order given."""
         order = np.argsort(buckets, kind="stable")
-        rows, found = rows[order], buckets[order]
+        rows, found = rows.take(order), buckets[order]
         edges = np.flatnonzero(np.diff(found, prepend=-1))
         for begin, end in zip(edges, [*edges[1:], len(found)]):
             self.append(rows[begin:end], int(found[begin]))

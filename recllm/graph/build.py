@@ -48,7 +48,7 @@ _FACTORS = {  # by which the triples' times would have to be multiplied → thei
 }
 _ROW = np.dtype([(HEAD, "<i4"), (RELATION, "<i4"), (TAIL, "<i4"), (TIMESTAMP, "<i8")])
 
-Rows = npt.NDArray[np.void]  # of _ROW
+Rows = npt.NDArray[np.void]  # of _ROW; rows.take(…) costs a tenth of rows[…]
 
 
 def build_graph(section: GraphSection, item_ids: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class _Buckets:
         """Rows to the buckets with these numbers."""
         order = np.argsort(numbers.astype(np.uint16), kind="stable")
         ends = np.cumsum(np.bincount(numbers, minlength=len(self.files)))
-        rows = rows[order]
+        rows = rows.take(order)
         for file, begin, end in zip(self.files, np.append(0, ends), ends):
             file.write(rows[begin:end].tobytes())
 
@@ -349,7 +349,7 @@ def _write_edges(edges: _Buckets, degrees: Ints, preference: Ids, has_times: boo
     begins = _Array(folder / "run_begins.npy", offset_type(int(degrees.sum())))
     times = _Array(folder / "times.npy", np.int64)
     for rows in edges.take():
-        rows = rows[_order(rows, preference)]
+        rows = rows.take(_order(rows, preference))
         new = np.ones(len(rows), dtype=bool)
         new[1:] = (np.diff(rows[HEAD]) != 0) | (np.diff(rows[RELATION]) != 0)
         heads = rows[HEAD][new]  # neighbouring entities
