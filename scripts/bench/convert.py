@@ -124,9 +124,10 @@ def watch(process: subprocess.Popen[str], folder: Path) -> dict[str, float]:
 def size_of(folder: Path) -> int:
     """Bytes of its files now."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it went between two looks
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):  # which passes over folders that went between two looks
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 
