@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     try:
         parsed.verb(parsed)
+        sys.stdout.flush()  # here, not when the interpreter ends
     except UserError as error:
         print(f"recllm: {error}", file=sys.stderr)
         return 2
