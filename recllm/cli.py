@@ -15,13 +15,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     try:
         parsed.verb(parsed)
-        sys.stdout.flush()  # here, not when the interpreter ends
     except UserError as error:
         print(f"recllm: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads the output has seen enough: `recllm list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is there anything to flush at the end
-        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -239,7 +235,7 @@ def _compare(parsed: argparse.Namespace) -> None:
 
     from recllm.evaluate.compare import compare
 
-    print(compare([Path(report) for report in parsed.reports], parsed.metric))
+    _say(compare([Path(report) for report in parsed.reports], parsed.metric))
 
 
 def _fetch(_: argparse.Namespace) -> None:
@@ -251,8 +247,16 @@ def _fetch(_: argparse.Namespace) -> None:
 def _list(_: argparse.Namespace) -> None:
     from recllm import assets
 
-    for kind in assets.KINDS:
-        print(f"{kind}:", *assets.names(kind), sep="\n  ")
+    _say("\n".join("\n  ".join([f"{kind}:", *assets.names(kind)]) for kind in assets.KINDS))
+
+
+def _say(text: str) -> None:
+    """Print what a verb was asked for; whoever reads it may stop reading: `recllm list | head`."""
+    try:
+        print(text, flush=True)  # not when the interpreter ends, where nobody catches
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

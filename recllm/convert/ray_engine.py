@@ -378,15 +378,15 @@ def _write_part(numbers: Sequence[int], work: list[Any], done: Done) -> dict[int
     pa.set_cpu_count(1)  # one process a core: no threads on top
     asked = _work(work[0])
     cluster.check_here(asked.driver)
-    held = {number: done.read(number) for number in numbers}
-    missing = [number for number in numbers if held[number] is None]
+    held = {number: found for number in numbers if (found := done.read(number)) is not None}
+    missing = [number for number in numbers if number not in held]
     batches = asked.sequences.read(asked.cut[number] for number in missing)
     for number in missing:
         with _named(f"sequences cannot be read from {asked.sequences.path}", OSError, pa.ArrowException):
             batch = next(batches)
         with _named(f"shard {number} cannot be written to {done.folder}", OSError):
             held[number] = done.write(number, batch, asked.converter)
-    return {number: found.document() for number, found in held.items() if found is not None}
+    return {number: found.document() for number, found in held.items()}
 
 
 def _work(reference: Any) -> Work:

@@ -1,10 +1,12 @@
 import json
 import math
+import runpy
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recllm.data.synthetic import write_events
@@ -74,3 +76,18 @@ def test_bench_of_scale_prints_the_figures_of_all_sizes(tmp_path):
     assert small["driver_cpu_s"] > small["before_examples_cpu_s"] > 0
     assert together["ray_over_local"] == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_of_scale_cuts_the_log_into_files(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "scale.py"), "--sizes", "2000", "--files", "3"]
+    done = subprocess.run([*command, "--ray-size", "--folder", str(tmp_path)], capture_output=True, text=True, check=True)
+    one = subprocess.run([*command[:-2], "--ray-size", "--folder", str(tmp_path)], capture_output=True, text=True)
+    cut, whole = (json.loads(run.stdout.splitlines()[0]) for run in (done, one))
+    assert cut["interactions"] == 2000
+    assert cut["examples"] == whole["examples"] > 0
+
+    log = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"row": range(10)}), log)
+    runpy.run_path(str(ROOT / "scripts" / "bench" / "convert.py"))["cut"](log, 3)
+    parts = sorted(tmp_path.glob("log*"))
+    assert [pq.read_table(part)["row"].to_pylist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
