@@ -81,7 +81,8 @@ def test_bench_of_scale_prints_the_figures_of_all_sizes(tmp_path):
 def test_bench_of_scale_cuts_the_log_into_files(tmp_path):
     script = str(ROOT / "scripts" / "bench" / "scale.py")
     command = [sys.executable, script, "--sizes", "2000", "--folder", str(tmp_path), "--ray-size"]
-    runs = [subprocess.run([*command, *more], capture_output=True, text=True, check=True) for more in ([], ["--files=3"])]
+    options = {"capture_output": True, "text": True, "check": True}
+    runs = [subprocess.run([*command, *more], **options) for more in ([], ["--files=3"])]
     whole, cut = (json.loads(run.stdout.splitlines()[0]) for run in runs)
     assert cut["interactions"] == 2000
     assert cut["examples"] == whole["examples"] > 0
