@@ -66,8 +66,12 @@ class Adding:
     def hang(self, prompts: list[int]) -> list[int]:
         """The first process that is asked sleeps in C code and holds the interpreter's lock; others answer."""
         (self.folder / f"hung {os.getpid()}").touch()
-        if len(list(self.folder.glob("hung *"))) == 1 or prompts == [0]:
-            ctypes.PyDLL(None).sleep(1000)
+        try:
+            (self.folder / "first").touch(exist_ok=False)  # one of two that come at once
+        except FileExistsError:
+            if prompts != [0]:
+                return prompts
+        ctypes.PyDLL(None).sleep(1000)
         return prompts
 
     def environment(self, prompts: list[int]) -> list[tuple[Path | None, str, str]]:
