@@ -6,8 +6,8 @@ number of partitions, nodes and lost tasks: tasks call the functions that the lo
 What runs where: tasks parse, check and translate the files of a log in several (ray_reading.py), and make the examples;
 these take no rows and give none (shards lie on the file system), so Ray Data would add its actors and nothing else.
 The driver numbers users, cuts the log into buckets, sorts, splits and audits (data/sequences.py), on its own.
-That part is serial: measured at 1e7 interactions, 1.0 CPU-second a million (1.5 where it reads a log in one file too)
-and 156 bytes a user, of 12 CPU-seconds a million in all with 20 candidates in each prompt, and of 2.3 with windows of
+That part is serial: measured at 1e7 interactions, 0.6 CPU-seconds a million (0.9 where it reads a log in one file too)
+and 156 bytes a user, of 8 CPU-seconds a million in all with 20 candidates in each prompt, and of 1.4 with windows of
 ten titles. So a cluster makes a conversion at most 12 or 2 times as fast as one core. For a billion interactions of a
 hundred million users that predicts half an hour of one core, and 16 GiB on the driver: its memory breaks first.
 
